@@ -1,0 +1,117 @@
+"""The command line: `python -m lib run | train | reference | bench`."""
+
+import argparse
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lib.errors import UserError, require
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see `python -m lib --help`)")
+
+
+def parser() -> Parser:
+    """Every command and its options."""
+    from lib.profiles import MODES, PROFILES, TrainSettings, default_profile
+
+    root = Parser(prog="python -m lib", description="From LoRA to the edge.")
+    commands = root.add_subparsers(dest="command", required=True, parser_class=Parser)
+
+    run = commands.add_parser("run", help="execute the notebooks in order")
+    run.add_argument("--profile", default=default_profile(), help=", ".join(PROFILES))
+    run.add_argument("--only", default="", metavar="NN", help="one notebook, by number")
+    run.add_argument("--store", action="store_true",
+                     help="also keep the outputs in notebooks/")
+
+    train = commands.add_parser("train", help="train an adapter on your own JSONL")
+    train.add_argument("--data", required=True, type=Path, metavar="FILE.jsonl")
+    train.add_argument("--out", required=True, type=Path, metavar="DIR")
+    train.add_argument("--model", default="embedded", help="hub id or directory")
+    train.add_argument("--mode", default="qlora", choices=MODES)
+    for field in dataclasses.fields(TrainSettings):
+        if field.name in ("mode", "plain"):
+            continue
+        flag = f"--{field.name.replace('_', '-')}"
+        if field.type is bool:
+            train.add_argument(flag, action="store_true")
+        else:
+            train.add_argument(flag, type=field.type, default=field.default,
+                               help=f"default {field.default}")
+
+    reference = commands.add_parser("reference", help="make the stored results again")
+    reference.add_argument("pieces", nargs="*", metavar="PIECE", help="default: all missing")
+    reference.add_argument("--list", action="store_true", help="show the pieces")
+
+    bench = commands.add_parser("bench", help="run a benchmark")
+    bench.add_argument("name")
+    bench.add_argument("--json", type=Path, metavar="FILE")
+    return root
+
+
+def command_run(args: argparse.Namespace) -> None:
+    from lib.course import run
+
+    start = time.monotonic()
+    out = run(args.profile, only=args.only, store=args.store)
+    print(f"open {out / 'index.html'} ({time.monotonic() - start:.0f} s in all)")
+
+
+def command_train(args: argparse.Namespace) -> None:
+    from lib.profiles import TrainSettings
+    from lib.tasks import read_jsonl
+    from lib.train import train
+
+    names = {f.name for f in dataclasses.fields(TrainSettings)}
+    settings = TrainSettings(**{k: v for k, v in vars(args).items() if k in names})
+    records = read_jsonl(args.data)
+    require(not args.out.is_file(), f"{args.out} is a file: choose a directory")
+    result = train(records, settings, model=args.model, out=args.out, say_every=10)
+    print(f"{args.out}: {result.trainable:,} of {result.parameters:,} parameters trained, "
+          f"{result.seconds:.0f} s, peak {result.peak_mb:.0f} MB")
+
+
+def command_reference(args: argparse.Namespace) -> None:
+    from lib.reference import PIECES, run_pieces
+
+    if args.list:
+        print("\n".join(PIECES))
+    else:
+        run_pieces(args.pieces)
+
+
+def command_bench(args: argparse.Namespace) -> None:
+    from lib.artifacts import write_json
+    from lib.bench import run_bench
+
+    result: dict[str, Any] = run_bench(args.name)
+    for key, value in result.items():
+        shown = f"{value:.4g}" if isinstance(value, float) else value
+        print(f"{key:32} {shown}")
+    if args.json:
+        write_json(args.json, result)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; 0, or 2 with one line for the user's mistake, 130 for Ctrl-C."""
+    try:
+        args = parser().parse_args(argv)
+        globals()[f"command_{args.command}"](args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped: run the same command again to go on from the last checkpoint",
+              file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""Directories that are whole or absent: written beside, renamed, verified.
+
+An artifact is a directory of safetensors and JSON files with a
+`manifest.json` that names the SHA-256 of each. A killed run leaves the old
+artifact or the new one, never half of one.
+"""
+
+import contextlib
+import errno
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lib.errors import UserError, require
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = Path(os.environ.get("COURSE_BUILD", ROOT / "build"))
+MANIFEST = "manifest.json"
+PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def size_mb(path: Path) -> float:
+    """Size in MB (10^6 bytes) of a file, or of the weights in a directory."""
+    files = [path] if path.is_file() else path.glob("*.safetensors")
+    return sum(f.stat().st_size for f in files) / 1e6
+
+
+def versions() -> dict[str, str]:
+    """Version of each package that decides a result."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file; UserError names the file when it is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: check the path") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is not readable JSON ({error}): make it again") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON beside `path`, then rename it into place."""
+    with saving(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def saving(where: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into a UserError that says where."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise UserError(
+                f"cannot write {where} ({error.strerror}): free some space or "
+                "choose another folder; nothing was left behind") from None
+        raise
+    except Exception as error:
+        # safetensors (in Rust) reports the same conditions as its own error.
+        if "os error 28" in str(error) or "No space left" in str(error):
+            raise UserError(
+                f"cannot write {where} (no space left on device): free some "
+                "space or choose another folder; nothing was left behind") from None
+        raise
+
+
+@contextlib.contextmanager
+def writing(target: Path, **facts: Any) -> Iterator[Path]:
+    """A scratch directory that becomes `target` only if the block succeeds.
+
+    `facts` (config, seed, scores) and the package versions go into the
+    manifest beside the file hashes.
+    """
+    target = Path(target)
+    with saving(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        try:
+            yield part
+            files = {f.relative_to(part).as_posix(): sha256(f)
+                     for f in sorted(part.rglob("*")) if f.is_file()}
+            write_json(part / MANIFEST, {"files": files, "versions": versions(), **facts})
+            part.chmod(0o755)
+            _swap(part, target)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def _swap(part: Path, target: Path) -> None:
+    """Rename `part` to `target`, keeping the old one until the new one is in."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    part.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(target: Path) -> None:
+    """Put the old artifact back if a run died between the two renames."""
+    old = target.with_name(f".{target.name}.old")
+    if old.exists() and not target.exists():
+        old.rename(target)
+
+
+def verified(target: Path) -> dict[str, Any]:
+    """Manifest of an artifact whose files all have their stated hashes.
+
+    Raises:
+        UserError: no artifact here, a file missing, or a file altered.
+    """
+    target = Path(target)
+    recover(target)
+    require((target / MANIFEST).is_file(),
+            f"{target} is no artifact of this course (no {MANIFEST}): check the path")
+    manifest = read_json(target / MANIFEST)
+    for name, digest in manifest.get("files", {}).items():
+        file = target / name
+        require(file.is_file() and sha256(file) == digest,
+                f"{file} is missing or damaged: delete {target} and make it again")
+    return manifest

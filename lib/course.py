@@ -1,0 +1,127 @@
+"""Run the notebooks in order and keep what came out."""
+
+import hashlib
+import html
+import os
+import time
+from pathlib import Path
+
+import nbformat
+import papermill
+from nbconvert import HTMLExporter
+
+from lib.artifacts import ROOT, read_json, saving
+from lib.errors import UserError, require
+from lib.measure import run_directory
+from lib.profiles import get_profile
+
+NOTEBOOKS = ROOT / "notebooks"
+CELL_TIMEOUT = 3600
+
+
+def notebooks(only: str = "") -> list[Path]:
+    """The course's notebooks in order, or the one whose number is `only`."""
+    found = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+    if only:
+        numbers = ", ".join(p.name[:2] for p in found)
+        found = [p for p in found if p.name.startswith(f"{only:0>2}_")]
+        require(found, f"no notebook {only!r}: use one of {numbers}")
+    return found
+
+
+def run(profile: str, *, only: str = "", store: bool = False) -> Path:
+    """Execute the notebooks; executed copies, index.html and NN.json in a folder.
+
+    Args:
+        profile: size of the run, see `lib.profiles`.
+        only: number of a single notebook.
+        store: also write the outputs back into notebooks/.
+
+    Raises:
+        UserError: unknown profile or number, or a cell that failed.
+    """
+    get_profile(profile)
+    # The kernels read it, too: one name for the whole run.
+    os.environ["COURSE_PROFILE"] = profile
+    out = run_directory(profile)
+    chosen = notebooks(only)
+    with saving(out):
+        out.mkdir(parents=True, exist_ok=True)
+        for number, source in enumerate(chosen, 1):
+            print(f"[{number}/{len(chosen)}] {source.stem} ...", flush=True)
+            start = time.monotonic()
+            execute(source, out / source.name, profile)
+            print(f"      done in {time.monotonic() - start:.0f} s", flush=True)
+            if store:
+                keep_outputs(out / source.name, source, profile)
+        write_index(out)
+    return out
+
+
+def execute(source: Path, target: Path, profile: str) -> None:
+    """Run one notebook with papermill into `target`, then as HTML beside it."""
+    part = target.with_name(f".{target.name}")
+    try:
+        papermill.execute_notebook(
+            source, part, parameters={"PROFILE": profile}, cwd=str(source.parent),
+            kernel_name="python3", progress_bar=False, execution_timeout=CELL_TIMEOUT)
+    except papermill.PapermillExecutionError as error:
+        last = error.evalue.strip().splitlines()[-1:] or [""]
+        raise UserError(
+            f"{source.name}, cell {error.cell_index}: {error.ename}: {last[0][:200]} "
+            f"(the executed copy is {part})") from error
+    part.replace(target)
+    page, _ = HTMLExporter().from_filename(str(target))
+    target.with_suffix(".html").write_text(page, encoding="utf-8")
+
+
+def source_hash(notebook: nbformat.NotebookNode) -> str:
+    """SHA-256 of the code cells: tells whether stored outputs still fit."""
+    code = [c.source for c in notebook.cells if c.cell_type == "code"]
+    return hashlib.sha256("\0".join(code).encode()).hexdigest()
+
+
+def keep_outputs(executed: Path, source: Path, profile: str) -> None:
+    """Copy outputs of an executed notebook into its source, without run metadata."""
+    made = nbformat.read(executed, as_version=4)
+    kept = nbformat.read(source, as_version=4)
+    cells = [c for c in made.cells if "injected-parameters" not in c.metadata.get("tags", [])]
+    for cell, done in zip(kept.cells, cells, strict=True):
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = done.outputs, done.execution_count
+    for count, cell in enumerate((c for c in kept.cells if c.cell_type == "code"), 1):
+        cell.execution_count = count
+        for output in cell.outputs:
+            if output.output_type == "execute_result":
+                output.execution_count = count
+    kept.metadata["course"] = {"profile": profile, "source_sha256": source_hash(kept)}
+    nbformat.write(kept, source)
+
+
+def write_index(out: Path) -> None:
+    """One page that links the executed notebooks and lists what they measured."""
+    parts = ["<!doctype html><html lang='en'><meta charset='utf-8'>"
+             "<title>From LoRA to the edge</title><style>body{font:16px sans-serif;"
+             "max-width:60rem;margin:2rem auto;padding:0 1rem}table{border-collapse:collapse}"
+             "td,th{padding:.2rem .8rem;border-bottom:1px solid #ccc;text-align:left}"
+             "</style><h1>From LoRA to the edge</h1>"
+             f"<p>Profile: {html.escape(out.name)}</p>"]
+    for page in sorted(out.glob("[0-9][0-9]_*.html")):
+        parts.append(f"<h2><a href='{page.name}'>{page.stem}</a></h2>")
+        figures = out / f"{page.name[:2]}.json"
+        if figures.is_file():
+            parts.append(_table(read_json(figures)["measured"]))
+    target = out / "index.html"
+    target.with_suffix(".part").write_text("".join(parts), encoding="utf-8")
+    target.with_suffix(".part").replace(target)
+
+
+def _table(rows: list[dict[str, object]]) -> str:
+    body = "".join(
+        f"<tr><td>{html.escape(str(r['name']))}<td>{_number(r['value'])}"
+        f"<td>{html.escape(str(r['unit']))}" for r in rows)
+    return f"<table><tr><th>figure<th>value<th>unit{body}</table>"
+
+
+def _number(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}"

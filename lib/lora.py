@@ -1,0 +1,118 @@
+"""LoRA in formulas: the update, what it counts, what it weighs (Hu et al. 2021)."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from lib.artifacts import verified
+from lib.errors import UserError, require
+from lib.profiles import TrainSettings
+
+
+def delta_weight(a: Tensor, b: Tensor, *, alpha: float, rslora: bool = False) -> Tensor:
+    """The update of a frozen weight: dW = (alpha / r) B A.
+
+    Args:
+        a: (r, d_in), random at the start.
+        b: (d_out, r), zero at the start, so that dW = 0.
+        alpha: scale; rsLoRA divides it by sqrt(r) instead (Kalajdzievski 2023).
+
+    Returns:
+        (d_out, d_in), in the dtype of `b @ a`.
+
+    Raises:
+        UserError: the ranks of a and b differ.
+    """
+    rank = a.shape[0]
+    require(b.shape[1] == rank, f"A has rank {rank}, B has rank {b.shape[1]}: make them equal")
+    return (alpha / (rank**0.5 if rslora else rank)) * (b @ a)
+
+
+def linear_shapes(config: PretrainedConfig) -> dict[str, tuple[int, int]]:
+    """(d_out, d_in) of each linear layer in a Llama block."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    query, value = config.num_attention_heads * head, config.num_key_value_heads * head
+    return {
+        "q_proj": (query, hidden), "k_proj": (value, hidden), "v_proj": (value, hidden),
+        "o_proj": (hidden, query), "gate_proj": (inner, hidden),
+        "up_proj": (inner, hidden), "down_proj": (hidden, inner),
+    }
+
+
+def count_adapter(config: PretrainedConfig, *, rank: int, modules: Iterable[str]) -> int:
+    """Adapter parameters by formula: layers * sum over modules of r (d_in + d_out)."""
+    shapes = linear_shapes(config)
+    per_block = sum(rank * sum(shapes[name]) for name in modules)
+    return config.num_hidden_layers * per_block
+
+
+def count_trainable(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters of a model."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trainable in sizes if trainable), sum(n for n, _ in sizes)
+
+
+def lora_config(model: PreTrainedModel, settings: TrainSettings) -> LoraConfig:
+    """peft's configuration, checked against the model it is for.
+
+    Raises:
+        UserError: a target that the model lacks, a tied embedding, or a rank
+            above the narrowest width of a target.
+    """
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    for target in settings.modules:
+        found = [m for name, m in linears.items() if name.split(".")[-1] == target]
+        known = sorted({name.split(".")[-1] for name in linears} - {"lm_head"})
+        require(found and target != "lm_head",
+                f"target module {target!r} does not exist here: use {', '.join(known)}")
+        width = min(min(m.in_features, m.out_features) for m in found)
+        require(settings.rank <= width,
+                f"rank {settings.rank} is above the width {width} of {target}: lower it")
+    return LoraConfig(
+        r=settings.rank, lora_alpha=settings.alpha, target_modules=settings.modules,
+        lora_dropout=settings.dropout, use_rslora=settings.rslora, bias="none",
+        task_type="CAUSAL_LM")
+
+
+def load_adapter(model: PreTrainedModel, directory: Path | str) -> PeftModel:
+    """The model with a saved adapter on it, files verified first."""
+    directory = Path(directory)
+    verified(directory)
+    try:
+        return PeftModel.from_pretrained(model, str(directory)).eval()
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:160]
+        raise UserError(f"{directory} does not fit this model ({reason}): "
+                        "train an adapter for it") from error
+
+
+def adapter_factors(directory: Path | str) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """{module: (A, B, scale)} in float32, from an adapter's files."""
+    config: Any = PeftConfig.from_pretrained(str(directory))
+    tensors = load_file(Path(directory) / "adapter_model.safetensors")
+    root = config.r**0.5 if config.use_rslora else config.r
+    names = [n.removesuffix(".lora_A.weight") for n in tensors if "lora_A" in n]
+    return {
+        name.removeprefix("base_model.model."): (
+            tensors[f"{name}.lora_A.weight"].float(),
+            tensors[f"{name}.lora_B.weight"].float(), config.lora_alpha / root)
+        for name in names
+    }
+
+
+def singular_values(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """The r singular values of `scale * B A`, largest first, without forming it.
+
+    B = Q_b R_b and A^T = Q_a R_a give the values of R_b R_a^T, an r x r matrix.
+    """
+    _, right = torch.linalg.qr(a.float().T)
+    _, left = torch.linalg.qr(b.float())
+    return torch.linalg.svdvals(scale * left @ right.T)

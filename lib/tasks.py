@@ -1,0 +1,215 @@
+"""Datasets, prompts and scores: what the models learn and how it is judged."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lib.artifacts import ROOT
+from lib.errors import UserError, require
+
+DATA = ROOT / "data"
+KEYS = ("instruction", "response")
+IGNORED = -100
+Record = dict[str, Any]
+
+
+def read_jsonl(path: Path | str) -> list[Record]:
+    """Records of a JSON-lines file, each with an instruction and a response.
+
+    Raises:
+        UserError: naming the file and the line that is no JSON object, lacks
+            a key, or has an empty value.
+    """
+    path = Path(path)
+    require(path.is_file(), f"{path} does not exist: check the path")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text: save it as UTF-8") from None
+    records = [_record(line, f"{path}:{number}")
+               for number, line in enumerate(lines, 1) if line.strip()]
+    require(records, f"{path} has no records: one JSON object a line is expected")
+    return records
+
+
+def _record(line: str, where: str) -> Record:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        raise UserError(f"{where} is no JSON: one object a line is expected") from None
+    require(isinstance(record, dict), f"{where} is no JSON object: use {{...}}")
+    for key in KEYS:
+        value = record.get(key)
+        require(isinstance(value, str), f"{where} lacks the text {key!r}: add it")
+        require(value.strip(), f"{where} has an empty {key!r}: fill it or drop the line")
+    return record
+
+
+def sensors(split: str, limit: int | None = None) -> list[Record]:
+    """Split of data/sensors: train, validation, test or test_phrasings."""
+    return read_jsonl(DATA / "sensors" / f"{split}.jsonl")[:limit]
+
+
+def chat(instruction: str, response: str | None = None) -> list[dict[str, str]]:
+    """An instruction, and its answer if given, as chat messages."""
+    messages = [{"role": "user", "content": instruction}]
+    if response is not None:
+        messages.append({"role": "assistant", "content": response})
+    return messages
+
+
+def render(tokenizer: PreTrainedTokenizerBase, instruction: str, *, own: bool = False) -> str:
+    """Prompt text, in the course's template or in the model's `own`."""
+    template = tokenizer.own_chat_template if own else None
+    return tokenizer.apply_chat_template(
+        chat(instruction), chat_template=template, tokenize=False,
+        add_generation_prompt=True)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, record: Record) -> tuple[list[int], list[int]]:
+    """Token ids of prompt and answer (with the end token) and their labels."""
+    full = tokenizer.apply_chat_template(
+        chat(record["instruction"], record["response"]), tokenize=False)
+    ids = tokenizer(full, add_special_tokens=False).input_ids
+    prompt = tokenizer(render(tokenizer, record["instruction"]), add_special_tokens=False)
+    start = len(prompt.input_ids)
+    return ids, [IGNORED] * start + ids[start:]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Which examples were right, with a 95 % Wilson interval of the share."""
+
+    hits: tuple[bool, ...]
+    texts: tuple[str, ...]
+
+    @property
+    def share(self) -> float:
+        return sum(self.hits) / len(self.hits)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return wilson(sum(self.hits), len(self.hits))
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.share:.1%} [{low:.1%}, {high:.1%}] of {len(self.hits)}"
+
+
+def wilson(hits: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """Score interval of a binomial share (Wilson 1927)."""
+    require(total > 0, "no examples to score: give at least one")
+    share = hits / total
+    middle = share + z * z / (2 * total)
+    spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    scale = 1 + z * z / total
+    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    instructions: Sequence[str],
+    *,
+    max_new_tokens: int = 28,
+    batch_size: int = 50,
+    own: bool = False,
+) -> list[str]:
+    """Greedy answers of the model that is passed, without the prompt.
+
+    Prompts are padded on the left, so every answer starts in the same column
+    and the prompt can be cut off by position.
+    """
+    prompts = [render(tokenizer, text, own=own) for text in instructions]
+    # Neighbours in length share a batch, so that little is padding.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers = [""] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        rows = order[start:start + batch_size]
+        batch = tokenizer([prompts[i] for i in rows], return_tensors="pt", padding=True,
+                          padding_side="left", add_special_tokens=False).to(model.device)
+        output = model.generate(
+            **batch, max_new_tokens=max_new_tokens, do_sample=False,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+        tails = tokenizer.batch_decode(
+            output[:, batch.input_ids.shape[1]:], skip_special_tokens=True)
+        for row, tail in zip(rows, tails, strict=True):
+            answers[row] = tail.strip()
+    return answers
+
+
+def keyword_score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Record],
+    **options: Any,
+) -> Score:
+    """Share of generated answers that contain the expected keyword.
+
+    The prompt is never searched. `options` go to `generate`.
+    """
+    was_training = model.training
+    model.eval()
+    texts = generate(model, tokenizer, [r["instruction"] for r in records], **options)
+    model.train(was_training)
+    hits = (keyword_hit(t, r["expected_keyword"]) for t, r in zip(texts, records, strict=True))
+    return Score(tuple(hits), tuple(texts))
+
+
+def keyword_hit(text: str, keyword: str) -> bool:
+    """The keyword stands in the text, whatever its case."""
+    return keyword.lower() in text.lower()
+
+
+@torch.inference_mode()
+def held_out_loss(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Record],
+    *,
+    batch_size: int = 50,
+) -> float:
+    """Mean negative log-likelihood (nats) of an answer token, prompts left out."""
+    total, count = 0.0, 0
+    for start in range(0, len(records), batch_size):
+        pairs = [encode(tokenizer, r) for r in records[start:start + batch_size]]
+        ids, labels = pad_right(pairs, tokenizer.pad_token_id)
+        loss, tokens = answer_loss(model, ids.to(model.device), labels.to(model.device))
+        total, count = total + loss.item(), count + tokens
+    return total / count
+
+
+def pad_right(
+    pairs: Sequence[tuple[list[int], list[int]]], pad: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and labels (batch, length), padded on the right."""
+    length = max(len(ids) for ids, _ in pairs)
+    rows = [ids + [pad] * (length - len(ids)) for ids, _ in pairs]
+    labels = [row + [IGNORED] * (length - len(row)) for _, row in pairs]
+    return torch.tensor(rows), torch.tensor(labels)
+
+
+def answer_loss(
+    model: PreTrainedModel, ids: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, int]:
+    """Summed cross-entropy of the labelled tokens, and how many there are.
+
+    Only the columns that predict a label go through the head. Padding is on
+    the right, where a causal model never looks back from it, so no attention
+    mask is needed.
+    """
+    target = labels[:, 1:]
+    wanted = (target != IGNORED).any(0).nonzero()[:, 0]
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=wanted).logits
+    target = target[:, wanted]
+    keep = target != IGNORED
+    loss = torch.nn.functional.cross_entropy(
+        logits[keep].float(), target[keep], reduction="sum")
+    return loss, int(keep.sum())

@@ -1,0 +1,328 @@
+"""Training: full fine-tuning, LoRA and QLoRA through TRL's SFTTrainer.
+
+The trainer is the stock one; our subclass takes the loss where it is needed
+and keeps its checkpoints in safetensors and JSON, so that a killed run
+resumes and nothing is ever pickled.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import BitsAndBytesConfig, PreTrainedModel, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from lib.artifacts import read_json, saving, verified, write_json, writing
+from lib.base_model import best_dtype, load_model, load_tokenizer, machine, quiet
+from lib.errors import require
+from lib.fused import fused
+from lib.lora import count_trainable, lora_config
+from lib.profiles import TrainSettings, seed_everything
+from lib.tasks import Record, answer_loss, chat
+
+CHECKPOINT_EVERY = 50
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run gave, beside the files it wrote."""
+
+    model: PreTrainedModel | PeftModel
+    losses: tuple[float, ...]
+    seconds: float
+    peak_mb: float
+    trainable: int
+    parameters: int
+    optimizer_mb: float
+
+
+class CourseTrainer(SFTTrainer):
+    """SFTTrainer with a lean loss and checkpoints without pickle."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False,
+                     num_items_in_batch: Any = None) -> Any:
+        total, tokens = answer_loss(model, inputs["input_ids"], inputs["labels"])
+        return total / (tokens if num_items_in_batch is None else num_items_in_batch)
+
+    def _trainable(self) -> dict[str, torch.nn.Parameter]:
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Trainable weights, Adam moments, random state; one directory, renamed."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        tensors = {"rng": torch.get_rng_state()}
+        for name, parameter in self._trainable().items():
+            tensors[f"weight.{name}"] = parameter.data
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"{key}.{name}"] = value
+        with writing(folder, scheduler=self.lr_scheduler.state_dict()) as part:
+            save_file({k: t.contiguous() for k, t in tensors.items()},
+                      part / "state.safetensors")
+            self.state.save_to_json(str(part / "trainer_state.json"))
+        for old in Path(self.args.output_dir).glob("checkpoint-*"):
+            if old != folder:
+                shutil.rmtree(old)
+
+    def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
+        state = load_file(Path(checkpoint) / "state.safetensors")
+        for name, parameter in self._trainable().items():
+            parameter.data.copy_(state[f"weight.{name}"])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        state = load_file(Path(checkpoint) / "state.safetensors")
+        for name, parameter in self._trainable().items():
+            self.optimizer.state[parameter] = {
+                key: state[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+        scheduler = read_json(Path(checkpoint) / "manifest.json")["scheduler"]
+        self.lr_scheduler.load_state_dict(scheduler)
+        for group, rate in zip(self.optimizer.param_groups, scheduler["_last_lr"],
+                               strict=True):
+            group["lr"] = rate
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            torch.set_rng_state(load_file(Path(checkpoint) / "state.safetensors")["rng"])
+
+
+class Progress(TrainerCallback):
+    """A plain line now and then: step, loss, seconds left. Silent if not wanted."""
+
+    def __init__(self, every: int) -> None:
+        self.every, self.start, self.first = every, 0.0, 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.start, self.first = time.monotonic(), state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        step, total = state.global_step, state.max_steps
+        if "loss" not in (logs or {}) or (step % self.every and step != total):
+            return
+        pace = (time.monotonic() - self.start) / max(1, step - self.first)
+        print(f"step {step:4d}/{total}  loss {logs['loss']:.3f}  "
+              f"about {pace * (total - step):.0f} s left", flush=True)
+
+
+def quantized_config() -> BitsAndBytesConfig:
+    """NF4 with double quantisation, computing in the machine's best dtype."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=best_dtype())
+
+
+def base_for(mode: str, name: str) -> PreTrainedModel:
+    """The base model as `mode` wants it: NF4, or full precision.
+
+    Full fine-tuning keeps float32 weights, because an Adam step is often
+    smaller than bfloat16 can add to a weight.
+    """
+    if mode == "qlora":
+        return load_model(name, quantization_config=quantized_config())
+    return load_model(name, dtype=torch.float32 if mode == "full" else None)
+
+
+def to_dataset(records: Sequence[Record]) -> Dataset:
+    """Prompt and completion as chat messages: TRL then trains on the answer only."""
+    return Dataset.from_list([
+        {"prompt": chat(r["instruction"]),
+         "completion": chat(r["instruction"], r["response"])[1:]} for r in records])
+
+
+def make_trainer(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    records: Sequence[Record],
+    settings: TrainSettings,
+    *,
+    work: Path,
+    say_every: int = 0,
+) -> SFTTrainer:
+    """The trainer for a plain model; it adds the adapter itself."""
+    adapter = None if settings.mode == "full" else lora_config(model, settings)
+    on_gpu = torch.cuda.is_available()
+    mixed = settings.mode == "full" and best_dtype() == torch.bfloat16
+    args = SFTConfig(
+        output_dir=str(work), max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate, lr_scheduler_type="cosine",
+        warmup_steps=settings.warmup, weight_decay=0.0, logging_steps=1,
+        optim="paged_adamw_8bit" if on_gpu else "adamw_torch_fused",
+        max_length=settings.max_length, packing=False, completion_only_loss=True,
+        # Neighbours in length share a batch, so that little is padding.
+        train_sampling_strategy="random" if settings.plain else "group_by_length",
+        use_cpu=not on_gpu, bf16=mixed, gradient_checkpointing=on_gpu,
+        save_strategy="steps", save_steps=CHECKPOINT_EVERY,
+        report_to="none", seed=settings.seed, disable_tqdm=True,
+        dataloader_pin_memory=on_gpu)
+    trainer = (SFTTrainer if settings.plain else CourseTrainer)(
+        model=model, args=args, train_dataset=to_dataset(records),
+        processing_class=tokenizer, peft_config=adapter)
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            # TRL turns a QLoRA adapter to bf16, where small Adam steps vanish.
+            parameter.data = parameter.data.float()
+    for callback in trainer.callback_handler.callbacks[:]:
+        if type(callback).__name__ == "PrinterCallback":
+            trainer.remove_callback(callback)
+    if say_every:
+        trainer.add_callback(Progress(say_every))
+    _check_labels(trainer, tokenizer.eos_token_id)
+    return trainer
+
+
+def _check_labels(trainer: SFTTrainer, end: int) -> None:
+    """The end token is learned and the prompt is not."""
+    labels = trainer.train_dataset[0]["labels"]
+    require(end in labels, "the end token is not among the labels: "
+            "the answers are longer than max_length, or the template drops it")
+    require(labels[0] == -100, "the loss covers the prompt: give prompt and completion")
+
+
+def train(
+    records: Sequence[Record],
+    settings: TrainSettings,
+    *,
+    model: str = "embedded",
+    out: Path | None = None,
+    say_every: int = 0,
+) -> TrainResult:
+    """Train on instruction-response records; save to `out` if given.
+
+    A run that was killed resumes from its last checkpoint when it is started
+    again with the same settings and data. With `out`, an adapter is saved
+    alone (`full` saves the model), with `losses.json` beside it.
+
+    Raises:
+        UserError: bad settings, records or model; see `lib.errors`.
+    """
+    quiet()
+    seed_everything(settings.seed)
+    require(records, "no records to train on: give at least one")
+    tokenizer = load_tokenizer(model)
+    base = base_for(settings.mode, model)
+    with _work_directory(out, settings, records, model) as work:
+        with saving(work):
+            trainer = make_trainer(base, tokenizer, records, settings, work=work,
+                                   say_every=say_every)
+            result = run_trainer(trainer, settings, resume=_last_checkpoint(work))
+            if out is not None:
+                save_result(result, out, settings, model)
+    return result
+
+
+def run_trainer(trainer: SFTTrainer, settings: TrainSettings,
+                resume: Path | None = None) -> TrainResult:
+    """Run a prepared trainer and measure it."""
+    trainer.model.train()
+    trainable, parameters = count_trainable(trainer.model)
+    step = contextlib.nullcontext() if settings.plain else fused(trainer.model)
+    start = time.monotonic()
+    with step, peak_memory() as peak:
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    seconds = time.monotonic() - start
+    losses = tuple(e["loss"] for e in trainer.state.log_history if "loss" in e)
+    require(all(math.isfinite(x) for x in losses),
+            f"the loss became {losses[-1]}: lower the learning rate")
+    state = trainer.optimizer.state.values() if trainer.optimizer else ()
+    moved = sum(t.numel() * t.element_size() for s in state for t in s.values()
+                if isinstance(t, torch.Tensor))
+    _check_trained(trainer.model)
+    return TrainResult(trainer.model.eval(), losses, seconds, peak["mb"],
+                       trainable, parameters, moved / 1e6)
+
+
+def _check_trained(model: torch.nn.Module) -> None:
+    """B starts at zero; if it still is, the adapter silently did not train."""
+    norms = [p.norm().item() for n, p in model.named_parameters() if "lora_B" in n]
+    require(not norms or max(norms) > 0, "the adapter did not move: raise the learning rate")
+
+
+def save_result(result: TrainResult, out: Path, settings: TrainSettings, model: str) -> None:
+    """Adapter (or full model) and its loss history, whole or not at all."""
+    with writing(out, settings=dataclasses.asdict(settings), base=model,
+                 machine=machine(), seconds=round(result.seconds, 1)) as part:
+        result.model.save_pretrained(part)
+        # A path of this machine means nothing to whoever loads the adapter.
+        if (config := part / "adapter_config.json").is_file():
+            write_json(config, read_json(config) | {"base_model_name_or_path": model})
+            (part / "README.md").unlink(missing_ok=True)
+        write_json(part / "losses.json", list(result.losses))
+
+
+@contextlib.contextmanager
+def _work_directory(out: Path | None, settings: TrainSettings,
+                    records: Sequence[Record], model: str) -> Iterator[Path]:
+    """Where checkpoints live: beside `out`, kept if the run is cut short."""
+    if out is None:
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch)
+        return
+    out = Path(out)
+    work = out.with_name(f".{out.name}.work")
+    with saving(work):
+        work.mkdir(parents=True, exist_ok=True)
+        identity = {"settings": dataclasses.asdict(settings), "model": model,
+                    "records": [list(map(str, r.values())) for r in records]}
+        key = work / "identity.json"
+        if key.is_file() and read_json(key) != json.loads(json.dumps(identity)):
+            shutil.rmtree(work)
+            work.mkdir()
+        write_json(key, identity)
+    yield work
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _last_checkpoint(work: Path) -> Path | None:
+    """Newest whole checkpoint; leftovers of a killed write are ignored."""
+    found = [p for p in work.glob("checkpoint-*") if (p / "manifest.json").is_file()]
+    if not found:
+        return None
+    last = max(found, key=lambda p: int(p.name.split("-")[1]))
+    verified(last)
+    print(f"resuming from step {last.name.split('-')[1]}", file=sys.stderr)
+    return last
+
+
+@contextlib.contextmanager
+def peak_memory(interval: float = 0.05) -> Iterator[dict[str, float]]:
+    """Peak memory in MB (10^6 bytes) of this process while the block runs.
+
+    Resident memory on a CPU, sampled; allocated memory on a GPU, exact.
+    """
+    peak, stop = {"mb": 0.0}, threading.Event()
+    process = psutil.Process(os.getpid())
+
+    def watch() -> None:
+        while True:
+            peak["mb"] = max(peak["mb"], process.memory_info().rss / 1e6)
+            if stop.wait(interval):
+                return
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        thread.join()
+        if torch.cuda.is_available():
+            peak["mb"] = torch.cuda.max_memory_allocated() / 1e6
