@@ -1,4 +1,4 @@
-"""The command line: `python -m lib run | train | reference | bench`."""
+"""The command line: `python -m lib run | train | bench`."""
 
 import argparse
 import dataclasses
@@ -45,10 +45,6 @@ def parser() -> Parser:
             train.add_argument(flag, type=field.type, default=field.default,
                                help=f"default {field.default}")
 
-    reference = commands.add_parser("reference", help="make the stored results again")
-    reference.add_argument("pieces", nargs="*", metavar="PIECE", help="default: all missing")
-    reference.add_argument("--list", action="store_true", help="show the pieces")
-
     bench = commands.add_parser("bench", help="run a benchmark")
     bench.add_argument("name")
     bench.add_argument("--json", type=Path, metavar="FILE")
@@ -56,6 +52,7 @@ def parser() -> Parser:
 
 
 def command_run(args: argparse.Namespace) -> None:
+    """Execute the notebooks and say where the pages are."""
     from lib.course import run
 
     start = time.monotonic()
@@ -64,6 +61,7 @@ def command_run(args: argparse.Namespace) -> None:
 
 
 def command_train(args: argparse.Namespace) -> None:
+    """Train on the user's own JSONL."""
     from lib.profiles import TrainSettings
     from lib.tasks import read_jsonl
     from lib.train import train
@@ -77,16 +75,8 @@ def command_train(args: argparse.Namespace) -> None:
           f"{result.seconds:.0f} s, peak {result.peak_mb:.0f} MB")
 
 
-def command_reference(args: argparse.Namespace) -> None:
-    from lib.reference import PIECES, run_pieces
-
-    if args.list:
-        print("\n".join(PIECES))
-    else:
-        run_pieces(args.pieces)
-
-
 def command_bench(args: argparse.Namespace) -> None:
+    """Run a benchmark; print it, and keep it as JSON."""
     from lib.artifacts import write_json
     from lib.bench import run_bench
 

@@ -100,7 +100,10 @@ def writing(target: Path, **facts: Any) -> Iterator[Path]:
             files = {f.relative_to(part).as_posix(): sha256(f)
                      for f in sorted(part.rglob("*")) if f.is_file()}
             write_json(part / MANIFEST, {"files": files, "versions": versions(), **facts})
+            # Scratch files are private; an artifact is for everyone to read.
             part.chmod(0o755)
+            for file in part.rglob("*"):
+                file.chmod(0o755 if file.is_dir() else 0o644)
             _swap(part, target)
         finally:
             shutil.rmtree(part, ignore_errors=True)

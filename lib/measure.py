@@ -1,9 +1,16 @@
-"""What a notebook measured, as JSON that tables and plots read later."""
+"""What was measured, as JSON that tables and plots read later; peak memory."""
 
+import contextlib
 import dataclasses
+import os
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import psutil
+import torch
 
 from lib.artifacts import BUILD, versions, write_json
 from lib.base_model import machine
@@ -35,3 +42,31 @@ class Measurements:
         write_json(run_directory(self.profile.name) / f"{self.notebook}.json", {
             "notebook": self.notebook, "profile": dataclasses.asdict(self.profile),
             "versions": versions(), "machine": machine(), "measured": self.rows})
+
+
+@contextlib.contextmanager
+def peak_memory(interval: float = 0.05) -> Iterator[dict[str, float]]:
+    """Peak memory in MB (10^6 bytes) of this process while the block runs.
+
+    Resident memory on a CPU, sampled; allocated memory on a GPU, exact.
+    """
+    peak, stop = {"mb": 0.0}, threading.Event()
+    process = psutil.Process(os.getpid())
+
+    def watch() -> None:
+        while True:
+            peak["mb"] = max(peak["mb"], process.memory_info().rss / 1e6)
+            if stop.wait(interval):
+                return
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        thread.join()
+        if torch.cuda.is_available():
+            peak["mb"] = torch.cuda.max_memory_allocated() / 1e6

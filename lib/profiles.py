@@ -29,7 +29,7 @@ class TrainSettings:
         targets: key of TARGETS, or module names separated by commas.
         dropout: 0 here, 0.05 in the tutorial: each example is seen a few
             times at most, and a random mask costs a pass over every input.
-        learning_rate: 2e-3 here, 2e-4 in the tutorial: a small model and a
+        learning_rate: 3e-3 here, 2e-4 in the tutorial: a small model and a
             few hundred steps (`data/results/` has the sweep).
         steps: optimizer steps of `batch_size` examples (the tutorial's
             effective batch of 16, without accumulation).
@@ -43,7 +43,7 @@ class TrainSettings:
     alpha: int = 32
     dropout: float = 0.0
     rslora: bool = False
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     steps: int = 100
     batch_size: int = 16
     warmup: float = 0.05
@@ -75,7 +75,7 @@ class Profile:
     train: TrainSettings = field(default_factory=TrainSettings)
     score_examples: int = 64
     loss_examples: int = 64
-    new_tokens: int = 28
+    new_tokens: int = 56
     repeats: int = 3
 
 
@@ -84,8 +84,8 @@ PROFILES: dict[str, Profile] = {
     for p in (
         Profile("smoke", train=TrainSettings(mode="qlora", steps=2, batch_size=2),
                 score_examples=4, loss_examples=4, new_tokens=4, repeats=1),
-        Profile("laptop", train=TrainSettings(mode="qlora", steps=110)),
-        Profile("reference", train=TrainSettings(mode="qlora", steps=450),
+        Profile("laptop", train=TrainSettings(mode="qlora", steps=60)),
+        Profile("reference", train=TrainSettings(mode="qlora", steps=100),
                 score_examples=500, loss_examples=500, repeats=7),
         Profile("gpu-7b", model="meta-llama/Llama-2-7b-chat-hf",
                 train=TrainSettings(mode="qlora", targets="standard", dropout=0.05,

@@ -118,7 +118,7 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     instructions: Sequence[str],
     *,
-    max_new_tokens: int = 28,
+    max_new_tokens: int = 56,
     batch_size: int = 50,
     own: bool = False,
 ) -> list[str]:

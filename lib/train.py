@@ -1,31 +1,26 @@
 """Training: full fine-tuning, LoRA and QLoRA through TRL's SFTTrainer.
 
-The trainer is the stock one; our subclass takes the loss where it is needed
-and keeps its checkpoints in safetensors and JSON, so that a killed run
-resumes and nothing is ever pickled.
+The trainer is the stock one but for its step and its checkpoints (see
+`lib.trainer`). A killed run resumes when it is started again.
 """
 
 import contextlib
 import dataclasses
 import json
 import math
-import os
 import shutil
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
-from transformers import BitsAndBytesConfig, PreTrainedModel, TrainerCallback
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
 from lib.artifacts import read_json, saving, verified, write_json, writing
@@ -33,8 +28,10 @@ from lib.base_model import best_dtype, load_model, load_tokenizer, machine, quie
 from lib.errors import require
 from lib.fused import fused
 from lib.lora import count_trainable, lora_config
+from lib.measure import peak_memory
 from lib.profiles import TrainSettings, seed_everything
-from lib.tasks import Record, answer_loss, chat
+from lib.tasks import Record, chat
+from lib.trainer import CourseTrainer, Progress
 
 CHECKPOINT_EVERY = 50
 
@@ -50,74 +47,6 @@ class TrainResult:
     trainable: int
     parameters: int
     optimizer_mb: float
-
-
-class CourseTrainer(SFTTrainer):
-    """SFTTrainer with a lean loss and checkpoints without pickle."""
-
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False,
-                     num_items_in_batch: Any = None) -> Any:
-        total, tokens = answer_loss(model, inputs["input_ids"], inputs["labels"])
-        return total / (tokens if num_items_in_batch is None else num_items_in_batch)
-
-    def _trainable(self) -> dict[str, torch.nn.Parameter]:
-        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Trainable weights, Adam moments, random state; one directory, renamed."""
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        tensors = {"rng": torch.get_rng_state()}
-        for name, parameter in self._trainable().items():
-            tensors[f"weight.{name}"] = parameter.data
-            for key, value in self.optimizer.state[parameter].items():
-                tensors[f"{key}.{name}"] = value
-        with writing(folder, scheduler=self.lr_scheduler.state_dict()) as part:
-            save_file({k: t.contiguous() for k, t in tensors.items()},
-                      part / "state.safetensors")
-            self.state.save_to_json(str(part / "trainer_state.json"))
-        for old in Path(self.args.output_dir).glob("checkpoint-*"):
-            if old != folder:
-                shutil.rmtree(old)
-
-    def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
-        state = load_file(Path(checkpoint) / "state.safetensors")
-        for name, parameter in self._trainable().items():
-            parameter.data.copy_(state[f"weight.{name}"])
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        state = load_file(Path(checkpoint) / "state.safetensors")
-        for name, parameter in self._trainable().items():
-            self.optimizer.state[parameter] = {
-                key: state[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-        scheduler = read_json(Path(checkpoint) / "manifest.json")["scheduler"]
-        self.lr_scheduler.load_state_dict(scheduler)
-        for group, rate in zip(self.optimizer.param_groups, scheduler["_last_lr"],
-                               strict=True):
-            group["lr"] = rate
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            torch.set_rng_state(load_file(Path(checkpoint) / "state.safetensors")["rng"])
-
-
-class Progress(TrainerCallback):
-    """A plain line now and then: step, loss, seconds left. Silent if not wanted."""
-
-    def __init__(self, every: int) -> None:
-        self.every, self.start, self.first = every, 0.0, 0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.start, self.first = time.monotonic(), state.global_step
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        step, total = state.global_step, state.max_steps
-        if "loss" not in (logs or {}) or (step % self.every and step != total):
-            return
-        pace = (time.monotonic() - self.start) / max(1, step - self.first)
-        print(f"step {step:4d}/{total}  loss {logs['loss']:.3f}  "
-              f"about {pace * (total - step):.0f} s left", flush=True)
 
 
 def quantized_config() -> BitsAndBytesConfig:
@@ -163,6 +92,9 @@ def make_trainer(
         per_device_train_batch_size=settings.batch_size,
         learning_rate=settings.learning_rate, lr_scheduler_type="cosine",
         warmup_steps=settings.warmup, weight_decay=0.0, logging_steps=1,
+        # The first steps have large gradients; over a short run Adam must
+        # forget them (beta2), and they must not throw the weights far (norm).
+        adam_beta2=0.95, max_grad_norm=0.5,
         optim="paged_adamw_8bit" if on_gpu else "adamw_torch_fused",
         max_length=settings.max_length, packing=False, completion_only_loss=True,
         # Neighbours in length share a batch, so that little is padding.
@@ -217,13 +149,12 @@ def train(
     require(records, "no records to train on: give at least one")
     tokenizer = load_tokenizer(model)
     base = base_for(settings.mode, model)
-    with _work_directory(out, settings, records, model) as work:
-        with saving(work):
-            trainer = make_trainer(base, tokenizer, records, settings, work=work,
-                                   say_every=say_every)
-            result = run_trainer(trainer, settings, resume=_last_checkpoint(work))
-            if out is not None:
-                save_result(result, out, settings, model)
+    with _work_directory(out, settings, records, model) as work, saving(work):
+        trainer = make_trainer(base, tokenizer, records, settings, work=work,
+                               say_every=say_every)
+        result = run_trainer(trainer, settings, resume=_last_checkpoint(work))
+        if out is not None:
+            save_result(result, out, settings, model)
     return result
 
 
@@ -298,31 +229,3 @@ def _last_checkpoint(work: Path) -> Path | None:
     verified(last)
     print(f"resuming from step {last.name.split('-')[1]}", file=sys.stderr)
     return last
-
-
-@contextlib.contextmanager
-def peak_memory(interval: float = 0.05) -> Iterator[dict[str, float]]:
-    """Peak memory in MB (10^6 bytes) of this process while the block runs.
-
-    Resident memory on a CPU, sampled; allocated memory on a GPU, exact.
-    """
-    peak, stop = {"mb": 0.0}, threading.Event()
-    process = psutil.Process(os.getpid())
-
-    def watch() -> None:
-        while True:
-            peak["mb"] = max(peak["mb"], process.memory_info().rss / 1e6)
-            if stop.wait(interval):
-                return
-
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        stop.set()
-        thread.join()
-        if torch.cuda.is_available():
-            peak["mb"] = torch.cuda.max_memory_allocated() / 1e6

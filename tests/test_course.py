@@ -1,0 +1,82 @@
+"""Running notebooks: executed copies, pages, kept outputs, errors in one line."""
+
+import nbformat
+import pytest
+
+from lib import course, measure
+from lib.errors import UserError
+
+FAST = "import os\nPROFILE = os.environ.get('COURSE_PROFILE', 'laptop')"
+
+
+def write(path, *sources):
+    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": {
+        "name": "python3", "display_name": "Python 3", "language": "python"}})
+    notebook.cells = [nbformat.v4.new_code_cell(s) for s in sources]
+    notebook.cells[0].metadata["tags"] = ["parameters"]
+    nbformat.write(notebook, path)
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    books, build = tmp_path / "notebooks", tmp_path / "build"
+    books.mkdir()
+    monkeypatch.setattr(course, "NOTEBOOKS", books)
+    monkeypatch.setattr(measure, "BUILD", build)
+    monkeypatch.setenv("COURSE_PROFILE", "smoke")
+    return books, build / "course" / "smoke"
+
+
+def test_run_leaves_copies_pages_and_index(folders):
+    books, out = folders
+    write(books / "01_one.ipynb", FAST, "print('profile is', PROFILE)")
+    write(books / "02_two.ipynb", FAST, "print(6 * 7)")
+    assert course.run("smoke", store=True) == out
+    executed = nbformat.read(out / "01_one.ipynb", as_version=4)
+    assert "profile is smoke" in executed.cells[-1].outputs[0].text
+    index = (out / "index.html").read_text()
+    assert "01_one.html" in index and "02_two.html" in index
+    assert "42" in (out / "02_two.html").read_text()
+    kept = nbformat.read(books / "02_two.ipynb", as_version=4)
+    assert kept.cells[1].outputs[0].text == "42\n"
+    assert kept.metadata.course.source_sha256 == course.source_hash(kept)
+    assert "papermill" not in kept.metadata and len(kept.cells) == 2
+
+
+def test_only_one(folders):
+    books, out = folders
+    write(books / "01_one.ipynb", FAST)
+    write(books / "05_five.ipynb", FAST)
+    course.run("smoke", only="5")
+    assert (out / "05_five.html").is_file() and not (out / "01_one.html").exists()
+
+
+def test_a_failing_cell_is_one_line(folders):
+    books, out = folders
+    write(books / "01_one.ipynb", FAST, "raise ValueError('no such sensor')")
+    with pytest.raises(UserError, match=r"01_one.ipynb, cell \d+: ValueError: no such sensor"):
+        course.run("smoke")
+    assert not (out / "01_one.ipynb").exists()
+
+
+def test_a_changed_cell_is_noticed(folders):
+    books, _ = folders
+    write(books / "01_one.ipynb", FAST, "1 + 1")
+    before = course.source_hash(nbformat.read(books / "01_one.ipynb", as_version=4))
+    write(books / "01_one.ipynb", FAST, "1 + 2")
+    assert before != course.source_hash(nbformat.read(books / "01_one.ipynb", as_version=4))
+
+
+def test_measurements_are_kept_as_they_come(folders):
+    from lib.artifacts import read_json
+    from lib.profiles import get_profile
+
+    _, out = folders
+    seen = measure.Measurements("01", get_profile("smoke"))
+    seen.add("score", 0.5, "share")
+    seen.add("score", 0.75, "share")
+    seen.add("time", 3, "s")
+    stored = read_json(out / "01.json")
+    assert [(r["name"], r["value"]) for r in stored["measured"]] == [("score", 0.75), ("time", 3)]
+    assert stored["versions"]["torch"] and stored["profile"]["name"] == "smoke"
+    assert "<td>0.75" in course._table(stored["measured"])

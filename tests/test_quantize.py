@@ -1,0 +1,172 @@
+"""lib.quantize: the NormalFloat codebook, blocks, and what they cost."""
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lib.errors import UserError
+from lib.quantize import bits_per_parameter, dequantize_blocks, normal_float, quantize_blocks
+
+# Table of QLoRA's NF4 (Dettmers et al. 2023, appendix E).
+NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+       -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+       0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+       0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
+
+values = st.floats(-1e6, 1e6, width=32)
+weights = st.lists(values, min_size=1, max_size=200).map(torch.tensor)
+widths = st.integers(2, 8)
+sizes = st.integers(1, 70)
+
+
+def round_trip(weight: Tensor, bits: int, block: int) -> Tensor:
+    """Quantised and back, as float32 of shape (n,)."""
+    book = normal_float(bits)
+    codes, absmax = quantize_blocks(weight, book, block)
+    return dequantize_blocks(codes, absmax, book, block)
+
+
+def scale_of_each(weight: Tensor, block: int) -> Tensor:
+    """Absmax of the block that each weight is in, computed one block at a time."""
+    return torch.cat([b.abs().max().expand(len(b)) for b in weight.reshape(-1).split(block)])
+
+
+def test_nf4_equals_both_tables() -> None:
+    book = normal_float(4)
+    assert book.dtype == torch.float32
+    torch.testing.assert_close(book, torch.tensor(NF4), rtol=0, atol=1e-6)
+    theirs = bnb.get_4bit_type("nf4", device="cpu")
+    torch.testing.assert_close(book, theirs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_codebook_has_its_properties(bits: int) -> None:
+    book = normal_float(bits)
+    assert len(book) == 2**bits
+    assert (book.diff() > 0).all()
+    assert book[0] == -1 and book[-1] == 1
+    assert (book == 0).sum() == 1
+    assert (book > 0).sum() == 2 ** (bits - 1)
+
+
+@pytest.mark.parametrize("bits", [-1, 0, 1, 9])
+def test_codebook_refuses_other_widths(bits: int) -> None:
+    with pytest.raises(UserError, match="2 to 8"):
+        normal_float(bits)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (48, 128), (1, 64), (3, 50)])
+def test_equals_bitsandbytes(shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 0.3
+    packed, state = bnb.quantize_4bit(
+        weight, blocksize=64, quant_type="nf4", compress_statistics=False)
+    theirs = bnb.dequantize_4bit(packed, state)
+    codes, absmax = quantize_blocks(weight, normal_float(4), 64)
+    ours = dequantize_blocks(codes, absmax, normal_float(4), 64)
+    torch.testing.assert_close(ours.view(shape), theirs, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(absmax, state.absmax.float(), rtol=0, atol=0)
+    # Two codes to a byte, the first in the high half.
+    both = packed.flatten().repeat_interleave(2)
+    both[0::2] >>= 4
+    assert torch.equal(codes, (both & 15)[: codes.numel()])
+
+
+@given(weights, widths, sizes)
+@example(torch.tensor([1e-40, 5e-41]), 4, 2)
+def test_error_stays_under_its_bound(weight: Tensor, bits: int, block: int) -> None:
+    half_gap = normal_float(bits).diff().max() / 2
+    error = (round_trip(weight, bits, block) - weight).abs()
+    # The slack is float32 rounding; 3e-45 is two of its smallest numbers.
+    bound = half_gap * scale_of_each(weight, block) * (1 + 1e-5) + 3e-45
+    assert (error <= bound).all()
+
+
+def test_error_bound_is_reached() -> None:
+    """A weight in the middle of the widest gap errs by all of the bound."""
+    book = normal_float(4)
+    widest = int(book.diff().argmax())
+    middle = ((book[widest] + book[widest + 1]) / 2).item()
+    weight = torch.tensor([2.0, 2 * middle])
+    error = (round_trip(weight, 4, 2) - weight).abs().max()
+    assert error == pytest.approx(book.diff().max().item(), rel=1e-5)
+
+
+@given(widths, st.floats(2.0**-60, 2.0**60, width=32), st.randoms(use_true_random=False))
+def test_codebook_values_round_trip_exactly(bits: int, scale: float, random: object) -> None:
+    book = normal_float(bits)
+    order = list(range(len(book)))
+    random.shuffle(order)  # type: ignore[attr-defined]
+    weight = book[order] * scale
+    codes, absmax = quantize_blocks(weight, book, len(book))
+    assert codes.tolist() == order
+    assert torch.equal(dequantize_blocks(codes, absmax, book, len(book)), weight)
+
+
+@given(weights, widths, sizes)
+def test_shapes_and_a_short_last_block(weight: Tensor, bits: int, block: int) -> None:
+    book = normal_float(bits)
+    codes, absmax = quantize_blocks(weight, book, block)
+    assert codes.shape == (weight.numel(),) and codes.dtype == torch.uint8
+    assert absmax.shape == (-(-weight.numel() // block),) and absmax.dtype == torch.float32
+    expected = torch.stack([b.abs().max() for b in weight.split(block)])
+    assert torch.equal(absmax, expected)
+    assert dequantize_blocks(codes, absmax, book, block).shape == weight.shape
+
+
+@given(weights, sizes, widths)
+def test_blocks_are_independent(weight: Tensor, block: int, bits: int) -> None:
+    """A block quantised alone gives what it gives among the others."""
+    alone = torch.cat([round_trip(part, bits, block) for part in weight.split(block)])
+    assert torch.equal(round_trip(weight, bits, block), alone)
+
+
+@given(weights, widths, sizes)
+def test_quantising_twice_changes_nothing(weight: Tensor, bits: int, block: int) -> None:
+    once = round_trip(weight, bits, block)
+    assert torch.equal(round_trip(once, bits, block), once)
+
+
+def test_zero_block_stays_zero_beside_others() -> None:
+    weight = torch.tensor([0.0, 0.0, 0.0, 0.0, 5.0, -2.5, 0.0, -0.0])
+    back = round_trip(weight, 4, 4)
+    assert torch.equal(back[:4], torch.zeros(4))
+    assert back[4] == 5 and torch.isfinite(back).all()
+    codes, absmax = quantize_blocks(torch.zeros(3), normal_float(4), 8)
+    assert absmax.tolist() == [0] and codes.numel() == 3
+
+
+def test_takes_a_matrix_of_any_dtype_row_by_row() -> None:
+    weight = torch.arange(-12.0, 12.0).view(4, 6).bfloat16().requires_grad_()
+    flat = round_trip(weight.detach().float().reshape(-1), 8, 6)
+    assert torch.equal(round_trip(weight, 8, 6), flat)
+
+
+@pytest.mark.parametrize("block", [0, -1])
+def test_refuses_a_block_of_nothing(block: int) -> None:
+    with pytest.raises(UserError, match="positive"):
+        quantize_blocks(torch.ones(4), normal_float(4), block)
+
+
+@pytest.mark.parametrize(("bits", "block", "options", "expected"), [
+    (4, 64, {}, 4.5),
+    (4, 64, {"scale_bits": 8, "scale_block": 256}, 4 + 8 / 64 + 32 / (64 * 256)),
+    (8, 32, {"scale_bits": 16}, 8.5),
+    (3, 128, {"scale_bits": 16}, 3.125),
+])
+def test_bits_per_parameter(bits: int, block: int, options: dict[str, int],
+                            expected: float) -> None:
+    assert bits_per_parameter(bits, block, **options) == pytest.approx(expected, rel=1e-12)
+
+
+def test_bits_per_parameter_is_what_bitsandbytes_stores() -> None:
+    """Bytes of a double-quantised 1024 x 1024 matrix, counted in its tensors."""
+    weight = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
+    packed, state = bnb.quantize_4bit(
+        weight, blocksize=64, quant_type="nf4", compress_statistics=True)
+    stored = [packed, state.absmax, state.state2.absmax]
+    bits = 8 * sum(t.numel() * t.element_size() for t in stored) / weight.numel()
+    assert bits == pytest.approx(
+        bits_per_parameter(4, 64, scale_bits=8, scale_block=256), rel=1e-6)
