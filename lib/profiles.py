@@ -31,8 +31,9 @@ class TrainSettings:
             times at most, and a random mask costs a pass over every input.
         learning_rate: 3e-3 here, 2e-4 in the tutorial: a small model and a
             few hundred steps (`data/results/` has the sweep).
-        steps: optimizer steps of `batch_size` examples (the tutorial's
-            effective batch of 16, without accumulation).
+        steps: optimizer steps of `batch_size` examples (16, the tutorial's
+            effective batch), which go through in `accumulate` parts: less
+            memory, the same sums.
         warmup: share of the steps over which the learning rate rises.
         plain: use TRL's stock step instead of ours.
     """
@@ -46,6 +47,7 @@ class TrainSettings:
     learning_rate: float = 3e-3
     steps: int = 100
     batch_size: int = 16
+    accumulate: int = 1
     warmup: float = 0.05
     max_length: int = 512
     seed: int = 0
@@ -56,6 +58,8 @@ class TrainSettings:
         require(self.rank > 0, f"rank {self.rank}: use a positive whole number, such as 16")
         require(self.steps > 0, f"steps {self.steps}: use a positive whole number")
         require(self.batch_size > 0, f"batch size {self.batch_size}: use 1 or more")
+        require(self.accumulate > 0 and self.batch_size % self.accumulate == 0,
+                f"accumulate {self.accumulate}: use a divisor of the batch size")
         require(self.alpha > 0, f"alpha {self.alpha}: use a positive number, such as 32")
         require(0 <= self.dropout < 1, f"dropout {self.dropout}: use 0 up to below 1")
         require(self.learning_rate > 0, f"learning rate {self.learning_rate}: use above 0")
@@ -84,13 +88,13 @@ PROFILES: dict[str, Profile] = {
     for p in (
         Profile("smoke", train=TrainSettings(mode="qlora", steps=2, batch_size=2),
                 score_examples=4, loss_examples=4, new_tokens=4, repeats=1),
-        Profile("laptop", train=TrainSettings(mode="qlora", steps=60)),
+        Profile("laptop", train=TrainSettings(mode="qlora", steps=60, accumulate=2)),
         Profile("reference", train=TrainSettings(mode="qlora", steps=100),
                 score_examples=500, loss_examples=500, repeats=7),
         Profile("gpu-7b", model="meta-llama/Llama-2-7b-chat-hf",
                 train=TrainSettings(mode="qlora", targets="standard", dropout=0.05,
                                     learning_rate=2e-4, steps=938, warmup=0.03,
-                                    max_length=2048),
+                                    accumulate=4, max_length=2048),
                 score_examples=500, loss_examples=500),
     )
 }

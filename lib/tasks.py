@@ -119,7 +119,7 @@ def generate(
     instructions: Sequence[str],
     *,
     max_new_tokens: int = 56,
-    batch_size: int = 50,
+    batch_size: int = 100,
     own: bool = False,
 ) -> list[str]:
     """Greedy answers of the model that is passed, without the prompt.

@@ -89,7 +89,8 @@ def make_trainer(
     mixed = settings.mode == "full" and best_dtype() == torch.bfloat16
     args = SFTConfig(
         output_dir=str(work), max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=settings.batch_size // settings.accumulate,
+        gradient_accumulation_steps=settings.accumulate,
         learning_rate=settings.learning_rate, lr_scheduler_type="cosine",
         warmup_steps=settings.warmup, weight_decay=0.0, logging_steps=1,
         # The first steps have large gradients; over a short run Adam must
@@ -97,8 +98,9 @@ def make_trainer(
         adam_beta2=0.95, max_grad_norm=0.5,
         optim="paged_adamw_8bit" if on_gpu else "adamw_torch_fused",
         max_length=settings.max_length, packing=False, completion_only_loss=True,
-        # Neighbours in length share a batch, so that little is padding.
-        train_sampling_strategy="random" if settings.plain else "group_by_length",
+        # Not grouped by length: the sampler then goes from long examples to
+        # short ones, and here length tells the machine. The model follows.
+        train_sampling_strategy="random",
         use_cpu=not on_gpu, bf16=mixed, gradient_checkpointing=on_gpu,
         save_strategy="steps", save_steps=CHECKPOINT_EVERY,
         report_to="none", seed=settings.seed, disable_tqdm=True,

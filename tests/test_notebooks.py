@@ -1,5 +1,6 @@
 """House style of the notebooks, and that stored outputs belong to the source."""
 
+import importlib.util
 import json
 import re
 import statistics
@@ -8,6 +9,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from lib.artifacts import ROOT
 from lib.course import notebooks, source_hash
 from lib.profiles import PROFILES
 
@@ -123,6 +125,14 @@ def test_every_figure_has_words_below_it(path):
         if cell.cell_type == "code" and re.search(r"plt\.show\(\)", cell.source):
             assert after is not None and after.cell_type == "markdown"
             assert "In words" in after.source, cell.source
+
+
+def test_the_readme_shows_the_stored_results():
+    spec = importlib.util.spec_from_file_location("make", ROOT / "data" / "results" / "make.py")
+    make = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"{make.BEGIN}\n{make.readme_table()}\n{make.END}" in readme
 
 
 def test_profiles_offer_the_four_sizes():

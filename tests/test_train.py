@@ -188,9 +188,8 @@ def test_resumed_equals_undisturbed(
     assert [p.name for p in work.glob("checkpoint-*")] == [f"checkpoint-{step}"]
     assert no_pickle(work) and len(files(work)) >= 3
     # What a kill in the middle of the next checkpoint leaves is no obstacle.
-    (work / f"checkpoint-{step + 2}").mkdir()
-    (work / f"checkpoint-{step + 2}" / "state.safetensors").write_bytes(b"half")
     (work / f".checkpoint-{step + 2}.abc").mkdir()
+    (work / f".checkpoint-{step + 2}.abc" / "state.safetensors").write_bytes(b"half")
     capsys.readouterr()
     again = train(RECORDS, SETTINGS[mode], model=tiny_directory, out=out)
     assert f"resuming from step {step}" in capsys.readouterr().err
@@ -522,3 +521,25 @@ def test_progress_is_a_plain_line_now_and_then(
 def test_settings_are_checked(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         TrainSettings(**change)
+
+
+def test_batches_are_not_sorted_by_length(
+    tiny_directory: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """Length tells the machine; sorted batches made a model forget half of them."""
+    records = sensors("train", 320)
+    trainer = make_trainer(load_model(tiny_directory), tokenizer, records,
+                           TrainSettings(steps=20, batch_size=16), work=tmp_path)
+    lengths = torch.tensor([batch["attention_mask"].sum(1).float().mean().item()
+                            for batch in trainer.get_train_dataloader()])
+    steps = torch.arange(len(lengths), dtype=torch.float)
+    correlation = torch.corrcoef(torch.stack([lengths, steps]))[0, 1].item()
+    assert len(lengths) == 20 and abs(correlation) < 0.5
+
+
+def test_parts_of_a_batch_add_up_to_the_batch(tiny_directory: str) -> None:
+    """Accumulation weighs every token alike, whatever part it came in."""
+    whole = dataclasses.replace(SETTINGS["lora"], dropout=0.0)
+    parts = dataclasses.replace(whole, accumulate=2)
+    first, second = (train(RECORDS, s, model=tiny_directory) for s in (whole, parts))
+    assert first.losses == pytest.approx(second.losses, rel=1e-3)

@@ -134,14 +134,13 @@ def sweeps() -> dict[str, Any]:
 
 
 def pipeline() -> dict[str, Any]:
-    """Whole-test score and size after each step: merge routes, INT8 (T10, T11)."""
+    """Whole-test score and size after each step: merge, INT8 (T10, T11)."""
     adapter = ADAPTERS / "sensors_qlora"
-    rows: dict[str, Any] = {"adapter": {"mb": size_mb(adapter)}}
-    for route in ("dequantized", "original"):
-        save_model(merge(adapter, route=route), WORK / f"merged_{route}")
-        rows[route] = _artifact_row(WORK / f"merged_{route}")
-    save_int8(WORK / "merged_dequantized", WORK / "int8")
-    return rows | {"int8": _artifact_row(WORK / "int8")}
+    merged, int8 = WORK / "merged_dequantized", WORK / "int8"
+    save_model(merge(adapter, route="dequantized"), merged)
+    save_int8(merged, int8)
+    return {"adapter": {"mb": size_mb(adapter)}, "dequantized": _artifact_row(merged),
+            "int8": _artifact_row(int8)}
 
 
 def _artifact_row(directory: Path) -> dict[str, Any]:
@@ -189,16 +188,16 @@ def run_pieces(names: list[str]) -> None:
 
 
 def readme_table() -> str:
-    """The README's results, from the stored files."""
-    results = {n: read_json(RESULTS / f"{n}.json")["result"]
-               for n in ("base", "full", "lora", "qlora", "pipeline")}
-    base_row = max(results["base"].values(), key=lambda row: row["test"]["share"])
-    rows = [("base model (its better template)", base_row, "-"),
-            *((label, results[n], f"{results[n]['saved_mb']:.1f}") for n, label in (
-                ("full", "full fine-tuning"), ("lora", "LoRA, r = 16"),
-                ("qlora", "QLoRA, r = 16"))),
-            *((label, results["pipeline"][n], f"{results['pipeline'][n]['mb']:.1f}")
-              for n, label in (("dequantized", "QLoRA, merged"), ("int8", "merged, INT8")))]
+    """The README's results, from the stored files that are there."""
+    results = {n: read_json(RESULTS / f"{n}.json")["result"] for n in PIECES
+               if (RESULTS / f"{n}.json").is_file()}
+    best = max(results["base"].values(), key=lambda row: row["test"]["share"])
+    rows = [("base model (its better template)", best, "-")]
+    rows += [(label, results[n], f"{results[n]['saved_mb']:.1f}") for n, label in (
+        ("full", "full fine-tuning"), ("lora", "LoRA, r = 16"), ("qlora", "QLoRA, r = 16"))
+        if n in results]
+    rows += [(label, results["pipeline"][n], f"{results['pipeline'][n]['mb']:.1f}")
+             for n, label in (("dequantized", "QLoRA, merged"), ("int8", "merged, INT8"))]
     lines = ["| model | test | new phrasings | saved, MB |", "|---|---|---|---|"]
     for label, row, size in rows:
         cells = [f"{100 * x['share']:.1f} % ({100 * x['low']:.1f} to {100 * x['high']:.1f})"
