@@ -79,10 +79,6 @@ def load_model(
     """
     quiet()
     directory = locate(model)
-    # Eager attention: the fused CPU kernel's backward is 20 times slower on
-    # short sequences (`python -m lib bench training` shows both).
-    options.setdefault("attn_implementation",
-                       "sdpa" if torch.cuda.is_available() else "eager")
     with _readable(model):
         loaded = AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype or best_dtype(), **options)

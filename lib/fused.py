@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -113,8 +114,16 @@ def _plain_lora(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def fused(model: nn.Module) -> Iterator[int]:
-    """Run the model's LoRA linears and frozen norms fused; yields how many."""
+    """Run the model's LoRA linears and frozen norms fused; yields how many.
+
+    Attention is eager meanwhile: on a CPU the fused kernel's backward pass is
+    many times slower on short sequences (its forward pass is not).
+    """
     changed = []
+    owner = model.get_base_model() if isinstance(model, PeftModel) else model
+    attention = getattr(getattr(owner, "config", None), "_attn_implementation", None)
+    if attention == "sdpa" and not torch.cuda.is_available():
+        owner.set_attn_implementation("eager")
     for module in model.modules():
         if _plain_lora(module):
             module.forward = types.MethodType(_lora_forward, module)
@@ -128,3 +137,5 @@ def fused(model: nn.Module) -> Iterator[int]:
     finally:
         for module in changed:
             del module.forward
+        if attention == "sdpa" and not torch.cuda.is_available():
+            owner.set_attn_implementation("sdpa")

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from lib.artifacts import verified, writing
+from lib.artifacts import read_json, verified, write_json, writing
 from lib.base_model import load_model, load_tokenizer
 from lib.errors import require
 from lib.fused import frozen_weight
@@ -54,10 +54,27 @@ def dequantized_base(model: str = "embedded") -> PreTrainedModel:
 
 def save_model(model: PreTrainedModel, out: Path, *, tokenizer_of: str = "embedded",
                dtype: torch.dtype | None = torch.float16) -> None:
-    """Write weights and tokenizer as one artifact (float16, or as they are)."""
+    """Write weights and tokenizer as one artifact (float16, or as they are).
+
+    The model in memory stays as it is.
+    """
     with writing(out, parameters=model.num_parameters()) as part:
-        (model.to(dtype) if dtype else model).save_pretrained(part)
+        if dtype is None:
+            model.save_pretrained(part)
+        else:
+            model.save_pretrained(part, state_dict=_converted(model, dtype))
+            config = read_json(part / "config.json")
+            write_json(part / "config.json", config | {"dtype": str(dtype).split(".")[1]})
         load_tokenizer(tokenizer_of).save_pretrained(part)
+
+
+def _converted(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """State in another dtype; tied tensors stay tied, so they are written once."""
+    state, done = model.state_dict(), {}
+    for name, tensor in state.items():
+        if tensor.is_floating_point():
+            state[name] = done.setdefault(tensor.data_ptr(), tensor.to(dtype))
+    return state
 
 
 def load_saved(directory: Path | str, **options: object) -> PreTrainedModel:
@@ -73,11 +90,14 @@ def save_int8(merged: Path, out: Path) -> None:
     bits; all weights are stored as int8 with one scale a row.
     """
     config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=INT8_THRESHOLD)
-    save_model(load_saved(merged, quantization_config=config), out,
-               tokenizer_of=str(merged), dtype=None)
+    _save_quantized(merged, config, out)
 
 
 def save_nf4(merged: Path, out: Path) -> None:
     """NF4 with double quantisation of a merged model, saved."""
-    save_model(load_saved(merged, quantization_config=quantized_config()), out,
-               tokenizer_of=str(merged), dtype=None)
+    _save_quantized(merged, quantized_config(), out)
+
+
+def _save_quantized(merged: Path, config: BitsAndBytesConfig, out: Path) -> None:
+    model = load_saved(merged, quantization_config=config)
+    save_model(model, out, tokenizer_of=str(merged), dtype=None)

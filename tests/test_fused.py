@@ -7,7 +7,7 @@ from collections.abc import Callable
 import bitsandbytes as bnb
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.functional import dequantize_4bit, has_avx512bf16
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
@@ -222,10 +222,13 @@ def test_4bit_model_equals_the_dequantised_model(tiny_directory: str) -> None:
 
 def scored(layer: bnb.nn.Linear4bit) -> None:
     """Use a layer as generation does: evaluation mode, no gradients wanted."""
+    layer.support_avx512bf16_for_cpu = has_avx512bf16()  # as it is outside of tests
     layer.eval()
     with torch.inference_mode():
         layer(random(3, 128))
     layer.train()
+    assert getattr(layer.weight.quant_state, "packing_format_for_cpu", False) == bool(
+        has_avx512bf16())
 
 
 def test_frozen_weight_after_scoring() -> None:

@@ -191,13 +191,16 @@ def readme_table() -> str:
     """The README's results, from the stored files that are there."""
     results = {n: read_json(RESULTS / f"{n}.json")["result"] for n in PIECES
                if (RESULTS / f"{n}.json").is_file()}
-    best = max(results["base"].values(), key=lambda row: row["test"]["share"])
-    rows = [("base model (its better template)", best, "-")]
+    rows = []
+    if "base" in results:
+        best = max(results["base"].values(), key=lambda row: row["test"]["share"])
+        rows = [("base model (its better template)", best, "-")]
     rows += [(label, results[n], f"{results[n]['saved_mb']:.1f}") for n, label in (
         ("full", "full fine-tuning"), ("lora", "LoRA, r = 16"), ("qlora", "QLoRA, r = 16"))
         if n in results]
     rows += [(label, results["pipeline"][n], f"{results['pipeline'][n]['mb']:.1f}")
-             for n, label in (("dequantized", "QLoRA, merged"), ("int8", "merged, INT8"))]
+             for n, label in (("dequantized", "QLoRA, merged"), ("int8", "merged, INT8"))
+             if "pipeline" in results]
     lines = ["| model | test | new phrasings | saved, MB |", "|---|---|---|---|"]
     for label, row, size in rows:
         cells = [f"{100 * x['share']:.1f} % ({100 * x['low']:.1f} to {100 * x['high']:.1f})"
