@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -22,6 +23,9 @@ from lib.errors import UserError, require
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = Path(os.environ.get("COURSE_BUILD", ROOT / "build"))
 MANIFEST = "manifest.json"
+# What the user can mend: full, over quota, too large, read-only, not a folder.
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES,
+              errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
 
 
@@ -70,17 +74,18 @@ def saving(where: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if error.errno in UNWRITABLE:
             raise UserError(
                 f"cannot write {where} ({error.strerror}): free some space or "
                 "choose another folder; nothing was left behind") from None
         raise
     except Exception as error:
         # safetensors (in Rust) reports the same conditions as its own error.
-        if "os error 28" in str(error) or "No space left" in str(error):
-            raise UserError(
-                f"cannot write {where} (no space left on device): free some "
-                "space or choose another folder; nothing was left behind") from None
+        number = re.search(r"(?:os error|code:) (\d+)", str(error))
+        if number and int(number[1]) in UNWRITABLE:
+            reason = os.strerror(int(number[1])).lower()
+            raise UserError(f"cannot write {where} ({reason}): free some space or choose "
+                            "another folder; nothing was left behind") from None
         raise
 
 
@@ -92,8 +97,10 @@ def writing(target: Path, **facts: Any) -> Iterator[Path]:
     manifest beside the file hashes.
     """
     target = Path(target)
+    require_free(target)
     with saving(target):
         target.parent.mkdir(parents=True, exist_ok=True)
+        recover(target)
         part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:
             yield part
@@ -109,13 +116,25 @@ def writing(target: Path, **facts: Any) -> Iterator[Path]:
             shutil.rmtree(part, ignore_errors=True)
 
 
+def require_free(target: Path) -> None:
+    """UserError unless `target` is absent, empty, or an artifact to replace."""
+    require(target.name, f"{target} is the folder you are in: choose a new one")
+    require(not target.exists() or (target / MANIFEST).is_file() or
+            (target.is_dir() and not any(target.iterdir())),
+            f"{target} holds something else: choose another folder")
+
+
 def _swap(part: Path, target: Path) -> None:
     """Rename `part` to `target`, keeping the old one until the new one is in."""
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)
-    part.rename(target)
+    try:
+        part.rename(target)
+    except OSError:
+        recover(target)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -137,7 +156,10 @@ def verified(target: Path) -> dict[str, Any]:
     require((target / MANIFEST).is_file(),
             f"{target} is no artifact of this course (no {MANIFEST}): check the path")
     manifest = read_json(target / MANIFEST)
-    for name, digest in manifest.get("files", {}).items():
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    require(files and isinstance(files, dict),
+            f"{target / MANIFEST} lists no files: delete {target} and make it again")
+    for name, digest in files.items():
         file = target / name
         require(file.is_file() and sha256(file) == digest,
                 f"{file} is missing or damaged: delete {target} and make it again")

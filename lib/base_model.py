@@ -136,8 +136,10 @@ def _readable(model: str) -> Iterator[None]:
         if path.is_dir():
             if (path / "manifest.json").is_file():
                 verified(path)
-            raise UserError(f"{path} does not load ({_first_line(error)}): delete it "
-                            "and make it again") from error
+            remedy = ("delete it and make it again" if (path / "manifest.json").is_file()
+                      else "check that it is a whole model")
+            raise UserError(f"{model or path} does not load ({_first_line(error)}): "
+                            f"{remedy}") from error
         raise UserError(
             f"model {model!r} is no local directory and could not be fetched from the "
             "hub: check the name and the network, or use MODEL=embedded") from error

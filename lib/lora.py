@@ -1,12 +1,13 @@
 """LoRA in formulas: the update, what it counts, what it weighs (Hu et al. 2021)."""
 
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
-from safetensors import SafetensorError
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -87,8 +88,16 @@ def load_adapter(model: PreTrainedModel, directory: Path | str) -> PeftModel:
     directory = Path(directory)
     verified(directory)
     try:
-        return PeftModel.from_pretrained(model, str(directory)).eval()
-    except (SafetensorError, RuntimeError, ValueError) as error:
+        with warnings.catch_warnings():
+            # peft only warns of layers that the file lacks; that is no fit.
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            adapted = PeftModel.from_pretrained(model, str(directory)).eval()
+        with safe_open(directory / "adapter_model.safetensors", "pt") as file:
+            spare = set(file.keys()) - set(get_peft_model_state_dict(adapted))
+        require(not spare, f"{directory} does not fit this model (it has layers that the "
+                "model lacks): train an adapter for it")
+        return adapted
+    except (SafetensorError, RuntimeError, ValueError, UserWarning) as error:
         reason = str(error).strip().splitlines()[0][:160]
         raise UserError(f"{directory} does not fit this model ({reason}): "
                         "train an adapter for it") from error

@@ -62,7 +62,11 @@ class TrainSettings:
                 f"accumulate {self.accumulate}: use a divisor of the batch size")
         require(self.alpha > 0, f"alpha {self.alpha}: use a positive number, such as 32")
         require(0 <= self.dropout < 1, f"dropout {self.dropout}: use 0 up to below 1")
-        require(self.learning_rate > 0, f"learning rate {self.learning_rate}: use above 0")
+        require(0 < self.learning_rate < float("inf"),
+                f"learning rate {self.learning_rate}: use a number above 0")
+        require(0 <= self.warmup < 1, f"warmup {self.warmup}: use a share from 0 up to below 1")
+        require(self.max_length > 1, f"max length {self.max_length}: use 2 or more")
+        require(0 <= self.seed < 2**32, f"seed {self.seed}: use 0 up to below 2^32")
 
     @property
     def modules(self) -> list[str]:

@@ -28,20 +28,21 @@ def read_jsonl(path: Path | str) -> list[Record]:
     """
     path = Path(path)
     require(path.is_file(), f"{path} does not exist: check the path")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text: save it as UTF-8") from None
+    # Bytes first: only \n ends a line of JSON; text may hold Unicode's others.
+    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     records = [_record(line, f"{path}:{number}")
                for number, line in enumerate(lines, 1) if line.strip()]
     require(records, f"{path} has no records: one JSON object a line is expected")
     return records
 
 
-def _record(line: str, where: str) -> Record:
+def _record(line: bytes, where: str) -> Record:
     try:
-        record = json.loads(line)
-    except ValueError:
+        record = json.loads(line.decode("utf-8"))
+        json.dumps(record, ensure_ascii=False).encode("utf-8")
+    except UnicodeError:
+        raise UserError(f"{where} is not UTF-8 text: save the file as UTF-8") from None
+    except (ValueError, RecursionError):
         raise UserError(f"{where} is no JSON: one object a line is expected") from None
     require(isinstance(record, dict), f"{where} is no JSON object: use {{...}}")
     for key in KEYS:
@@ -60,7 +61,8 @@ def chat(instruction: str, response: str | None = None) -> list[dict[str, str]]:
     """An instruction, and its answer if given, as chat messages."""
     messages = [{"role": "user", "content": instruction}]
     if response is not None:
-        messages.append({"role": "assistant", "content": response})
+        # A leading space would melt into the last token of the prompt.
+        messages.append({"role": "assistant", "content": response.strip()})
     return messages
 
 

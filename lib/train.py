@@ -23,7 +23,7 @@ from peft import PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
-from lib.artifacts import read_json, saving, verified, write_json, writing
+from lib.artifacts import read_json, require_free, saving, verified, write_json, writing
 from lib.base_model import best_dtype, load_model, load_tokenizer, machine, quiet
 from lib.errors import require
 from lib.fused import fused
@@ -123,6 +123,7 @@ def make_trainer(
 
 def _check_labels(trainer: SFTTrainer, end: int) -> None:
     """The end token is learned and the prompt is not."""
+    require(len(trainer.train_dataset), "no answer fits: raise --max-length")
     labels = trainer.train_dataset[0]["labels"]
     require(end in labels, "the end token is not among the labels: "
             "the answers are longer than max_length, or the template drops it")
@@ -149,8 +150,12 @@ def train(
     quiet()
     seed_everything(settings.seed)
     require(records, "no records to train on: give at least one")
+    if out is not None:
+        require_free(Path(out))
     tokenizer = load_tokenizer(model)
     base = base_for(settings.mode, model)
+    if settings.mode != "full":
+        lora_config(base, settings)  # a mistake shows before anything is written
     with _work_directory(out, settings, records, model) as work, saving(work):
         trainer = make_trainer(base, tokenizer, records, settings, work=work,
                                say_every=say_every)

@@ -3,6 +3,7 @@
 import copy
 import shutil
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes as bnb
 import pytest
@@ -181,11 +182,25 @@ def test_tokenizer_goes_along(merged: Path) -> None:
     assert saved("Hello, 12 C").input_ids == ours("Hello, 12 C").input_ids
 
 
-def test_int8_reloads_identical(merged: Path, tmp_path: Path) -> None:
-    config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=6.0)
-    in_memory = load_saved(merged, quantization_config=config)
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[PreTrainedModel]:
+    """The models that lib.merge loads, as they are in memory."""
+    kept: list[PreTrainedModel] = []
+
+    def load(*arguments: Any, **options: Any) -> PreTrainedModel:
+        kept.append(load_model(*arguments, **options))
+        return kept[-1]
+
+    monkeypatch.setattr("lib.merge.load_model", load)
+    return kept
+
+
+def test_int8_reloads_identical(merged: Path, tmp_path: Path,
+                                loaded: list[PreTrainedModel]) -> None:
     save_int8(merged, tmp_path / "int8")
-    again = load_saved(tmp_path / "int8")
+    in_memory = loaded[-1]
+    again = load_saved(tmp_path / "int8", dtype=in_memory.dtype)
+    assert again is not in_memory
     kinds = {type(m).__name__ for n, m in again.named_modules() if "proj" in n}
     assert kinds == {"Linear8bitLt"}
     assert {m.state.threshold for m in again.modules()
@@ -194,6 +209,17 @@ def test_int8_reloads_identical(merged: Path, tmp_path: Path) -> None:
     stored = load_file(tmp_path / "int8" / "model.safetensors")
     linears = [t for n, t in stored.items() if n.endswith("proj.weight")]
     assert len(linears) == 14 and {t.dtype for t in linears} == {torch.int8}
+
+
+def test_nf4_reloads_identical(merged: Path, tmp_path: Path,
+                               loaded: list[PreTrainedModel]) -> None:
+    save_nf4(merged, tmp_path / "nf4")
+    in_memory = loaded[-1]
+    again = load_saved(tmp_path / "nf4", dtype=in_memory.dtype)
+    assert again is not in_memory
+    layers = [m for m in again.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    assert len(layers) == 14 and all(m.weight.quant_state.nested for m in layers)
+    assert torch.equal(logits(again), logits(in_memory))
 
 
 def test_int8_and_nf4_are_near_and_smaller(merged: Path, tmp_path: Path) -> None:
@@ -206,14 +232,6 @@ def test_int8_and_nf4_are_near_and_smaller(merged: Path, tmp_path: Path) -> None
     assert 0 < gaps[0] < 0.12 < gaps[1] < 0.8, gaps
     sizes = [size_mb(d) for d in (merged, tmp_path / "int8", tmp_path / "nf4")]
     assert sizes[0] > sizes[1] > sizes[2]
-
-
-def test_nf4_reloads_identical(merged: Path, tmp_path: Path) -> None:
-    in_memory = load_saved(merged, quantization_config=quantized_config())
-    save_nf4(merged, tmp_path / "nf4")
-    again = load_saved(tmp_path / "nf4")
-    assert sum(isinstance(m, bnb.nn.Linear4bit) for m in again.modules()) == 14
-    assert torch.equal(logits(again), logits(in_memory))
 
 
 def test_load_saved_refuses_a_damaged_model(merged: Path, tmp_path: Path) -> None:

@@ -227,6 +227,8 @@ def only_begin(monkeypatch: pytest.MonkeyPatch) -> None:
         raise Began(resume.name if resume else "afresh")
 
     monkeypatch.setattr(lib.train, "run_trainer", begin)
+    monkeypatch.setattr(lib.train, "base_for", lambda *_: None)
+    monkeypatch.setattr(lib.train, "make_trainer", lambda *_, **__: None)
 
 
 @pytest.fixture
@@ -296,7 +298,7 @@ def test_full_disk_and_the_next_run_works(
         with pytest.raises(UserError, match="free some space") as caught:
             train(RECORDS, SETTINGS["qlora"], model=tiny_directory, out=out)
     assert "\n" not in str(caught.value)
-    assert [p.name for p in tmp_path.iterdir()] == [".out.work"]
+    assert {p.name for p in tmp_path.iterdir()} <= {".out.work"}
     assert no_pickle(tmp_path)
     train(RECORDS, SETTINGS["qlora"], model=tiny_directory, out=out)
     _, whole = undisturbed("qlora")
