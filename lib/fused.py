@@ -87,10 +87,16 @@ def frozen_weight(base: nn.Module, dtype: torch.dtype) -> Tensor:
         return weight.to(dtype)
     import bitsandbytes.functional as bnb  # only a 4-bit model needs it
 
-    return bnb.dequantize_4bit(weight.data, state).to(dtype)
+    if getattr(state, "packing_format_for_cpu", False):
+        # Scoring repacked it for another kernel; put it back, as its layer would.
+        weight.data, weight.quant_state = bnb._convert_weight_packed_for_cpu_inverse(
+            weight.data, state)
+    return bnb.dequantize_4bit(weight.data, weight.quant_state).to(dtype)
 
 
 def _lora_forward(self: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if self.disable_adapters or self.merged or args or kwargs:
+        return type(self).forward(self, x, *args, **kwargs)
     name = self.active_adapters[0]
     base = self.get_base_layer()
     a, b = self.lora_A[name].weight, self.lora_B[name].weight
@@ -102,14 +108,15 @@ def _norm_forward(self: nn.Module, x: Tensor) -> Tensor:
 
 
 def _plain_lora(module: nn.Module) -> bool:
-    """One active adapter on a linear layer, without dropout, bias or DoRA."""
+    """One active adapter on a frozen linear, without dropout, bias or variant (DoRA)."""
     if not isinstance(module, LoraLayer) or len(module.active_adapters) != 1:
         return False
     base, name = module.get_base_layer(), module.active_adapters[0]
     linear = type(base).__name__ in ("Linear", "Linear4bit")
-    return (linear and not module.merged and not base.weight.requires_grad
+    return (linear and not module.merged
+            and not any(p.requires_grad for p in base.parameters())
             and isinstance(module.lora_dropout[name], nn.Identity)
-            and not module.use_dora.get(name) and not module.lora_bias.get(name))
+            and name not in module.lora_variant and not module.lora_bias.get(name))
 
 
 @contextlib.contextmanager
@@ -125,6 +132,8 @@ def fused(model: nn.Module) -> Iterator[int]:
     if attention == "sdpa" and not torch.cuda.is_available():
         owner.set_attn_implementation("eager")
     for module in model.modules():
+        if "forward" in vars(module):
+            continue  # someone else's hook
         if _plain_lora(module):
             module.forward = types.MethodType(_lora_forward, module)
         elif type(module).__name__ in NORMS and not module.weight.requires_grad:

@@ -99,5 +99,6 @@ def save_nf4(merged: Path, out: Path) -> None:
 
 
 def _save_quantized(merged: Path, config: BitsAndBytesConfig, out: Path) -> None:
-    model = load_saved(merged, quantization_config=config)
+    # From the file's own numbers: bfloat16 would drop three of their bits first.
+    model = load_saved(merged, quantization_config=config, dtype=torch.float16)
     save_model(model, out, tokenizer_of=str(merged), dtype=None)

@@ -50,7 +50,7 @@ def quantize_blocks(weight: Tensor, codebook: Tensor, block: int) -> tuple[Tenso
     blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % block)).view(-1, block)
     absmax = blocks.abs().amax(1)
     # An all-zero block has scale 0; any code times 0 is 0 again.
-    scaled = blocks / absmax.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    scaled = blocks / torch.where(absmax > 0, absmax, 1.0)[:, None]
     middles = (codebook[1:] + codebook[:-1]) / 2
     codes = torch.bucketize(scaled, middles.to(scaled.device))
     return codes.reshape(-1)[: flat.numel()].to(torch.uint8), absmax

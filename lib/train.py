@@ -92,7 +92,8 @@ def make_trainer(
         per_device_train_batch_size=settings.batch_size // settings.accumulate,
         gradient_accumulation_steps=settings.accumulate,
         learning_rate=settings.learning_rate, lr_scheduler_type="cosine",
-        warmup_steps=settings.warmup, weight_decay=0.0, logging_steps=1,
+        # Rounded down: the first warm-up step has rate zero, a lost step of a few.
+        warmup_steps=int(settings.warmup * settings.steps), weight_decay=0.0, logging_steps=1,
         # The first steps have large gradients; over a short run Adam must
         # forget them (beta2), and they must not throw the weights far (norm).
         adam_beta2=0.95, max_grad_norm=0.5,
@@ -103,7 +104,7 @@ def make_trainer(
         train_sampling_strategy="random",
         use_cpu=not on_gpu, bf16=mixed, gradient_checkpointing=on_gpu,
         save_strategy="steps", save_steps=CHECKPOINT_EVERY,
-        report_to="none", seed=settings.seed, disable_tqdm=True,
+        report_to="none", logging_nan_inf_filter=False, seed=settings.seed, disable_tqdm=True,
         dataloader_pin_memory=on_gpu)
     trainer = (SFTTrainer if settings.plain else CourseTrainer)(
         model=model, args=args, train_dataset=to_dataset(records),
@@ -123,11 +124,12 @@ def make_trainer(
 
 def _check_labels(trainer: SFTTrainer, end: int) -> None:
     """The end token is learned and the prompt is not."""
-    require(len(trainer.train_dataset), "no answer fits: raise --max-length")
-    labels = trainer.train_dataset[0]["labels"]
-    require(end in labels, "the end token is not among the labels: "
-            "the answers are longer than max_length, or the template drops it")
-    require(labels[0] == -100, "the loss covers the prompt: give prompt and completion")
+    rows = trainer.train_dataset["labels"]
+    whole = sum(end in labels for labels in rows)
+    require(whole, "no answer ends: raise --max-length, or let the template end it")
+    require(whole == len(rows), f"{len(rows) - whole} of {len(rows)} answers are cut off: "
+            "raise --max-length or shorten them")
+    require(rows[0][0] == -100, "the loss covers the prompt: give prompt and completion")
 
 
 def train(
@@ -196,10 +198,14 @@ def save_result(result: TrainResult, out: Path, settings: TrainSettings, model: 
     """Adapter (or full model) and its loss history, whole or not at all."""
     with writing(out, settings=dataclasses.asdict(settings), base=model,
                  machine=machine(), seconds=round(result.seconds, 1)) as part:
-        result.model.save_pretrained(part)
-        # A path of this machine means nothing to whoever loads the adapter.
+        # The vocabulary is never resized: peft need not look for the base's files.
+        options = {"save_embedding_layers": False} if settings.mode != "full" else {}
+        result.model.save_pretrained(part, **options)
         if (config := part / "adapter_config.json").is_file():
-            write_json(config, read_json(config) | {"base_model_name_or_path": model})
+            kept = read_json(config)
+            # A path of this machine means nothing to others; a set has no order.
+            write_json(config, kept | {"base_model_name_or_path": model,
+                                       "target_modules": sorted(kept["target_modules"])})
             (part / "README.md").unlink(missing_ok=True)
         write_json(part / "losses.json", list(result.losses))
 
@@ -217,7 +223,7 @@ def _work_directory(out: Path | None, settings: TrainSettings,
     with saving(work):
         work.mkdir(parents=True, exist_ok=True)
         identity = {"settings": dataclasses.asdict(settings), "model": model,
-                    "records": [list(map(str, r.values())) for r in records]}
+                    "records": [[r["instruction"], r["response"]] for r in records]}
         key = work / "identity.json"
         if key.is_file() and read_json(key) != json.loads(json.dumps(identity)):
             shutil.rmtree(work)

@@ -97,7 +97,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "negative alpha": ([*TRAIN, "--alpha", "-1"], "alpha -1"),
     "negative warmup": ([*TRAIN, "--warmup", "-1"], "warmup -1"),
     "no length": ([*TRAIN, "--max-length", "0"], "max length 0"),
-    "length too short": ([*TRAIN, "--max-length", "4"], "max_length"),
+    "length too short": ([*TRAIN, "--max-length", "4"], "max-length"),
     "negative seed": ([*TRAIN, "--seed", "-1"], "seed -1"),
     "unknown model": ([*TRAIN[:-1], "nobody/nothing"], "'nobody/nothing'"),
     "model is a file": ([*TRAIN[:-1], "taken"], "'taken'"),

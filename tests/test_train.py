@@ -228,6 +228,7 @@ def only_begin(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(lib.train, "run_trainer", begin)
     monkeypatch.setattr(lib.train, "base_for", lambda *_: None)
+    monkeypatch.setattr(lib.train, "lora_config", lambda *_: None)
     monkeypatch.setattr(lib.train, "make_trainer", lambda *_, **__: None)
 
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from lib.artifacts import BUILD, ROOT, read_json, size_mb, versions, write_json, writing
 from lib.base_model import best_dtype, load_model, load_tokenizer, machine
 from lib.errors import UserError, require
-from lib.merge import load_saved, merge, save_int8, save_model
+from lib.merge import load_saved, merge, save_int8, save_model, save_nf4
 from lib.profiles import PROFILES, TrainSettings
 from lib.tasks import Score, held_out_loss, keyword_score, sensors
 from lib.train import TrainResult, train
@@ -134,13 +134,14 @@ def sweeps() -> dict[str, Any]:
 
 
 def pipeline() -> dict[str, Any]:
-    """Whole-test score and size after each step: merge, INT8 (T10, T11)."""
+    """Whole-test score and size after each step: merge, INT8, NF4 (T10, T11)."""
     adapter = ADAPTERS / "sensors_qlora"
-    merged, int8 = WORK / "merged_dequantized", WORK / "int8"
-    save_model(merge(adapter, route="dequantized"), merged)
-    save_int8(merged, int8)
-    return {"adapter": {"mb": size_mb(adapter)}, "dequantized": _artifact_row(merged),
-            "int8": _artifact_row(int8)}
+    for route in ("original", "dequantized"):
+        save_model(merge(adapter, route=route), WORK / route)
+    save_int8(WORK / "dequantized", WORK / "int8")
+    save_nf4(WORK / "dequantized", WORK / "nf4")
+    return {"adapter": {"mb": size_mb(adapter)}} | {
+        name: _artifact_row(WORK / name) for name in ("dequantized", "original", "int8", "nf4")}
 
 
 def _artifact_row(directory: Path) -> dict[str, Any]:
@@ -199,7 +200,7 @@ def readme_table() -> str:
         ("full", "full fine-tuning"), ("lora", "LoRA, r = 16"), ("qlora", "QLoRA, r = 16"))
         if n in results]
     rows += [(label, results["pipeline"][n], f"{results['pipeline'][n]['mb']:.1f}")
-             for n, label in (("dequantized", "QLoRA, merged"), ("int8", "merged, INT8"))
+             for n, label in (("dequantized", "QLoRA, merged"), ("int8", "merged, INT8"), ("nf4", "merged, NF4"))
              if "pipeline" in results]
     lines = ["| model | test | new phrasings | saved, MB |", "|---|---|---|---|"]
     for label, row, size in rows:
