@@ -229,8 +229,14 @@ def _work_directory(out: Path | None, settings: TrainSettings,
             shutil.rmtree(work)
             work.mkdir()
         write_json(key, identity)
-    yield work
-    shutil.rmtree(work, ignore_errors=True)
+    done = False
+    try:
+        yield work
+        done = True
+    finally:
+        # Kept only for a run that was cut short and has something to resume from.
+        if done or not any(work.glob("checkpoint-*")):
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def _last_checkpoint(work: Path) -> Path | None:

@@ -238,7 +238,9 @@ def start(place: Path, tiny_directory: str) -> Start:
             [sys.executable, "-m", "lib", *[tiny_directory if a == "TINY" else a
                                             for a in arguments]],
             cwd=place, env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            # A shell that put the tests into the background told them to ignore it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
     return begin
 
