@@ -200,7 +200,8 @@ def readme_table() -> str:
         ("full", "full fine-tuning"), ("lora", "LoRA, r = 16"), ("qlora", "QLoRA, r = 16"))
         if n in results]
     rows += [(label, results["pipeline"][n], f"{results['pipeline'][n]['mb']:.1f}")
-             for n, label in (("dequantized", "QLoRA, merged"), ("int8", "merged, INT8"), ("nf4", "merged, NF4"))
+             for n, label in (("dequantized", "QLoRA, merged"), ("int8", "merged, INT8"),
+                              ("nf4", "merged, NF4"))
              if "pipeline" in results]
     lines = ["| model | test | new phrasings | saved, MB |", "|---|---|---|---|"]
     for label, row, size in rows:
