@@ -3,16 +3,18 @@
 import hashlib
 import html
 import os
+import re
 import time
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import papermill
 from nbconvert import HTMLExporter
 
-from lib.artifacts import ROOT, read_json, saving
+from lib.artifacts import ROOT, read_json, saving, write_json
 from lib.errors import UserError, require
-from lib.measure import run_directory
+from lib.measure import peak_memory, run_directory
 from lib.profiles import get_profile
 
 NOTEBOOKS = ROOT / "notebooks"
@@ -50,10 +52,13 @@ def run(profile: str, *, only: str = "", store: bool = False) -> Path:
         for number, source in enumerate(chosen, 1):
             print(f"[{number}/{len(chosen)}] {source.stem} ...", flush=True)
             start = time.monotonic()
-            execute(source, out / source.name, profile)
-            print(f"      done in {time.monotonic() - start:.0f} s", flush=True)
+            with peak_memory(0.5, children=True) as peak:
+                execute(source, out / source.name, profile)
+            cost = {"seconds": round(time.monotonic() - start), "peak_mb": round(peak["mb"])}
+            print(f"      done in {cost['seconds']} s, peak {cost['peak_mb']} MB", flush=True)
+            keep_cost(out / f"{source.name[:2]}.json", cost)
             if store:
-                keep_outputs(out / source.name, source, profile)
+                keep_outputs(out / source.name, source, {"profile": profile} | cost)
         write_index(out)
     return out
 
@@ -81,8 +86,23 @@ def source_hash(notebook: nbformat.NotebookNode) -> str:
     return hashlib.sha256("\0".join(code).encode()).hexdigest()
 
 
-def keep_outputs(executed: Path, source: Path, profile: str) -> None:
-    """Copy outputs of an executed notebook into its source, without run metadata."""
+def keep_cost(figures: Path, cost: dict[str, int]) -> None:
+    """What the whole notebook took, beside what it measured itself."""
+    if figures.is_file():
+        write_json(figures, read_json(figures) | {"whole_run": cost})
+
+
+def takes(seconds: float, peak_mb: float) -> str:
+    """The opening's line on what a notebook takes, from a measured run."""
+    return (f"**Takes** {seconds / 60:.1f} minutes and {peak_mb / 1000:.1f} GB of memory "
+            f"on {os.cpu_count()} cores.")
+
+
+def keep_outputs(executed: Path, source: Path, run: dict[str, Any]) -> None:
+    """Copy outputs of an executed notebook into its source, without run metadata.
+
+    `run` (profile, seconds, peak_mb) goes into the metadata and the opening.
+    """
     made = nbformat.read(executed, as_version=4)
     kept = nbformat.read(source, as_version=4)
     cells = [c for c in made.cells if "injected-parameters" not in c.metadata.get("tags", [])]
@@ -94,7 +114,10 @@ def keep_outputs(executed: Path, source: Path, profile: str) -> None:
         for output in cell.outputs:
             if output.output_type == "execute_result":
                 output.execution_count = count
-    kept.metadata["course"] = {"profile": profile, "source_sha256": source_hash(kept)}
+    kept.cells[0].source = re.sub(r"\*\*Takes\*\*.*?(?=\n\n|\Z)",
+                                  takes(run["seconds"], run["peak_mb"]),
+                                  kept.cells[0].source, flags=re.DOTALL)
+    kept.metadata["course"] = run | {"source_sha256": source_hash(kept)}
     nbformat.write(kept, source)
 
 
@@ -110,7 +133,10 @@ def write_index(out: Path) -> None:
         parts.append(f"<h2><a href='{page.name}'>{page.stem}</a></h2>")
         figures = out / f"{page.name[:2]}.json"
         if figures.is_file():
-            parts.append(_table(read_json(figures)["measured"]))
+            measured = read_json(figures)
+            if cost := measured.get("whole_run"):
+                parts.append(f"<p>{cost['seconds']} s, peak {cost['peak_mb']:,} MB</p>")
+            parts.append(_table(measured["measured"]))
     target = out / "index.html"
     target.with_suffix(".part").write_text("".join(parts), encoding="utf-8")
     target.with_suffix(".part").replace(target)

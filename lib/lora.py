@@ -93,7 +93,8 @@ def load_adapter(model: PreTrainedModel, directory: Path | str) -> PeftModel:
             warnings.filterwarnings("error", message="Found missing adapter keys")
             adapted = PeftModel.from_pretrained(model, str(directory)).eval()
         with safe_open(directory / "adapter_model.safetensors", "pt") as file:
-            spare = set(file.keys()) - set(get_peft_model_state_dict(adapted))
+            spare = set(file.keys()) - set(get_peft_model_state_dict(
+                adapted, save_embedding_layers=False))
         require(not spare, f"{directory} does not fit this model (it has layers that the "
                 "model lacks): train an adapter for it")
         return adapted

@@ -45,17 +45,25 @@ class Measurements:
 
 
 @contextlib.contextmanager
-def peak_memory(interval: float = 0.05) -> Iterator[dict[str, float]]:
+def peak_memory(interval: float = 0.05, *, children: bool = False) -> Iterator[dict[str, float]]:
     """Peak memory in MB (10^6 bytes) of this process while the block runs.
 
-    Resident memory on a CPU, sampled; allocated memory on a GPU, exact.
+    Resident memory on a CPU, sampled; allocated memory on a GPU, exact. With
+    `children`, the resident memory of the processes that this one started.
     """
     peak, stop = {"mb": 0.0}, threading.Event()
     process = psutil.Process(os.getpid())
 
+    def resident() -> float:
+        total = 0
+        for one in process.children(recursive=True) if children else [process]:
+            with contextlib.suppress(psutil.Error):  # it may have ended meanwhile
+                total += one.memory_info().rss
+        return total / 1e6
+
     def watch() -> None:
         while True:
-            peak["mb"] = max(peak["mb"], process.memory_info().rss / 1e6)
+            peak["mb"] = max(peak["mb"], resident())
             if stop.wait(interval):
                 return
 
@@ -68,5 +76,5 @@ def peak_memory(interval: float = 0.05) -> Iterator[dict[str, float]]:
     finally:
         stop.set()
         thread.join()
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and not children:
             peak["mb"] = torch.cuda.max_memory_allocated() / 1e6

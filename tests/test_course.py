@@ -1,5 +1,7 @@
 """Running notebooks: executed copies, pages, kept outputs, errors in one line."""
 
+import json
+
 import nbformat
 import pytest
 
@@ -41,6 +43,27 @@ def test_run_leaves_copies_pages_and_index(folders):
     assert kept.cells[1].outputs[0].text == "42\n"
     assert kept.metadata.course.source_sha256 == course.source_hash(kept)
     assert "papermill" not in kept.metadata and len(kept.cells) == 2
+
+
+def test_what_a_run_took_goes_into_figures_and_opening(folders):
+    books, out = folders
+    save = ("import json, pathlib; pathlib.Path('../build/course/smoke/01.json')"
+            ".write_text(json.dumps({'measured': []}))")
+    write(books / "01_one.ipynb", FAST, "block = b'x' * 300_000_000", save)
+    notebook = nbformat.read(books / "01_one.ipynb", as_version=4)
+    notebook.cells.insert(0, nbformat.v4.new_markdown_cell(
+        "# One\n\n**Takes** so much\nand more.\n\nThe end."))
+    nbformat.write(notebook, books / "01_one.ipynb")
+    out.mkdir(parents=True)
+    course.run("smoke", store=True)
+    kept = nbformat.read(books / "01_one.ipynb", as_version=4)
+    cost = json.loads((out / "01.json").read_text())["whole_run"]
+    assert {k: kept.metadata.course[k] for k in cost} == cost
+    assert cost["peak_mb"] > 300 and cost["seconds"] > 0
+    assert kept.cells[0].source == (
+        f"# One\n\n{course.takes(cost['seconds'], cost['peak_mb'])}\n\nThe end.")
+    assert course.takes(90, 1960).startswith("**Takes** 1.5 minutes and 2.0 GB")
+    assert f"{cost['seconds']} s, peak" in (out / "index.html").read_text()
 
 
 def test_only_one(folders):
