@@ -69,7 +69,9 @@ def execute(source: Path, target: Path, profile: str) -> None:
     try:
         papermill.execute_notebook(
             source, part, parameters={"PROFILE": profile}, cwd=str(source.parent),
-            kernel_name="python3", progress_bar=False, execution_timeout=CELL_TIMEOUT)
+            kernel_name="python3", progress_bar=False, execution_timeout=CELL_TIMEOUT,
+            # Kernels talk over loopback, and warn that it is not encrypted.
+            extra_arguments=["--IPKernelApp.log_level=40"])
     except papermill.PapermillExecutionError as error:
         last = error.evalue.strip().splitlines()[-1:] or [""]
         raise UserError(

@@ -19,8 +19,9 @@ def use_style() -> None:
 
 
 def smoothed(values: Sequence[float], window: int = 9) -> np.ndarray:
-    """Running mean over the last `window` values (fewer at the start)."""
+    """Running mean over `window` values around each (fewer at the ends)."""
     sums = np.cumsum(np.concatenate([[0.0], np.asarray(values, dtype=float)]))
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(0, ends - window)
-    return (sums[ends] - sums[starts]) / (ends - starts)
+    at, half = np.arange(len(values)), window // 2
+    # The same number on both sides, so that a falling curve is not shifted.
+    half = np.minimum(half, np.minimum(at, len(values) - 1 - at))
+    return (sums[at + half + 1] - sums[at - half]) / (2 * half + 1)

@@ -92,7 +92,8 @@ PROFILES: dict[str, Profile] = {
     for p in (
         Profile("smoke", train=TrainSettings(mode="qlora", steps=2, batch_size=2),
                 score_examples=4, loss_examples=4, new_tokens=4, repeats=1),
-        Profile("laptop", train=TrainSettings(mode="qlora", steps=60, accumulate=2)),
+        Profile("laptop", train=TrainSettings(mode="qlora", steps=60, accumulate=2),
+                loss_examples=48),
         Profile("reference", train=TrainSettings(mode="qlora", steps=100),
                 score_examples=500, loss_examples=500, repeats=7),
         Profile("gpu-7b", model="meta-llama/Llama-2-7b-chat-hf",

@@ -1,8 +1,9 @@
 """Datasets, prompts and scores: what the models learn and how it is judged."""
 
+import contextlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,14 +138,32 @@ def generate(
         rows = order[start:start + batch_size]
         batch = tokenizer([prompts[i] for i in rows], return_tensors="pt", padding=True,
                           padding_side="left", add_special_tokens=False).to(model.device)
-        output = model.generate(
-            **batch, max_new_tokens=max_new_tokens, do_sample=False,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+        with _contiguous_head(model):
+            output = model.generate(
+                **batch, max_new_tokens=max_new_tokens, do_sample=False,
+                eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
         tails = tokenizer.batch_decode(
             output[:, batch.input_ids.shape[1]:], skip_special_tokens=True)
         for row, tail in zip(rows, tails, strict=True):
             answers[row] = tail.strip()
     return answers
+
+
+@contextlib.contextmanager
+def _contiguous_head(model: PreTrainedModel) -> Iterator[None]:
+    """Give the head a copy of the last hidden states instead of a strided view.
+
+    On a strided (batch, 1, width) input torch multiplies each row with a copy
+    of the weight of its own: batch x width x vocabulary numbers, gigabytes.
+    """
+    def copy(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (args[0].contiguous(), *args[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(copy)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def keyword_score(
@@ -176,7 +195,7 @@ def held_out_loss(
     tokenizer: PreTrainedTokenizerBase,
     records: Sequence[Record],
     *,
-    batch_size: int = 50,
+    batch_size: int = 25,
 ) -> float:
     """Mean negative log-likelihood (nats) of an answer token, prompts left out."""
     total, count = 0.0, 0

@@ -100,15 +100,3 @@ def cheap_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
         for module in ("base_model", "train", "merge"):
             patch.setattr(f"lib.{module}.load_tokenizer", lambda *_: tokenizer)
         yield
-
-
-# Faults that are known and open: each test says what is right, the library
-# does not do it yet. Mend one, then take its line out.
-OPEN_FAULTS: set[str] = set()
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Expect the open faults to fail, and nothing else."""
-    for item in items:
-        if f"{item.path.name}::{item.name}" in OPEN_FAULTS:
-            item.add_marker(pytest.mark.xfail(reason="open fault", strict=False))

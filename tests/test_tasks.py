@@ -220,6 +220,9 @@ class Stub:
         self.options: list[dict[str, Any]] = []
         self.training, self.modes = True, []
 
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return torch.nn.Identity()
+
     def eval(self) -> None:
         self.training = False
 
@@ -363,3 +366,20 @@ def test_held_out_loss_does_not_depend_on_the_batch(
             if label != IGNORED:
                 total, count = total - logs[position - 1, label].item(), count + 1
     assert losses[0] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_the_head_gets_contiguous_input(tiny: LlamaForCausalLM,
+                                        tokenizer: PreTrainedTokenizerBase) -> None:
+    """A strided view makes torch copy the head's weight once for each answer."""
+    seen: list[bool] = []
+    head = tiny.get_output_embeddings()
+    stock = head.forward
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x.is_contiguous() and x.shape[1] == 1)
+        return stock(x)
+
+    head.forward = forward
+    generate(tiny, tokenizer, ["Why?", "Why not?", "When will that be?"], max_new_tokens=3)
+    assert len(seen) >= 3 and all(seen)
+    assert not head._forward_pre_hooks
