@@ -9,7 +9,6 @@ import dataclasses
 import json
 import math
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,7 @@ from peft import PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
-from lib.artifacts import read_json, require_free, saving, verified, write_json, writing
+from lib.artifacts import read_json, require_free, saving, write_json, writing
 from lib.base_model import best_dtype, load_model, load_tokenizer, machine, quiet
 from lib.errors import require
 from lib.fused import fused
@@ -31,7 +30,7 @@ from lib.lora import count_trainable, lora_config
 from lib.measure import peak_memory
 from lib.profiles import TrainSettings, seed_everything
 from lib.tasks import Record, chat
-from lib.trainer import CourseTrainer, Progress
+from lib.trainer import CourseTrainer, Progress, last_checkpoint
 
 CHECKPOINT_EVERY = 50
 
@@ -161,7 +160,7 @@ def train(
     with _work_directory(out, settings, records, model) as work, saving(work):
         trainer = make_trainer(base, tokenizer, records, settings, work=work,
                                say_every=say_every)
-        result = run_trainer(trainer, settings, resume=_last_checkpoint(work))
+        result = run_trainer(trainer, settings, resume=last_checkpoint(work))
         if out is not None:
             save_result(result, out, settings, model)
     return result
@@ -237,14 +236,3 @@ def _work_directory(out: Path | None, settings: TrainSettings,
         # Kept only for a run that was cut short and has something to resume from.
         if done or not any(work.glob("checkpoint-*")):
             shutil.rmtree(work, ignore_errors=True)
-
-
-def _last_checkpoint(work: Path) -> Path | None:
-    """Newest whole checkpoint; leftovers of a killed write are ignored."""
-    found = [p for p in work.glob("checkpoint-*") if (p / "manifest.json").is_file()]
-    if not found:
-        return None
-    last = max(found, key=lambda p: int(p.name.split("-")[1]))
-    verified(last)
-    print(f"resuming from step {last.name.split('-')[1]}", file=sys.stderr)
-    return last

@@ -1,6 +1,7 @@
 """TRL's SFTTrainer with a lean loss and checkpoints without pickle."""
 
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
-from lib.artifacts import read_json, writing
+from lib.artifacts import read_json, verified, writing
 from lib.tasks import answer_loss
 
 
@@ -80,3 +81,14 @@ class Progress(TrainerCallback):
         pace = (time.monotonic() - self.start) / max(1, step - self.first)
         print(f"step {step:4d}/{total}  loss {logs['loss']:.3f}  "
               f"about {pace * (total - step):.0f} s left", flush=True)
+
+
+def last_checkpoint(work: Path) -> Path | None:
+    """Newest whole checkpoint; leftovers of a killed write are ignored."""
+    found = [p for p in work.glob("checkpoint-*") if (p / "manifest.json").is_file()]
+    if not found:
+        return None
+    last = max(found, key=lambda p: int(p.name.split("-")[1]))
+    verified(last)
+    print(f"resuming from step {last.name.split('-')[1]}", file=sys.stderr)
+    return last

@@ -49,7 +49,8 @@ def test_what_a_run_took_goes_into_figures_and_opening(folders):
     books, out = folders
     save = ("import json, pathlib; pathlib.Path('../build/course/smoke/01.json')"
             ".write_text(json.dumps({'measured': []}))")
-    write(books / "01_one.ipynb", FAST, "block = b'x' * 300_000_000", save)
+    write(books / "01_one.ipynb", FAST,
+          "import time; block = b'x' * 300_000_000; time.sleep(1.5)", save)
     notebook = nbformat.read(books / "01_one.ipynb", as_version=4)
     notebook.cells.insert(0, nbformat.v4.new_markdown_cell(
         "# One\n\n**Takes** so much\nand more.\n\nThe end."))
