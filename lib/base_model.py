@@ -134,10 +134,10 @@ def _readable(model: str) -> Iterator[None]:
     except Exception as error:
         path = Path(locate(model))
         if path.is_dir():
+            remedy = "check that it is a whole model"
             if (path / "manifest.json").is_file():
                 verified(path)
-            remedy = ("delete it and make it again" if (path / "manifest.json").is_file()
-                      else "check that it is a whole model")
+                remedy = "delete it and make it again"
             raise UserError(f"{model or path} does not load ({_first_line(error)}): "
                             f"{remedy}") from error
         raise UserError(

@@ -29,7 +29,7 @@ from lib.fused import fused
 from lib.lora import count_trainable, lora_config
 from lib.measure import peak_memory
 from lib.profiles import TrainSettings, seed_everything
-from lib.tasks import Record, chat
+from lib.tasks import IGNORED, Record, chat
 from lib.trainer import CourseTrainer, Progress, last_checkpoint
 
 CHECKPOINT_EVERY = 50
@@ -128,7 +128,7 @@ def _check_labels(trainer: SFTTrainer, end: int) -> None:
     require(whole, "no answer ends: raise --max-length, or let the template end it")
     require(whole == len(rows), f"{len(rows) - whole} of {len(rows)} answers are cut off: "
             "raise --max-length or shorten them")
-    require(rows[0][0] == -100, "the loss covers the prompt: give prompt and completion")
+    require(rows[0][0] == IGNORED, "the loss covers the prompt: give prompt and completion")
 
 
 def train(

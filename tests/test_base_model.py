@@ -8,7 +8,7 @@ import subprocess
 import sys
 import types
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,36 +73,11 @@ def test_a_refused_dtype_is_not_blamed_on_the_model(monkeypatch: pytest.MonkeyPa
     assert one_line(caught) == "COURSE_DTYPE=float16: use float32 or bfloat16"
 
 
-@pytest.mark.parametrize(("slow", "expected"), [
-    (torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
-def test_dtype_is_the_faster_one(monkeypatch: pytest.MonkeyPatch, slow: torch.dtype,
-                                 expected: torch.dtype) -> None:
-    monkeypatch.delenv("COURSE_DTYPE", raising=False)
-    now = 0.0
-    real = torch.ones
-
-    class Timed:
-        def __init__(self, dtype: torch.dtype) -> None:
-            self.dtype = dtype
-
-        def __matmul__(self, other: object) -> None:
-            nonlocal now
-            now += 30.0 if self.dtype == slow else 1.0
-
-    monkeypatch.setattr("lib.base_model.time",
-                        types.SimpleNamespace(perf_counter=lambda: now))
-    monkeypatch.setattr(torch, "ones", lambda *_, dtype: Timed(dtype))
-    result = best_dtype()
-    monkeypatch.setattr(torch, "ones", real)
-    assert now > 0
-    assert result is expected
-
-
-def test_dtype_of_a_busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Most timings of the faster one are disturbed: it is the faster one still."""
+def probed(monkeypatch: pytest.MonkeyPatch,
+           cost: Callable[[torch.dtype, int], float]) -> torch.dtype:
+    """What the probe chooses if product number n in a dtype takes cost(dtype, n)."""
     monkeypatch.delenv("COURSE_DTYPE", raising=False)
     now, calls = 0.0, 0
-    real = torch.ones
 
     class Timed:
         def __init__(self, dtype: torch.dtype) -> None:
@@ -111,15 +86,32 @@ def test_dtype_of_a_busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         def __matmul__(self, other: object) -> None:
             nonlocal now, calls
             calls += 1
-            disturbed = self.dtype == torch.bfloat16 and calls % 5
-            now += 2.0 if self.dtype == torch.float32 else 30.0 if disturbed else 1.0
+            now += cost(self.dtype, calls)
 
-    monkeypatch.setattr("lib.base_model.time",
-                        types.SimpleNamespace(perf_counter=lambda: now))
-    monkeypatch.setattr(torch, "ones", lambda *_, dtype: Timed(dtype))
-    result = best_dtype()
-    monkeypatch.setattr(torch, "ones", real)
-    assert result is torch.bfloat16
+    with monkeypatch.context() as patch:
+        patch.setattr("lib.base_model.time",
+                      types.SimpleNamespace(perf_counter=lambda: now))
+        patch.setattr(torch, "ones", lambda *_, dtype: Timed(dtype))
+        result = best_dtype()
+    assert now > 0
+    return result
+
+
+@pytest.mark.parametrize(("slow", "expected"), [
+    (torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_dtype_is_the_faster_one(monkeypatch: pytest.MonkeyPatch, slow: torch.dtype,
+                                 expected: torch.dtype) -> None:
+    assert probed(monkeypatch, lambda dtype, _: 30.0 if dtype == slow else 1.0) is expected
+
+
+def test_dtype_of_a_busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most timings of the faster one are disturbed: it is the faster one still."""
+    def cost(dtype: torch.dtype, number: int) -> float:
+        if dtype == torch.float32:
+            return 2.0
+        return 30.0 if number % 5 else 1.0
+
+    assert probed(monkeypatch, cost) is torch.bfloat16
 
 
 def test_probe_is_short_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -195,17 +196,24 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[PreTrainedModel]:
     return kept
 
 
+def saved_and_reloaded(save: Callable[[Path, Path], None], merged: Path, out: Path,
+                       loaded: list[PreTrainedModel]) -> PreTrainedModel:
+    """The model from the file that `save` wrote; its logits are those before."""
+    save(merged, out)
+    in_memory = loaded[-1]
+    again = load_saved(out, dtype=in_memory.dtype)
+    assert again is not in_memory
+    assert torch.equal(logits(again), logits(in_memory))
+    return again
+
+
 def test_int8_reloads_identical(merged: Path, tmp_path: Path,
                                 loaded: list[PreTrainedModel]) -> None:
-    save_int8(merged, tmp_path / "int8")
-    in_memory = loaded[-1]
-    again = load_saved(tmp_path / "int8", dtype=in_memory.dtype)
-    assert again is not in_memory
+    again = saved_and_reloaded(save_int8, merged, tmp_path / "int8", loaded)
     kinds = {type(m).__name__ for n, m in again.named_modules() if "proj" in n}
     assert kinds == {"Linear8bitLt"}
     assert {m.state.threshold for m in again.modules()
             if isinstance(m, bnb.nn.Linear8bitLt)} == {6.0}
-    assert torch.equal(logits(again), logits(in_memory))
     stored = load_file(tmp_path / "int8" / "model.safetensors")
     linears = [t for n, t in stored.items() if n.endswith("proj.weight")]
     assert len(linears) == 14 and {t.dtype for t in linears} == {torch.int8}
@@ -213,13 +221,9 @@ def test_int8_reloads_identical(merged: Path, tmp_path: Path,
 
 def test_nf4_reloads_identical(merged: Path, tmp_path: Path,
                                loaded: list[PreTrainedModel]) -> None:
-    save_nf4(merged, tmp_path / "nf4")
-    in_memory = loaded[-1]
-    again = load_saved(tmp_path / "nf4", dtype=in_memory.dtype)
-    assert again is not in_memory
+    again = saved_and_reloaded(save_nf4, merged, tmp_path / "nf4", loaded)
     layers = [m for m in again.modules() if isinstance(m, bnb.nn.Linear4bit)]
     assert len(layers) == 14 and all(m.weight.quant_state.nested for m in layers)
-    assert torch.equal(logits(again), logits(in_memory))
 
 
 def test_int8_and_nf4_are_near_and_smaller(merged: Path, tmp_path: Path) -> None:
