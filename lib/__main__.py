@@ -1,6 +1,7 @@
-"""The command line: `python -m lib run | train | bench`."""
+"""The command line: `python -m lib run | train | export | serve | bench`."""
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 import time
@@ -19,7 +20,7 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> Parser:
     """Every command and its options."""
-    from lib.profiles import MODES, PROFILES, TrainSettings, default_profile
+    from lib.profiles import MODES, PROFILES, ServeSettings, TrainSettings, default_profile
 
     root = Parser(prog="python -m lib", description="From LoRA to the edge.")
     commands = root.add_subparsers(dest="command", required=True, parser_class=Parser)
@@ -35,20 +36,46 @@ def parser() -> Parser:
     train.add_argument("--out", required=True, type=Path, metavar="DIR")
     train.add_argument("--model", default="embedded", help="hub id or directory")
     train.add_argument("--mode", default="qlora", choices=MODES)
-    for field in dataclasses.fields(TrainSettings):
-        if field.name in ("mode", "plain"):
-            continue
-        flag = f"--{field.name.replace('_', '-')}"
-        if field.type is bool:
-            train.add_argument(flag, action="store_true")
-        else:
-            train.add_argument(flag, type=field.type, default=field.default,
-                               help=f"default {field.default}")
+    _add_fields(train, TrainSettings, but=("mode", "plain"))
+
+    export = commands.add_parser("export", help="write GGUF files that `serve` serves")
+    export.add_argument("--out", required=True, type=Path, metavar="DIR")
+    export.add_argument("--merge", type=Path, metavar="DIR", help="adapter to fold in")
+    export.add_argument("--adapter", action="append", default=[], metavar="NAME=DIR",
+                        help="adapter to keep beside the model; may be repeated")
+    export.add_argument("--type", default="Q8_0", help="Q8_0 (default), F16, Q4_1, ...")
+    export.add_argument("--route", default="dequantized",
+                        help="base: dequantized (for QLoRA, default) or original")
+    export.add_argument("--model", default="embedded", help="hub id or directory")
+
+    serve = commands.add_parser("serve", help="serve a model on this machine")
+    serve.add_argument("path", type=Path, metavar="DIR", help="from `export`, or a GGUF file")
+    serve.add_argument("--lora", action="append", default=[], metavar="NAME=FILE[:SCALE]")
+    _add_fields(serve, ServeSettings)
 
     bench = commands.add_parser("bench", help="run a benchmark")
     bench.add_argument("name")
     bench.add_argument("--json", type=Path, metavar="FILE")
     return root
+
+
+def _add_fields(command: argparse.ArgumentParser, settings: type, but: tuple[str, ...] = ()
+                ) -> None:
+    """An option for each field of a dataclass of settings."""
+    for field in dataclasses.fields(settings):
+        flag = f"--{field.name.replace('_', '-')}"
+        if field.name in but:
+            continue
+        if field.type is bool:
+            command.add_argument(flag, action="store_true")
+        else:
+            command.add_argument(flag, type=field.type, default=field.default,
+                                 help=f"default {field.default}")
+
+
+def _from_fields(settings: type, args: argparse.Namespace) -> Any:
+    names = {f.name for f in dataclasses.fields(settings)}
+    return settings(**{k: v for k, v in vars(args).items() if k in names})
 
 
 def command_run(args: argparse.Namespace) -> None:
@@ -66,13 +93,37 @@ def command_train(args: argparse.Namespace) -> None:
     from lib.tasks import read_jsonl
     from lib.train import train
 
-    names = {f.name for f in dataclasses.fields(TrainSettings)}
-    settings = TrainSettings(**{k: v for k, v in vars(args).items() if k in names})
+    settings = _from_fields(TrainSettings, args)
     records = read_jsonl(args.data)
     require(not args.out.is_file(), f"{args.out} is a file: choose a directory")
     result = train(records, settings, model=args.model, out=args.out, say_every=10)
     print(f"{args.out}: {result.trainable:,} of {result.parameters:,} parameters trained, "
           f"{result.seconds:.0f} s, peak {result.peak_mb:.0f} MB")
+
+
+def command_export(args: argparse.Namespace) -> None:
+    """Write a model and its adapters as GGUF files."""
+    from lib.gguf import export
+
+    adapters = {}
+    for text in args.adapter:
+        name, _, directory = text.partition("=")
+        require(name and directory, f"--adapter {text!r} is not NAME=DIR")
+        adapters[name] = Path(directory)
+    export(args.out, kind=args.type, route=args.route, merged=args.merge,
+           adapters=adapters, model=args.model)
+    sizes = ", ".join(f"{f.name} {f.stat().st_size / 1e6:.1f} MB"
+                      for f in sorted(args.out.glob("*.gguf")))
+    print(f"{args.out}: {sizes}; start it with `python -m lib serve {args.out}`")
+
+
+def command_serve(args: argparse.Namespace) -> None:
+    """Serve until it is stopped."""
+    from lib.profiles import ServeSettings
+    from lib.serve import serve
+
+    with contextlib.suppress(KeyboardInterrupt):  # the ordinary way to stop it
+        serve(args.path, _from_fields(ServeSettings, args), args.lora)
 
 
 def command_bench(args: argparse.Namespace) -> None:

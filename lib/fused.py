@@ -7,6 +7,7 @@ frozen linear with its adapter, and RMSNorm with a frozen gain. Outside
 """
 
 import contextlib
+import functools
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -92,6 +93,31 @@ def frozen_weight(base: nn.Module, dtype: torch.dtype) -> Tensor:
         weight.data, weight.quant_state = bnb._convert_weight_packed_for_cpu_inverse(
             weight.data, state)
     return bnb.dequantize_4bit(weight.data, weight.quant_state).to(dtype)
+
+
+@contextlib.contextmanager
+def decoded(model: nn.Module) -> Iterator[None]:
+    """Compute 4-bit layers on a CPU with weights that are dequantised once.
+
+    Their own kernel decodes the weights anew for every few rows: fit for one
+    answer on a small machine, slow for the many rows of a score. The weights
+    are the same; the block takes 2 bytes for each of them.
+    """
+    layers = [m for m in model.modules() if hasattr(m, "compute_dtype")
+              and hasattr(m.weight, "quant_state") and m.weight.device.type == "cpu"]
+    for layer in layers:
+        weight = frozen_weight(layer, layer.compute_dtype or torch.float32)
+        layer.forward = functools.partial(_plain_forward, weight=weight, bias=layer.bias)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _plain_forward(x: Tensor, *, weight: Tensor, bias: Tensor | None) -> Tensor:
+    bias = None if bias is None else bias.to(weight.dtype)
+    return nn.functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
 
 
 def _lora_forward(self: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -6,7 +6,6 @@ import random
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
 from lib.errors import require
 
@@ -118,8 +117,33 @@ def get_profile(name: str, model: str = "") -> Profile:
     return dataclasses.replace(profile, model=model) if model else profile
 
 
+@dataclass(frozen=True)
+class ServeSettings:
+    """How a server runs.
+
+    Attributes:
+        context: tokens of prompt and answer together, for each request.
+        slots: requests computed at the same time, in one batch.
+        threads: of the engine; 0 takes every core.
+        port: on loopback; 0 takes a free one.
+    """
+
+    context: int = 2048
+    slots: int = 4
+    threads: int = 0
+    port: int = 8080
+
+    def __post_init__(self) -> None:
+        require(self.context >= 16, f"context {self.context} is too short: use 16 or more")
+        require(self.slots >= 1, f"{self.slots} slots serve nobody: use 1 or more")
+        require(self.threads >= 0, f"{self.threads} threads: use 0 for every core, or more")
+        require(0 <= self.port < 65536, f"port {self.port} does not exist: use 0 to 65535")
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch: the one place where seeds are set."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
+    import torch  # here, because a server reads this module and needs no torch
+
     torch.manual_seed(seed)

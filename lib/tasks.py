@@ -12,7 +12,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib.artifacts import ROOT
+from lib.base_model import release_memory
 from lib.errors import UserError, require
+from lib.fused import decoded
 
 DATA = ROOT / "data"
 KEYS = ("instruction", "response")
@@ -178,8 +180,10 @@ def keyword_score(
     """
     was_training = model.training
     model.eval()
-    texts = generate(model, tokenizer, [r["instruction"] for r in records], **options)
+    with decoded(model):
+        texts = generate(model, tokenizer, [r["instruction"] for r in records], **options)
     model.train(was_training)
+    release_memory()
     hits = (keyword_hit(t, r["expected_keyword"]) for t, r in zip(texts, records, strict=True))
     return Score(tuple(hits), tuple(texts))
 
@@ -199,11 +203,13 @@ def held_out_loss(
 ) -> float:
     """Mean negative log-likelihood (nats) of an answer token, prompts left out."""
     total, count = 0.0, 0
-    for start in range(0, len(records), batch_size):
-        pairs = [encode(tokenizer, r) for r in records[start:start + batch_size]]
-        ids, labels = pad_right(pairs, tokenizer.pad_token_id)
-        loss, tokens = answer_loss(model, ids.to(model.device), labels.to(model.device))
-        total, count = total + loss.item(), count + tokens
+    with decoded(model):
+        for start in range(0, len(records), batch_size):
+            pairs = [encode(tokenizer, r) for r in records[start:start + batch_size]]
+            ids, labels = pad_right(pairs, tokenizer.pad_token_id)
+            loss, tokens = answer_loss(model, ids.to(model.device), labels.to(model.device))
+            total, count = total + loss.item(), count + tokens
+    release_memory()
     return total / count
 
 

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # No test may reach a hub; the libraries read this when they are imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -18,8 +19,14 @@ if str(ROOT) not in sys.path:
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase  # noqa: E402
+from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
+from transformers import (  # noqa: E402
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from lib.artifacts import writing  # noqa: E402
 from lib.base_model import best_dtype, load_tokenizer, quiet, tiny_model  # noqa: E402
 
 settings.register_profile(
@@ -100,3 +107,21 @@ def cheap_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
         for module in ("base_model", "train", "merge"):
             patch.setattr(f"lib.{module}.load_tokenizer", lambda *_: tokenizer)
         yield
+
+
+def with_adapter(model: PreTrainedModel, *, seed: int = 0, **options: Any) -> PeftModel:
+    """peft's model with a random adapter, B included."""
+    torch.manual_seed(seed)
+    model = get_peft_model(model, LoraConfig(
+        **{"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "down_proj"]} | options))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+def saved_adapter(model: PreTrainedModel, out: Path, **options: Any) -> Path:
+    """An artifact as `train` writes it."""
+    with writing(out) as part:
+        with_adapter(copy.deepcopy(model), **options).save_pretrained(part)
+    return out

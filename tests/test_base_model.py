@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 import struct
 import subprocess
@@ -12,12 +13,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 import lib.embedded
-from lib.base_model import best_dtype, load_model, load_tokenizer, machine, tiny_model
+from lib.base_model import (
+    best_dtype,
+    load_model,
+    load_tokenizer,
+    machine,
+    release_memory,
+    tiny_model,
+)
 from lib.embedded import EMBEDDED, GGUF, locate
 from lib.errors import UserError
 
@@ -337,3 +346,20 @@ def test_the_real_model_speaks() -> None:
     answer = generate(model, load_tokenizer(), ["What is the capital of France?"],
                       max_new_tokens=8, own=True)[0]
     assert "Paris" in answer
+
+
+def resident() -> float:
+    return psutil.Process().memory_info().rss / 1e6
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be asked to trim")
+def test_memory_of_what_is_gone_is_given_back() -> None:
+    """Loading model after model once left a process with gigabytes that nobody held."""
+    before = resident()
+    # Below 128 kB, so that they come from the heap, and one stays at its end.
+    tensors = [torch.ones(25_000) for _ in range(3000)]
+    last, held = tensors[-1], resident()
+    del tensors
+    release_memory()
+    assert held - before > 200
+    assert resident() - before < 100, last.shape

@@ -15,7 +15,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lib.base_model import load_model
-from lib.fused import FrozenRMSNorm, LoraLinear, frozen_weight, fused
+from lib.fused import FrozenRMSNorm, LoraLinear, decoded, frozen_weight, fused
 
 Gradients = dict[str, Tensor]
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -386,3 +386,26 @@ def test_a_trained_norm_is_left_alone() -> None:
     model.requires_grad_(False)
     with fused(model) as changed:
         assert changed == 1
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_decoded_layer_is_the_layer(bias: bool) -> None:
+    """Same output as the 4-bit kernel, own forward back afterwards, weight untouched."""
+    layer, _ = four_bit()  # in training mode it dequantises, in float32
+    if bias:
+        layer.bias = nn.Parameter(random(64))
+    codes, x = layer.weight.data.clone(), random(5, 128, seed=1)
+    wanted = layer(x)
+    with decoded(nn.Sequential(layer)):
+        assert layer.forward.func.__name__ == "_plain_forward"
+        assert_near(layer(x), wanted, 1e-6)
+        assert layer(x.bfloat16()).dtype == torch.bfloat16
+    assert "forward" not in vars(layer)
+    assert torch.equal(layer.weight.data, codes)
+    assert torch.equal(layer(x), wanted)
+
+
+def test_decoded_leaves_other_layers() -> None:
+    plain = nn.Linear(4, 4)
+    with decoded(plain):
+        assert "forward" not in vars(plain)

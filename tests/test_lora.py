@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from conftest import saved_adapter, with_adapter
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lib.artifacts import writing
 from lib.base_model import tiny_model
@@ -26,24 +27,6 @@ from lib.lora import (
     singular_values,
 )
 from lib.profiles import TARGETS, TrainSettings
-
-
-def with_adapter(model: PreTrainedModel, **options: Any) -> PeftModel:
-    """peft's model with a random adapter, B included."""
-    torch.manual_seed(0)
-    model = get_peft_model(model, LoraConfig(
-        **{"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "down_proj"]} | options))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model.eval()
-
-
-def saved_adapter(model: PreTrainedModel, out: Path, **options: Any) -> Path:
-    """An artifact as `train` writes it."""
-    with writing(out) as part:
-        with_adapter(model, **options).save_pretrained(part)
-    return out
 
 
 @pytest.fixture

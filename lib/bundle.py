@@ -1,0 +1,102 @@
+"""What a server holds, checked before it starts: a GGUF model, adapters that fit it.
+
+Nothing here needs torch, so that a server stays small.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+
+from lib.artifacts import verified
+from lib.errors import UserError, require
+
+BASE_KEY = "general.base_model.0.name"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What one server holds: a model, and adapters by name with default scales."""
+
+    name: str
+    model: Path
+    adapters: dict[str, tuple[Path, float]]
+    context: int
+
+
+def open_bundle(path: Path, loras: Sequence[str] = ()) -> Bundle:
+    """Model and adapters of a directory that `python -m lib export` wrote, or of files.
+
+    Args:
+        path: such a directory, or a GGUF file.
+        loras: further adapters, each "NAME=FILE" or "NAME=FILE:SCALE".
+
+    Raises:
+        UserError: missing, damaged or foreign file; an adapter that does not fit.
+    """
+    require(path.exists(), f"{path} does not exist: check the path")
+    model, name, adapters = path, path.stem, {}
+    if path.is_dir():
+        facts = verified(path)
+        require("adapters" in facts, f"{path} is not from `python -m lib export`: make one")
+        model, name = path / facts["model"], facts["name"]
+        adapters = {n: (path / file, 0.0) for n, file in facts["adapters"].items()}
+    for text in loras:
+        match = re.fullmatch(r"([\w.-]+)=(.+?)(?::(-?[\d.]+))?", text)
+        require(match, f"--lora {text!r} is not NAME=FILE or NAME=FILE:SCALE")
+        adapters[match[1]] = (Path(match[2]), float(match[3] or 0))
+    require(name not in adapters, f"adapter {name!r} has the model's name: rename it")
+    reader = opened(model, {n: file for n, (file, _) in adapters.items()})
+    return Bundle(name, model, adapters, int(fact(reader, "llama.context_length")))
+
+
+def opened(model: Path, adapters: Mapping[str, Path]) -> gguf.GGUFReader:
+    """The model's reader, when it and the adapters are whole and fit together.
+
+    Raises:
+        UserError: a missing, damaged or foreign file, an adapter for another
+            base or with other shapes.
+    """
+    reader = _read(model)
+    require(fact(reader, "general.type") != "adapter",
+            f"{model} is an adapter: name a model, and the adapter with --lora NAME=FILE")
+    for name, file in adapters.items():
+        _check_adapter(reader, _read(file), name)
+    return reader
+
+
+def fact(reader: gguf.GGUFReader, key: str) -> Any:
+    """Value of a metadata key, None where there is none."""
+    field = reader.fields.get(key)
+    return field.contents() if field else None
+
+
+def _read(path: Path) -> gguf.GGUFReader:
+    require(Path(path).is_file(), f"{path} does not exist: check the path")
+    try:
+        reader = gguf.GGUFReader(path)
+        architecture = fact(reader, "general.architecture")
+    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no whole GGUF file ({error}): make it again") from None
+    require(architecture == "llama",
+            f"{path} holds a {architecture} model: only llama is served here")
+    return reader
+
+
+def _check_adapter(model: gguf.GGUFReader, adapter: gguf.GGUFReader, name: str) -> None:
+    require(fact(adapter, "adapter.type") == "lora",
+            f"adapter {name} is no LoRA file: export it with `python -m lib export`")
+    wanted, given = fact(adapter, BASE_KEY), fact(model, BASE_KEY)
+    require(wanted == given or None in (wanted, given),
+            f"adapter {name} was made for {wanted!r}, the model is {given!r}: "
+            "export both from the same base")
+    weights = {t.name: tuple(map(int, t.shape)) for t in model.tensors}
+    factors = {t.name: tuple(map(int, t.shape)) for t in adapter.tensors}
+    for target in {key.rpartition(".")[0] for key in factors}:
+        a, b = (factors.get(f"{target}.lora_{x}", (0, 0)) for x in "ab")
+        require(a[1] == b[0] and weights.get(target) == (a[0], b[1]),
+                f"adapter {name} does not fit the model at {target}: A takes {a[0]} to "
+                f"rank {a[1]}, B rank {b[0]} to {b[1]}, the weight is {weights.get(target)}")

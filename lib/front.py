@@ -1,0 +1,188 @@
+"""The front of the server: every request is checked before the engine sees it.
+
+llama.cpp ignores a model or an adapter that it does not know and answers with
+another one. Here an unknown name is an error, in the OpenAI shape.
+"""
+
+import asyncio
+import json
+from collections.abc import Coroutine
+from typing import Any, Literal, TypeVar
+
+import httpx
+from pydantic import BaseModel, Field, ValidationError
+from starlette.applications import Starlette
+from starlette.background import BackgroundTask
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from lib.bundle import Bundle
+
+BODY_LIMIT = 4_000_000
+PATHS = ("/v1/chat/completions", "/v1/completions")
+T = TypeVar("T")
+
+
+class Message(BaseModel, extra="allow"):
+    """One turn of a chat."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class Lora(BaseModel):
+    """An adapter's scale for one request."""
+
+    name: str
+    scale: float
+
+
+class Request(BaseModel, extra="allow", strict=True):
+    """What both completion calls share; fields that are not named here are passed on."""
+
+    model: str = ""
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, ge=0, le=1)
+    seed: int | None = Field(None, ge=-1, lt=2**32)
+    stream: bool | None = None
+    n: Literal[1] | None = None
+    lora: list[Lora] = []
+
+
+class Chat(Request):
+    """Body of /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+
+
+class Completion(Request):
+    """Body of /v1/completions."""
+
+    prompt: str
+
+
+class Refused(Exception):
+    """An error in the OpenAI shape."""
+
+    def __init__(self, status: int, message: str, parameter: str | None = None,
+                 code: str | None = None) -> None:
+        super().__init__(message)
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        self.reply = JSONResponse({"error": {
+            "message": message, "type": kind, "param": parameter, "code": code}}, status)
+
+
+async def read_body(request: HTTPRequest) -> bytes:
+    """The body, refused as soon as it is longer than the limit."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > BODY_LIMIT:
+            raise Refused(413, f"the body is over {BODY_LIMIT:,} bytes: send less",
+                          code="request_too_large")
+    return bytes(body)
+
+
+def checked(body: bytes, kind: type[Request], bundle: Bundle, context: int) -> dict[str, Any]:
+    """The request for the engine, with the adapters that it asks for.
+
+    Raises:
+        Refused: no JSON, a wrong type or range, an unknown model or adapter.
+    """
+    try:
+        asked = kind.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise Refused(400, f"{where or 'body'}: {first['msg']}", where or None) from None
+    names = [bundle.name, *bundle.adapters]
+    if asked.model not in ("", *names):
+        raise Refused(404, f"unknown model {asked.model!r}: use one of {', '.join(names)}",
+                      "model", "model_not_found")
+    if unknown := [x.name for x in asked.lora if x.name not in bundle.adapters]:
+        raise Refused(404, f"unknown adapter {unknown[0]!r}: use one of "
+                      f"{', '.join(bundle.adapters)}", "lora", "adapter_not_found")
+    limit = asked.max_tokens or asked.max_completion_tokens or 0
+    if limit > context:
+        raise Refused(400, f"max_tokens is {limit}, the context holds {context}", "max_tokens")
+    return json.loads(body) | {"model": bundle.name, "lora": scales(bundle, asked)}
+
+
+def scales(bundle: Bundle, asked: Request) -> list[dict[str, Any]]:
+    """llama.cpp's adapter list for a request: by `lora`, by `model`, or the defaults."""
+    wanted = {name: scale for name, (_, scale) in bundle.adapters.items()}
+    if asked.model in bundle.adapters:
+        wanted = {asked.model: 1.0}
+    wanted |= {entry.name: entry.scale for entry in asked.lora}
+    return [{"id": i, "scale": wanted.get(name, 0.0)}
+            for i, name in enumerate(bundle.adapters)]
+
+
+def application(bundle: Bundle, url: str, key: str, context: int, slots: int) -> Starlette:
+    """The front: checks a request, chooses its adapter, passes it to the engine."""
+    # No more requests than slots reach the engine; the others wait here, in order.
+    engine = httpx.AsyncClient(
+        base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=None,
+        limits=httpx.Limits(max_connections=slots, max_keepalive_connections=slots))
+
+    async def complete(request: HTTPRequest) -> Response:
+        kind = Chat if request.url.path.endswith("chat/completions") else Completion
+        body = checked(await read_body(request), kind, bundle, context)
+        sent = engine.build_request("POST", request.url.path, json=body)
+        answer = await _unless_gone(request, engine.send(sent, stream=True))
+        if body.get("stream") and answer.status_code == 200:
+            return StreamingResponse(answer.aiter_raw(), media_type="text/event-stream",
+                                     background=BackgroundTask(answer.aclose))
+        try:
+            reply = json.loads(await _unless_gone(request, answer.aread()))
+        finally:
+            await answer.aclose()
+        if "error" in reply:
+            raise Refused(answer.status_code, reply["error"]["message"],
+                          code=reply["error"].get("type"))
+        return JSONResponse(reply)
+
+    async def models(_: HTTPRequest) -> Response:
+        return JSONResponse({"object": "list", "data": [
+            {"id": name, "object": "model", "created": 0, "owned_by": "lib"}
+            for name in (bundle.name, *bundle.adapters)]})
+
+    async def through(request: HTTPRequest) -> Response:
+        answer = await engine.get(request.url.path)
+        return Response(answer.content, answer.status_code,
+                        media_type=answer.headers.get("content-type"))
+
+    async def refuse(_: HTTPRequest, error: Exception) -> Response:
+        if isinstance(error, HTTPException):
+            error = Refused(error.status_code, error.detail)
+        return error.reply if isinstance(error, Refused) else Refused(
+            502, f"the engine failed ({type(error).__name__}): try again").reply
+
+    return Starlette(
+        routes=[*(Route(path, complete, methods=["POST"]) for path in PATHS),
+                Route("/v1/models", models), Route("/health", through),
+                Route("/metrics", through)],
+        exception_handlers={kind: refuse for kind in (
+            Refused, HTTPException, httpx.HTTPError)})
+
+
+async def _unless_gone(request: HTTPRequest, work: Coroutine[Any, Any, T]) -> T:
+    """Result of `work`, which is given up when the client hangs up."""
+    async def hung_up() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = asyncio.ensure_future(work), asyncio.ensure_future(hung_up())
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
+            raise ClientDisconnect
+        return tasks[0].result()
+    finally:
+        for task in tasks:
+            task.cancel()

@@ -1,0 +1,104 @@
+"""An OpenAI-compatible server on loopback: llama.cpp behind the front."""
+
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+import xllamacpp
+
+from lib.artifacts import ROOT
+from lib.bundle import Bundle, open_bundle
+from lib.errors import UserError
+from lib.front import application
+from lib.profiles import ServeSettings
+
+HOST = "127.0.0.1"
+
+
+def start_engine(bundle: Bundle, settings: ServeSettings, context: int, key: str) -> Any:
+    """llama.cpp's own server on a free loopback port, closed to whoever lacks the key."""
+    params = xllamacpp.CommonParams()
+    params.model.path = str(bundle.model)
+    params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(file), scale)
+                            for file, scale in bundle.adapters.values()]
+    params.hostnames, params.port, params.api_keys = [HOST], free_port(), [key]
+    params.n_ctx, params.n_parallel = context * settings.slots, settings.slots
+    threads = settings.threads or os.cpu_count() or 1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    params.endpoint_metrics, params.ui, params.verbosity = True, False, 0
+    # Prompts kept beside the slots would grow to 8 GB.
+    params.cache_ram_mib = 0
+    try:
+        return xllamacpp.Server(params)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"llama.cpp could not load {bundle.model} ({error}): "
+                        "make it again, or lower --context or --slots") from None
+
+
+def free_port() -> int:
+    """A loopback port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return probe.getsockname()[1]
+
+
+def serve(path: Path, settings: ServeSettings, loras: Sequence[str] = ()) -> None:
+    """Serve until SIGTERM or Ctrl-C; requests under way are finished first.
+
+    Raises:
+        UserError: a bad file, or a port that is taken.
+    """
+    bundle = open_bundle(path, loras)
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((HOST, settings.port))
+        except (OSError, OverflowError):
+            raise UserError(f"port {settings.port} is taken or not allowed: "
+                            "choose another with --port, or 0 for a free one") from None
+        key = secrets.token_urlsafe()
+        context = min(settings.context, bundle.context)
+        engine = start_engine(bundle, settings, context, key)
+        app = application(bundle, engine.listening_address, key, context, settings.slots)
+        print(f"serving {', '.join((bundle.name, *bundle.adapters))} at "
+              f"http://{HOST}:{listener.getsockname()[1]}/v1", flush=True)
+        config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=20)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server that runs beside this process."""
+
+    url: str
+    pid: int
+
+
+@contextlib.contextmanager
+def running(path: Path, *options: str) -> Iterator[Served]:
+    """A server process for as long as the block runs.
+
+    Raises:
+        UserError: what the server said when it could not start.
+    """
+    command = [sys.executable, "-m", "lib", "serve", str(path), "--port", "0", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          cwd=ROOT, text=True) as process:
+        line = process.stdout.readline()
+        try:
+            if not line:
+                raise UserError(process.stderr.read().strip().removeprefix("error: "))
+            yield Served(line.split()[-1], process.pid)
+        finally:
+            process.terminate()
+            process.wait()
