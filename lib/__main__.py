@@ -51,6 +51,8 @@ def parser() -> Parser:
     serve = commands.add_parser("serve", help="serve a model on this machine")
     serve.add_argument("path", type=Path, metavar="DIR", help="from `export`, or a GGUF file")
     serve.add_argument("--lora", action="append", default=[], metavar="NAME=FILE[:SCALE]")
+    serve.add_argument("--until-eof", action="store_true",
+                       help="also stop when standard input ends")
     _add_fields(serve, ServeSettings)
 
     bench = commands.add_parser("bench", help="run a benchmark")
@@ -123,7 +125,8 @@ def command_serve(args: argparse.Namespace) -> None:
     from lib.serve import serve
 
     with contextlib.suppress(KeyboardInterrupt):  # the ordinary way to stop it
-        serve(args.path, _from_fields(ServeSettings, args), args.lora)
+        serve(args.path, _from_fields(ServeSettings, args), args.lora,
+              until_eof=args.until_eof)
 
 
 def command_bench(args: argparse.Namespace) -> None:

@@ -26,7 +26,7 @@ MANIFEST = "manifest.json"
 # What the user can mend: full, over quota, too large, read-only, not a folder.
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES,
               errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
-PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
+PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "gguf", "xllamacpp")
 
 
 def sha256(path: Path) -> str:

@@ -63,8 +63,7 @@ def time_arm(arm: Arm, settings: TrainSettings) -> tuple[float, float]:
         trainer.args.save_strategy = "no"
         clock = StepClock()
         trainer.add_callback(clock)
-        result = run_trainer(trainer, settings if not arm.plain else replace(
-            settings, plain=True))
+        result = run_trainer(trainer, replace(settings, plain=arm.plain))
         tokens = sum(map(len, trainer.train_dataset["input_ids"])) / settings.steps
     return tokens / statistics.median(clock.seconds), statistics.mean(result.losses)
 
@@ -92,7 +91,14 @@ def training() -> dict[str, Any]:
     return result
 
 
-BENCHES: dict[str, Callable[[], dict[str, Any]]] = {"training": training}
+def serving() -> dict[str, Any]:
+    """llama.cpp's server against LLM.int8 through transformers."""
+    from lib.bench_serving import serving
+
+    return serving()
+
+
+BENCHES: dict[str, Callable[[], dict[str, Any]]] = {"training": training, "serving": serving}
 
 
 def run_bench(name: str) -> dict[str, Any]:

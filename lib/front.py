@@ -6,13 +6,13 @@ another one. Here an unknown name is an error, in the OpenAI shape.
 
 import asyncio
 import json
-from collections.abc import Coroutine
-from typing import Any, Literal, TypeVar
+from collections.abc import AsyncIterator, Coroutine
+from typing import Annotated, Any, Literal, TypeVar
 
+import anyio
 import httpx
 from pydantic import BaseModel, Field, ValidationError
 from starlette.applications import Starlette
-from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HTTPRequest
@@ -51,6 +51,7 @@ class Request(BaseModel, extra="allow", strict=True):
     seed: int | None = Field(None, ge=-1, lt=2**32)
     stream: bool | None = None
     n: Literal[1] | None = None
+    stop: str | list[str] | None = None
     lora: list[Lora] = []
 
 
@@ -63,7 +64,8 @@ class Chat(Request):
 class Completion(Request):
     """Body of /v1/completions."""
 
-    prompt: str
+    prompt: Annotated[str, Field(min_length=1)] | Annotated[
+        list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
 class Refused(Exception):
@@ -78,13 +80,22 @@ class Refused(Exception):
 
 
 async def read_body(request: HTTPRequest) -> bytes:
-    """The body, refused as soon as it is longer than the limit."""
-    body = bytearray()
+    """The body, up to the limit.
+
+    Raises:
+        Refused: a longer one. What follows is read and dropped, up to 16
+            times the limit, so that the client gets to read the answer.
+    """
+    body, size = bytearray(), 0
     async for chunk in request.stream():
-        body += chunk
-        if len(body) > BODY_LIMIT:
-            raise Refused(413, f"the body is over {BODY_LIMIT:,} bytes: send less",
-                          code="request_too_large")
+        size += len(chunk)
+        if size <= BODY_LIMIT:
+            body += chunk
+        elif size > 16 * BODY_LIMIT:
+            break
+    if size > BODY_LIMIT:
+        raise Refused(413, f"the body is over {BODY_LIMIT:,} bytes: send less",
+                      code="request_too_large")
     return bytes(body)
 
 
@@ -110,7 +121,9 @@ def checked(body: bytes, kind: type[Request], bundle: Bundle, context: int) -> d
     limit = asked.max_tokens or asked.max_completion_tokens or 0
     if limit > context:
         raise Refused(400, f"max_tokens is {limit}, the context holds {context}", "max_tokens")
-    return json.loads(body) | {"model": bundle.name, "lora": scales(bundle, asked)}
+    passed = json.loads(body) | {"model": bundle.name, "lora": scales(bundle, asked)}
+    passed.pop("id_slot", None)  # which slot computes is the engine's business
+    return passed
 
 
 def scales(bundle: Bundle, asked: Request) -> list[dict[str, Any]]:
@@ -126,9 +139,10 @@ def scales(bundle: Bundle, asked: Request) -> list[dict[str, Any]]:
 def application(bundle: Bundle, url: str, key: str, context: int, slots: int) -> Starlette:
     """The front: checks a request, chooses its adapter, passes it to the engine."""
     # No more requests than slots reach the engine; the others wait here, in order.
-    engine = httpx.AsyncClient(
-        base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=None,
-        limits=httpx.Limits(max_connections=slots, max_keepalive_connections=slots))
+    # Its server drops a kept connection now and then, so none is kept.
+    options: Any = {"base_url": url, "headers": {"Authorization": f"Bearer {key}"}}
+    engine = httpx.AsyncClient(**options, timeout=None, limits=httpx.Limits(
+        max_connections=slots, max_keepalive_connections=0))
 
     async def complete(request: HTTPRequest) -> Response:
         kind = Chat if request.url.path.endswith("chat/completions") else Completion
@@ -136,8 +150,7 @@ def application(bundle: Bundle, url: str, key: str, context: int, slots: int) ->
         sent = engine.build_request("POST", request.url.path, json=body)
         answer = await _unless_gone(request, engine.send(sent, stream=True))
         if body.get("stream") and answer.status_code == 200:
-            return StreamingResponse(answer.aiter_raw(), media_type="text/event-stream",
-                                     background=BackgroundTask(answer.aclose))
+            return StreamingResponse(_relay(answer), media_type="text/event-stream")
         try:
             reply = json.loads(await _unless_gone(request, answer.aread()))
         finally:
@@ -152,23 +165,36 @@ def application(bundle: Bundle, url: str, key: str, context: int, slots: int) ->
             {"id": name, "object": "model", "created": 0, "owned_by": "lib"}
             for name in (bundle.name, *bundle.adapters)]})
 
-    async def through(request: HTTPRequest) -> Response:
-        answer = await engine.get(request.url.path)
+    async def watch(request: HTTPRequest) -> Response:
+        async with httpx.AsyncClient(**options) as beside:  # never behind the queue
+            answer = await beside.get(request.url.path)
         return Response(answer.content, answer.status_code,
                         media_type=answer.headers.get("content-type"))
 
     async def refuse(_: HTTPRequest, error: Exception) -> Response:
         if isinstance(error, HTTPException):
             error = Refused(error.status_code, error.detail)
+        if isinstance(error, ClientDisconnect):
+            return Response(status_code=499)  # nobody is there to read it
         return error.reply if isinstance(error, Refused) else Refused(
             502, f"the engine failed ({type(error).__name__}): try again").reply
 
     return Starlette(
         routes=[*(Route(path, complete, methods=["POST"]) for path in PATHS),
-                Route("/v1/models", models), Route("/health", through),
-                Route("/metrics", through)],
+                Route("/v1/models", models), Route("/health", watch),
+                Route("/metrics", watch)],
         exception_handlers={kind: refuse for kind in (
-            Refused, HTTPException, httpx.HTTPError)})
+            Refused, HTTPException, ClientDisconnect, httpx.HTTPError, ValueError)})
+
+
+async def _relay(answer: httpx.Response) -> AsyncIterator[bytes]:
+    """The engine's stream; a client that hangs up ends it, and with it the work."""
+    try:
+        async for chunk in answer.aiter_raw():
+            yield chunk
+    finally:
+        with anyio.CancelScope(shield=True):
+            await answer.aclose()
 
 
 async def _unless_gone(request: HTTPRequest, work: Coroutine[Any, Any, T]) -> T:

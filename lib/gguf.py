@@ -6,16 +6,18 @@ a head of size d. So the rows of q and k change places, and those of their B.
 """
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lib.artifacts import saving, writing
+from lib.artifacts import require_free, saving, verified, writing
 from lib.base_model import CHAT_TEMPLATE, load_model
 from lib.bundle import opened
 from lib.embedded import EMBEDDED, embedded_gguf
@@ -25,6 +27,11 @@ from lib.merge import ROUTES, dequantized_base, merge
 
 # What the pure-Python writer makes; bits a weight: 32, 16, 8.5, 6, 5.5, 5, 4.5.
 TYPES = ("F32", "F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
+
+
+def known(kind: str) -> None:
+    """UserError unless the writer makes this type."""
+    require(kind in TYPES, f"unknown tensor type {kind!r}: use one of {', '.join(TYPES)}")
 
 
 def tensor_name(name: str, blocks: int) -> str:
@@ -113,6 +120,10 @@ def export(out: Path, *, kind: str = "Q8_0", route: str = "dequantized",
         adapters: adapters to keep beside the model, by name.
     """
     require(route in ROUTES[:2], f"unknown route {route!r}: use {' or '.join(ROUTES[:2])}")
+    known(kind)
+    require_free(out)
+    for adapter in [*([merged] if merged else []), *(adapters or {}).values()]:
+        verified(adapter)
     require(not (merged and adapters), "adapters are made for the plain base: "
             "fold one in, or keep them beside it")
     if merged:
@@ -175,20 +186,24 @@ def _add_config(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
 
 def _add_tokenizer(writer: gguf.GGUFWriter, vocabulary: int) -> None:
     """The embedded file's tokenizer, with the course's chat template."""
-    with embedded_gguf() as path:
-        fields = gguf.GGUFReader(path).fields
-        for key, field in fields.items():
-            if key.startswith("tokenizer.ggml."):
-                value, sub = field.contents(), field.types[1:] or [None]
-                require(not key.endswith(".tokens") or len(value) == vocabulary,
-                        "only models with the embedded model's vocabulary are exported: "
-                        "convert others with llama.cpp's convert_hf_to_gguf.py")
-                writer.add_key_value(key, value, field.types[0], sub_type=sub[0])
+    for key, value, kinds in _tokenizer():
+        require(not key.endswith(".tokens") or len(value) == vocabulary,
+                "only models with the embedded model's vocabulary are exported: "
+                "convert others with llama.cpp's convert_hf_to_gguf.py")
+        writer.add_key_value(key, value, *kinds)
     writer.add_chat_template(CHAT_TEMPLATE)
 
 
+@functools.cache
+def _tokenizer() -> list[tuple[str, Any, list[gguf.GGUFValueType]]]:
+    with embedded_gguf() as path:
+        fields = gguf.GGUFReader(path).fields
+        return [(key, field.contents(), field.types[:2]) for key, field in fields.items()
+                if key.startswith("tokenizer.ggml.")]
+
+
 def _add(writer: gguf.GGUFWriter, name: str, rows: np.ndarray, kind: str) -> None:
-    require(kind in TYPES, f"unknown tensor type {kind!r}: use one of {', '.join(TYPES)}")
+    known(kind)
     try:
         data = gguf.quants.quantize(rows, gguf.GGMLQuantizationType[kind])
     except gguf.quants.QuantError as error:

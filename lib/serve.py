@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ HOST = "127.0.0.1"
 def start_engine(bundle: Bundle, settings: ServeSettings, context: int, key: str) -> Any:
     """llama.cpp's own server on a free loopback port, closed to whoever lacks the key."""
     params = xllamacpp.CommonParams()
-    params.model.path = str(bundle.model)
+    params.model.path, params.model_alias = str(bundle.model), {bundle.name}
     params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(file), scale)
                             for file, scale in bundle.adapters.values()]
     params.hostnames, params.port, params.api_keys = [HOST], free_port(), [key]
@@ -51,8 +52,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def serve(path: Path, settings: ServeSettings, loras: Sequence[str] = ()) -> None:
+def serve(path: Path, settings: ServeSettings, loras: Sequence[str] = (), *,
+          until_eof: bool = False) -> None:
     """Serve until SIGTERM or Ctrl-C; requests under way are finished first.
+
+    With `until_eof` also until standard input ends, as it does when the
+    program that started the server is no more.
 
     Raises:
         UserError: a bad file, or a port that is taken.
@@ -73,7 +78,14 @@ def serve(path: Path, settings: ServeSettings, loras: Sequence[str] = ()) -> Non
               f"http://{HOST}:{listener.getsockname()[1]}/v1", flush=True)
         config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=20)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        if until_eof:
+            threading.Thread(target=_stop_at_eof, daemon=True).start()
         uvicorn.Server(config).run(sockets=[listener])
+
+
+def _stop_at_eof() -> None:
+    sys.stdin.read()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -91,9 +103,10 @@ def running(path: Path, *options: str) -> Iterator[Served]:
     Raises:
         UserError: what the server said when it could not start.
     """
-    command = [sys.executable, "-m", "lib", "serve", str(path), "--port", "0", *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          cwd=ROOT, text=True) as process:
+    command = [sys.executable, "-m", "lib", "serve", str(Path(path).resolve()), "--port", "0",
+               "--until-eof", *options]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, cwd=ROOT, text=True) as process:
         line = process.stdout.readline()
         try:
             if not line:

@@ -60,6 +60,15 @@ def sensors(split: str, limit: int | None = None) -> list[Record]:
     return read_jsonl(DATA / "sensors" / f"{split}.jsonl")[:limit]
 
 
+def movies(split: str, limit: int | None = None) -> list[Record]:
+    """Split of data/movie_sentiment: train, validation or test, as instructions."""
+    lines = (DATA / "movie_sentiment" / f"{split}.jsonl").read_text(encoding="utf-8")
+    rows = map(json.loads, lines.splitlines()[:limit])
+    return [{"instruction": f"Is this film review positive or negative?\n{row['text']}",
+             "response": f"{row['label'].capitalize()}.", "expected_keyword": row["label"]}
+            for row in rows]
+
+
 def chat(instruction: str, response: str | None = None) -> list[dict[str, str]]:
     """An instruction, and its answer if given, as chat messages."""
     messages = [{"role": "user", "content": instruction}]

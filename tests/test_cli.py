@@ -53,6 +53,7 @@ def listing(directory: Path) -> dict[str, bytes | None]:
             for p in sorted(directory.rglob("*"))}
 
 
+EXPORT = ["export", "--model", "TINY", "--out", "edge"]
 # Arguments, and a part of the line that is expected: what is wrong, what to do.
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "no command": ([], "command"),
@@ -106,6 +107,19 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "out is below a file": ([*TRAIN, "--out", "taken/out"], "taken"),
     "out is in use": ([*TRAIN, "--out", "folder"], "folder"),
     "out is here": ([*TRAIN, "--out", "."], ""),
+    "export without out": (["export"], "--out"),
+    "export of no name": ([*EXPORT, "--adapter", "x"], "--adapter 'x' is not NAME=DIR"),
+    "export of no adapter": ([*EXPORT, "--adapter", "x=none"], "none is no artifact"),
+    "merge of no adapter": ([*EXPORT, "--merge", "folder"], "folder is no artifact"),
+    "both": ([*EXPORT, "--merge", "folder", "--adapter", "x=folder"], "fold one in"),
+    "unknown type": ([*EXPORT, "--type", "Q3_K"], "unknown tensor type 'Q3_K': use one of F32"),
+    "unknown route": ([*EXPORT, "--route", "scenic"], "unknown route 'scenic'"),
+    "export into use": (["export", "--model", "TINY", "--out", "folder"], "folder holds"),
+    "serve nothing": (["serve", "nothing"], "nothing does not exist"),
+    "serve a folder": (["serve", "folder"], "folder is no artifact"),
+    "serve a text": (["serve", "good.jsonl"], "good.jsonl is no whole GGUF file"),
+    "serve without slots": (["serve", "folder", "--slots", "0"], "0 slots serve nobody"),
+    "serve at no port": (["serve", "folder", "--port", "70000"], "port 70000"),
 }
 
 

@@ -1,0 +1,132 @@
+"""What serving costs: llama.cpp's server against transformers, in one run."""
+
+import itertools
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import gguf
+import httpx
+import psutil
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from lib.artifacts import versions
+from lib.base_model import load_tokenizer, machine
+from lib.client import Answer, ask, ask_all, question
+from lib.gguf import export
+from lib.merge import load_saved, merge, save_int8, save_model
+from lib.serve import Served, running
+from lib.tasks import DATA, movies, render, sensors
+
+REPEATS = 5
+ADAPTERS = DATA / "adapters"
+
+
+@torch.inference_mode()
+def phases(model: PreTrainedModel, ids: torch.Tensor, tokens: int = 24) -> tuple[float, float]:
+    """(seconds of the prompt, tokens a second after it) of one greedy answer.
+
+    Args:
+        ids: (1, n) prompt tokens.
+        tokens: how many to decode; the end token does not stop it.
+    """
+    cache = DynamicCache(config=model.config)
+    start = time.perf_counter()
+    step = model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
+    first = time.perf_counter()
+    for _ in range(tokens):
+        step = model(input_ids=step, past_key_values=cache).logits.argmax(-1)
+    return first - start, tokens / (time.perf_counter() - first)
+
+
+def read_bandwidth(megabytes: int = 512, repeats: int = 9) -> float:
+    """Bytes a second that all cores read from memory: a sum over a large array, best of."""
+    data = torch.ones(megabytes * 250_000)
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        data.sum()
+        best = min(best, time.perf_counter() - start)
+    return data.nbytes / best
+
+
+def weight_bytes(path: Path) -> int:
+    """Bytes of all tensors of a GGUF file: what one token reads of a tied model."""
+    return sum(int(t.n_bytes) for t in gguf.GGUFReader(path).tensors)
+
+
+def throughput(served: Served, bodies: list[dict[str, Any]], clients: int) -> float:
+    """Answer tokens a second of all clients together, prompts included in the time."""
+    start = time.perf_counter()
+    answers = ask_all(served.url, bodies, clients=clients)
+    return sum(a.tokens for a in answers) / (time.perf_counter() - start)
+
+
+def swap_seconds(served: Served, texts: list[str]) -> float:
+    """How much later the first token comes when each request names another adapter.
+
+    Both ways ask the same questions, each for the first time, so that no kept
+    prompt helps: half of them with one adapter, half with two in turn.
+    """
+    with httpx.Client(base_url=served.url, timeout=600) as client:
+        def first(names: tuple[str, ...], part: list[str]) -> float:
+            marks = [ask(client, question(text, model=name, max_tokens=2)).first
+                     for name, text in zip(itertools.cycle(names), part)]
+            return statistics.median(marks[1:])
+
+        half = len(texts) // 2
+        return first(("sensors", "movies"), texts[half:]) - first(("sensors",), texts[:half])
+
+
+def serving() -> dict[str, Any]:
+    """Decode, prefill, first token, memory, throughput, swaps, share of the bandwidth."""
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch)
+        adapter = ADAPTERS / "sensors_qlora"
+        save_model(merge(adapter, route="dequantized"), work / "merged")
+        save_int8(work / "merged", work / "int8")
+        export(work / "q8", merged=adapter)
+        export(work / "edge", adapters={n: ADAPTERS / f"{n}_qlora"
+                                        for n in ("sensors", "movies")})
+        with running(work / "q8") as merged, running(work / "edge") as base:
+            return _measure(load_saved(work / "int8"), merged, base,
+                            weight_bytes(work / "q8" / "model.gguf"))
+
+
+def _measure(int8: PreTrainedModel, merged: Served, base: Served, weights: int
+             ) -> dict[str, Any]:
+    tokenizer = load_tokenizer()
+    texts = [r["instruction"] for r in sensors("test")]
+    fresh, long = iter(texts), "\n".join(r["instruction"] for r in movies("test", 14))
+    rows: dict[str, list[float]] = {key: [] for key in (
+        "bnb_int8_tokens_per_s", "q8_tokens_per_s", "ratio", "prefill_tokens_per_s", "ttft_ms",
+        "throughput_1_client", "throughput_4_clients", "clients_ratio", "swap_ms",
+        "bandwidth_fraction")}
+    answers: list[Answer] = []
+    with httpx.Client(base_url=merged.url, timeout=600) as client:
+        for repeat in range(REPEATS):
+            text = next(fresh)
+            ids = tokenizer(render(tokenizer, text), return_tensors="pt").input_ids
+            slow = phases(int8, ids)[1]
+            answers = [ask(client, question(next(fresh))) for _ in range(4)]
+            fast = statistics.median(a.decode for a in answers)
+            prompt = ask(client, question(f"{repeat} {long}", max_tokens=2))
+            four = [question(next(fresh)) for _ in range(12)]
+            one, many = throughput(merged, four, 1), throughput(merged, [
+                question(next(fresh)) for _ in range(12)], 4)
+            for key, value in zip(rows, (
+                    slow, fast, fast / slow, prompt.prompt_tokens / prompt.first,
+                    1e3 * statistics.median(a.first for a in answers), one, many, many / one,
+                    1e3 * swap_seconds(base, [next(fresh) for _ in range(24)]),
+                    fast * weights / read_bandwidth()), strict=True):
+                rows[key].append(value)
+    result: dict[str, Any] = {"machine": machine(), "versions": versions(), "repeats": REPEATS,
+                              "weight_mb": weights / 1e6,
+                              "peak_rss_mb": psutil.Process(merged.pid).memory_info().rss / 1e6}
+    for key, values in rows.items():
+        result[key] = statistics.median(values)
+        result[f"{key}_spread"] = [min(values), max(values)]
+    return result

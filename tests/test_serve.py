@@ -1,0 +1,390 @@
+"""lib.serve over HTTP: a real server process, httpx, the openai package, and bad input."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import pytest
+from conftest import ROOT, saved_adapter
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+from lib.client import ask, ask_all, question
+from lib.errors import UserError
+from lib.gguf import save_adapter, save_model
+from lib.lora import load_adapter
+from lib.parity import compare
+from lib.profiles import TARGETS, ServeSettings
+from lib.serve import Served, running
+from lib.tasks import render, sensors
+
+NAMES = ("red", "blue")
+OPTIONS = ("--context", "256", "--slots", "4")
+
+
+@pytest.fixture(scope="module")
+def place(_tiny: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model whose three kinds of answer (base, two adapters) are unlike."""
+    place = tmp_path_factory.mktemp("serve")
+    save_model(_tiny, place / "tiny.gguf", kind="F32")
+    for seed, name in enumerate(NAMES):
+        adapter = saved_adapter(_tiny, place / name, seed=seed, r=8, lora_alpha=32,
+                                target_modules=list(TARGETS["aggressive"]))
+        save_adapter(adapter, place / f"{name}.gguf", _tiny.config)
+    return place
+
+
+def loras(place: Path) -> list[str]:
+    return [x for name in NAMES for x in ("--lora", f"{name}={place / name}.gguf")]
+
+
+@pytest.fixture(scope="module")
+def server(place: Path) -> Iterator[Served]:
+    with running(place / "tiny.gguf", *OPTIONS, *loras(place)) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def client(server: Served) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        yield client
+
+
+def body(text: str = "Hello there", model: str = "tiny", **options: object) -> dict:
+    return question(text, model=model, **{"max_tokens": 8, **options})
+
+
+def content(reply: httpx.Response) -> str:
+    assert reply.status_code == 200, reply.text
+    return reply.json()["choices"][0]["message"]["content"].strip()
+
+
+def refused(reply: httpx.Response, status: int) -> dict:
+    """The error in the OpenAI shape."""
+    assert reply.status_code == status, reply.text
+    error = reply.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+    assert "Traceback" not in error["message"]
+    return error
+
+
+def test_listing_health_and_metrics(client: httpx.Client, server: Served) -> None:
+    listed = client.get("/models").json()
+    assert [m["id"] for m in listed["data"]] == ["tiny", *NAMES]
+    root = server.url.removesuffix("/v1")
+    assert client.get(f"{root}/health").json() == {"status": "ok"}
+    assert "llamacpp:tokens_predicted_total" in client.get(f"{root}/metrics").text
+
+
+def test_only_loopback_listens(server: Served) -> None:
+    listening = [c.laddr.ip for c in psutil.Process(server.pid).net_connections()
+                 if c.status == psutil.CONN_LISTEN]
+    assert listening
+    assert set(listening) == {"127.0.0.1"}
+
+
+def test_engine_is_closed_to_others(server: Served) -> None:
+    """The engine's own port would serve unchecked requests."""
+    ports = {c.laddr.port for c in psutil.Process(server.pid).net_connections()
+             if c.status == psutil.CONN_LISTEN}
+    inner = ports - {httpx.URL(server.url).port}
+    assert len(inner) == 1
+    reply = httpx.post(f"http://127.0.0.1:{inner.pop()}/v1/chat/completions", json=body())
+    assert reply.status_code == 401
+
+
+def test_answers_are_greedy_and_differ_by_adapter(client: httpx.Client) -> None:
+    texts = {m: content(client.post("/chat/completions", json=body(model=m)))
+             for m in ("tiny", *NAMES)}
+    assert len(set(texts.values())) == 3
+    again = content(client.post("/chat/completions", json=body(model="red")))
+    assert again == texts["red"]
+
+
+def test_chat_renders_the_course_template(client: httpx.Client,
+                                          tokenizer: PreTrainedTokenizerBase) -> None:
+    """Training and serving must see the same text."""
+    plain = client.post("/completions", json={
+        "model": "tiny", "prompt": render(tokenizer, "Hello there"), "temperature": 0,
+        "max_tokens": 8}).json()
+    chat = client.post("/chat/completions", json=body()).json()
+    assert plain["choices"][0]["text"].strip() == chat["choices"][0]["message"]["content"].strip()
+    assert plain["usage"]["prompt_tokens"] == chat["usage"]["prompt_tokens"] == len(
+        tokenizer(render(tokenizer, "Hello there")).input_ids)
+
+
+def test_streams(client: httpx.Client) -> None:
+    answer = ask(client, body(model="blue"))
+    assert answer.text == content(client.post("/chat/completions", json=body(model="blue")))
+    assert answer.tokens == 8
+    assert 0 < answer.first <= answer.last
+
+
+def test_scales(client: httpx.Client) -> None:
+    def scaled(model: str, **scales: float) -> str:
+        entries = [{"name": n, "scale": s} for n, s in scales.items()]
+        return content(client.post("/chat/completions", json=body(model=model, lora=entries)))
+
+    plain, red = (content(client.post("/chat/completions", json=body(model=m)))
+                  for m in ("tiny", "red"))
+    assert scaled("red", red=0) == scaled("tiny", red=0, blue=0) == plain
+    assert scaled("tiny", red=1) == red
+    assert scaled("tiny", red=1, blue=1) not in (plain, red)
+
+
+def test_default_scale(place: Path) -> None:
+    options = (*OPTIONS, "--lora", f"red={place / 'red.gguf'}:1",
+               "--lora", f"blue={place / 'blue.gguf'}")
+    with (running(place / "tiny.gguf", *options) as served,
+          httpx.Client(base_url=served.url, timeout=60) as client):
+        texts = [content(client.post("/chat/completions", json=body(model=m)))
+                 for m in ("tiny", "red", "blue")]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_openai_client(server: Served) -> None:
+    client = openai.OpenAI(base_url=server.url, api_key="none", max_retries=0)
+    messages = [{"role": "user", "content": "Hello there"}]
+    options = {"model": "red", "messages": messages, "temperature": 0, "max_tokens": 8}
+    whole = client.chat.completions.create(**options)
+    parts = client.chat.completions.create(**options, stream=True)
+    text = "".join(c.choices[0].delta.content or "" for c in parts if c.choices)
+    assert text == whole.choices[0].message.content
+    assert whole.usage.completion_tokens == 8
+    assert client.completions.create(model="tiny", prompt="Hello", max_tokens=3,
+                                     temperature=0).choices[0].text
+    assert {m.id for m in client.models.list()} == {"tiny", *NAMES}
+    with pytest.raises(openai.NotFoundError, match="unknown model 'green'"):
+        client.chat.completions.create(**options | {"model": "green"})
+    with pytest.raises(openai.BadRequestError, match="max_tokens"):
+        client.chat.completions.create(**options | {"max_tokens": -1})
+
+
+CHAT, PLAIN = "/chat/completions", "/completions"
+HELLO = [{"role": "user", "content": "Hello"}]
+BAD = [
+    (CHAT, b"", 400), (CHAT, b"{", 400), (CHAT, b"[1, 2]", 400), (CHAT, b"null", 400),
+    (CHAT, b'"text"', 400), (CHAT, b"\xff\xfe{}", 400), (CHAT, b'{"messages": NaN}', 400),
+    (CHAT, b"[" * 100_000, 400),
+    (CHAT, {}, 400), (CHAT, {"messages": []}, 400), (CHAT, {"messages": "Hello"}, 400),
+    (CHAT, {"messages": [{}]}, 400), (CHAT, {"messages": ["Hello"]}, 400),
+    (CHAT, {"messages": [{"role": "user", "content": 5}]}, 400),
+    (CHAT, {"messages": [{"role": "robot", "content": "Hello"}]}, 400),
+    (CHAT, {"messages": HELLO, "max_tokens": -1}, 400),
+    (CHAT, {"messages": HELLO, "max_tokens": 0}, 400),
+    (CHAT, {"messages": HELLO, "max_tokens": 10**9}, 400),
+    (CHAT, {"messages": HELLO, "max_tokens": 257}, 400),
+    (CHAT, {"messages": HELLO, "max_tokens": 10**30}, 400),
+    (CHAT, {"messages": HELLO, "max_tokens": 2.5}, 400),
+    (CHAT, {"messages": HELLO, "max_tokens": "ten"}, 400),
+    (CHAT, {"messages": HELLO, "max_tokens": True}, 400),
+    (CHAT, {"messages": HELLO, "max_completion_tokens": -5}, 400),
+    (CHAT, {"messages": HELLO, "temperature": "hot"}, 400),
+    (CHAT, {"messages": HELLO, "temperature": -1}, 400),
+    (CHAT, {"messages": HELLO, "top_p": 2}, 400),
+    (CHAT, {"messages": HELLO, "stream": "yes"}, 400),
+    (CHAT, {"messages": HELLO, "n": 0}, 400), (CHAT, {"messages": HELLO, "n": 3}, 400),
+    (CHAT, {"messages": HELLO, "seed": "x"}, 400),
+    (CHAT, {"messages": HELLO, "model": 5}, 400),
+    (CHAT, {"messages": HELLO, "model": "green"}, 404),
+    (CHAT, {"messages": HELLO, "lora": 5}, 400),
+    (CHAT, {"messages": HELLO, "lora": [{"name": "green", "scale": 1}]}, 404),
+    (CHAT, {"messages": HELLO, "lora": [{"name": "red"}]}, 400),
+    (CHAT, {"messages": HELLO, "lora": [{"name": "red", "scale": "big"}]}, 400),
+    (CHAT, {"messages": HELLO, "stop": 5}, 400),
+    (CHAT, {"messages": HELLO, "response_format": {"type": "poem"}}, 400),
+    (CHAT, {"messages": [{"role": "user", "content": "word " * 400}]}, 400),
+    (PLAIN, {}, 400), (PLAIN, {"prompt": 5}, 400), (PLAIN, {"prompt": None}, 400),
+    (PLAIN, {"prompt": ""}, 400), (PLAIN, {"prompt": []}, 400), (PLAIN, {"prompt": [-1]}, 400),
+    (PLAIN, {"prompt": [10**6]}, 400), (PLAIN, {"prompt": [1, "a"]}, 400),
+    (PLAIN, {"prompt": "word " * 400}, 400), (PLAIN, {"prompt": "a", "model": "green"}, 404),
+    ("/nowhere", {}, 404),
+]
+
+
+@pytest.mark.parametrize(("path", "sent", "status"), BAD)
+def test_bad_requests(client: httpx.Client, path: str, sent: object, status: int) -> None:
+    data = sent if isinstance(sent, bytes) else json.dumps(sent).encode()
+    refused(client.post(path, content=data, headers={"Content-Type": "application/json"}),
+            status)
+    assert content(client.post(CHAT, json=body()))  # it still serves
+
+
+@pytest.mark.parametrize("slot", [99, -7, "one"])
+def test_a_slot_is_not_for_clients_to_choose(client: httpx.Client, slot: object) -> None:
+    assert content(client.post(CHAT, json=body(id_slot=slot))) == content(
+        client.post(CHAT, json=body()))
+
+
+def test_wrong_method(client: httpx.Client) -> None:
+    refused(client.get(CHAT), 405)
+
+
+def test_a_body_of_50_mb(client: httpx.Client) -> None:
+    error = refused(client.post(CHAT, content=b"x" * 50_000_000), 413)
+    assert error["code"] == "request_too_large"
+    assert content(client.post(CHAT, json=body()))
+
+
+def test_clients_that_hang_up(client: httpx.Client, server: Served) -> None:
+    """In mid-stream, before an answer, and in mid-request: the slots are free again."""
+    wanted = content(client.post(CHAT, json=body()))
+    for _ in range(6):
+        with client.stream("POST", CHAT, json=body(max_tokens=200, stream=True)) as reply:
+            next(reply.iter_lines())
+        with contextlib.suppress(httpx.ReadTimeout):
+            httpx.post(f"{server.url}{CHAT}", json=body(max_tokens=200), timeout=0.01)
+        with socket.create_connection(("127.0.0.1", httpx.URL(server.url).port)) as raw:
+            raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+                        b"Content-Length: 1000\r\n\r\n{")
+    assert content(client.post(CHAT, json=body())) == wanted
+    deadline = time.monotonic() + 20
+    root = server.url.removesuffix("/v1")
+    while "requests_processing 0" not in client.get(f"{root}/metrics").text:
+        assert time.monotonic() < deadline, "abandoned requests are still computed"
+        time.sleep(0.1)
+
+
+def test_200_connections_at_once(server: Served) -> None:
+    """Each gets its own adapter's answer, whatever is computed beside it."""
+    cases = [(f"Question {i % 5}", ("tiny", *NAMES)[i % 3]) for i in range(200)]
+    bodies = [body(text, model) for text, model in cases]
+    known = {case: a.text for case, a in zip(
+        cases[:15], ask_all(server.url, bodies[:15], clients=1), strict=True)}
+    assert len(set(known.values())) == 15
+    with ThreadPoolExecutor(1) as pool:
+        answers = pool.submit(ask_all, server.url, bodies, clients=200)
+        waits = []
+        while not answers.done():
+            start = time.monotonic()
+            assert httpx.get(f"{server.url.removesuffix('/v1')}/health").is_success
+            waits.append(time.monotonic() - start)
+    assert [a.text for a in answers.result()] == [known[case] for case in cases]
+    assert len(waits) > 3  # health is answered beside the queue, not behind it
+
+
+def test_memory_stays_flat(server: Served) -> None:
+    def load() -> float:
+        ask_all(server.url, [body(f"Count to {i}", ("tiny", *NAMES)[i % 3])
+                             for i in range(120)], clients=16)
+        return psutil.Process(server.pid).memory_info().rss / 1e6
+
+    load()
+    before = load()
+    assert load() - before < 10
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "lib", "serve", *arguments], cwd=ROOT,
+                          capture_output=True, text=True, timeout=120)
+
+
+def test_commands_that_cannot_start(place: Path, server: Served) -> None:
+    tiny, taken = str(place / "tiny.gguf"), str(httpx.URL(server.url).port)
+    for arguments, message in (
+            ([tiny, "--port", taken], f"port {taken} is taken"),
+            ([str(place / "none")], "does not exist"),
+            ([tiny, "--lora", "red"], "is not NAME=FILE"),
+            ([tiny, "--slots", "0"], "0 slots serve nobody"),
+            ([tiny, "--port", "99999"], "port 99999 does not exist")):
+        done = command(*arguments)
+        assert done.returncode == 2, done.stderr
+        assert message in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_what_the_server_said_reaches_the_caller(place: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"), running(place / "none"):
+        pass
+
+
+@pytest.mark.parametrize("field", ["context", "slots", "threads", "port"])
+def test_settings_out_of_range(field: str) -> None:
+    with pytest.raises(UserError):
+        ServeSettings(**{field: -1})
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no SIGTERM there")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_under_load_finishes_what_runs(place: Path, number: int) -> None:
+    line = [sys.executable, "-m", "lib", "serve", str(place / "tiny.gguf"), "--port", "0",
+            *OPTIONS, *loras(place)]
+    with subprocess.Popen(line, cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:
+        url = process.stdout.readline().split()[-1]
+        begun = threading.Barrier(5)
+
+        def one(name: str) -> tuple[str, int]:
+            with httpx.Client(base_url=url, timeout=60) as client, client.stream(
+                    "POST", CHAT, json=body(model=name, max_tokens=200, stream=True)) as reply:
+                lines = reply.iter_lines()
+                first = next(lines)
+                begun.wait(30)
+                rest = list(lines)
+            return rest[-2] if rest[-1] == "" else rest[-1], len([first, *rest])
+
+        with ThreadPoolExecutor(4) as pool:
+            answers = pool.map(one, ("tiny", "red", "blue", "tiny"))
+            begun.wait(30)
+            process.send_signal(number)
+            ends = list(answers)
+        process.wait(30)
+        assert [end for end, _ in ends] == ["data: [DONE]"] * 4
+        assert all(count > 100 for _, count in ends)
+        assert process.returncode == 0
+        assert process.stderr.read() == ""
+
+
+def test_a_server_ends_with_the_program_that_started_it(place: Path) -> None:
+    program = ("import os, sys; from pathlib import Path; from lib.serve import running\n"
+               f"with running(Path({str(place / 'tiny.gguf')!r})) as served:\n"
+               "    print(served.pid, flush=True); os._exit(9)")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, text=True,
+                          capture_output=True, timeout=120)
+    assert done.returncode == 9, done.stderr
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(int(done.stdout)).wait(20)
+
+
+def test_load(server: Served) -> None:
+    """500 requests, 16 clients, lengths and adapters mixed: none lost, none mixed up."""
+    cases = [(f"Question {i % 7}", ("tiny", *NAMES)[i % 3], 1 + i % 4 * 9) for i in range(84)]
+    bodies = [body(text, model, max_tokens=tokens) for text, model, tokens in cases]
+    known = dict(zip(cases, [a.text for a in ask_all(server.url, bodies, clients=1)],
+                     strict=True))
+    assert len(set(known.values())) == len(cases) == 84
+    many = [cases[i * 5 % 84] for i in range(500)]
+    answers = ask_all(server.url, [body(text, model, max_tokens=tokens)
+                                   for text, model, tokens in many], clients=16)
+    assert [a.text for a in answers] == [known[case] for case in many]
+
+
+def test_parity_of_the_engines(client: httpx.Client, make_tiny: Callable[[], LlamaForCausalLM],
+                               tokenizer: PreTrainedTokenizerBase, place: Path) -> None:
+    """Equal for the same model and adapter; far from equal for another one."""
+    records = sensors("test", 2)
+    plain = compare(make_tiny(), tokenizer, client, records, name="tiny")
+    assert plain.positions > 40
+    assert plain.equal == 1
+    assert plain.divergence < 1e-3
+    assert plain.margin == 0
+    adapted = load_adapter(make_tiny(), place / "red")
+    same = compare(adapted, tokenizer, client, records, name="red")
+    assert same.equal > 0.95
+    assert same.divergence < 1e-3
+    other = compare(adapted, tokenizer, client, records, name="blue")
+    assert other.equal < 0.5
+    assert other.divergence > 0.1
+    assert other.margin > 0
