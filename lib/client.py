@@ -62,6 +62,9 @@ def ask(client: httpx.Client, body: Body) -> Answer:
 
 def ask_all(url: str, bodies: Sequence[Body], *, clients: int = 4) -> list[Answer]:
     """Answers in the order of the requests, `clients` of them at a time."""
-    with httpx.Client(base_url=url, timeout=600) as client, \
-            ThreadPoolExecutor(clients) as pool:
+    # No connection is used twice: threads that share a pool of kept ones may
+    # close one that another thread has just taken.
+    fresh = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    with (httpx.Client(base_url=url, timeout=600, limits=fresh) as client,
+          ThreadPoolExecutor(clients) as pool):
         return list(pool.map(lambda body: ask(client, body), bodies))

@@ -5,8 +5,10 @@ another one. Here an unknown name is an error, in the OpenAI shape.
 """
 
 import asyncio
+import contextlib
 import json
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import Coroutine
+from contextlib import AsyncExitStack
 from typing import Annotated, Any, Literal, TypeVar
 
 import anyio
@@ -18,6 +20,7 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from lib.bundle import Bundle
 
@@ -136,25 +139,43 @@ def scales(bundle: Bundle, asked: Request) -> list[dict[str, Any]]:
             for i, name in enumerate(bundle.adapters)]
 
 
+class Relay(StreamingResponse):
+    """The engine's stream. Whatever becomes of the client, what it held is let go."""
+
+    def __init__(self, answer: httpx.Response, held: AsyncExitStack) -> None:
+        super().__init__(answer.aiter_raw(), media_type="text/event-stream")
+        self.held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            with contextlib.suppress(ClientDisconnect):
+                await super().__call__(scope, receive, send)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self.held.aclose()
+
+
 def application(bundle: Bundle, url: str, key: str, context: int, slots: int) -> Starlette:
     """The front: checks a request, chooses its adapter, passes it to the engine."""
     # No more requests than slots reach the engine; the others wait here, in order.
-    # Its server drops a kept connection now and then, so none is kept.
-    options: Any = {"base_url": url, "headers": {"Authorization": f"Bearer {key}"}}
-    engine = httpx.AsyncClient(**options, timeout=None, limits=httpx.Limits(
-        max_connections=slots, max_keepalive_connections=0))
+    gate = asyncio.Semaphore(slots)
+    # The engine drops a kept connection now and then, so none is kept.
+    engine = httpx.AsyncClient(
+        base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=None,
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=0))
 
     async def complete(request: HTTPRequest) -> Response:
         kind = Chat if request.url.path.endswith("chat/completions") else Completion
         body = checked(await read_body(request), kind, bundle, context)
         sent = engine.build_request("POST", request.url.path, json=body)
-        answer = await _unless_gone(request, engine.send(sent, stream=True))
-        if body.get("stream") and answer.status_code == 200:
-            return StreamingResponse(_relay(answer), media_type="text/event-stream")
-        try:
+        async with AsyncExitStack() as held:
+            await _unless_gone(request, gate.acquire())
+            held.callback(gate.release)
+            answer = await _unless_gone(request, engine.send(sent, stream=True))
+            held.push_async_callback(answer.aclose)
+            if body.get("stream") and answer.status_code == 200:
+                return Relay(answer, held.pop_all())
             reply = json.loads(await _unless_gone(request, answer.aread()))
-        finally:
-            await answer.aclose()
         if "error" in reply:
             raise Refused(answer.status_code, reply["error"]["message"],
                           code=reply["error"].get("type"))
@@ -166,8 +187,7 @@ def application(bundle: Bundle, url: str, key: str, context: int, slots: int) ->
             for name in (bundle.name, *bundle.adapters)]})
 
     async def watch(request: HTTPRequest) -> Response:
-        async with httpx.AsyncClient(**options) as beside:  # never behind the queue
-            answer = await beside.get(request.url.path)
+        answer = await engine.get(request.url.path)
         return Response(answer.content, answer.status_code,
                         media_type=answer.headers.get("content-type"))
 
@@ -185,16 +205,6 @@ def application(bundle: Bundle, url: str, key: str, context: int, slots: int) ->
                 Route("/metrics", watch)],
         exception_handlers={kind: refuse for kind in (
             Refused, HTTPException, ClientDisconnect, httpx.HTTPError, ValueError)})
-
-
-async def _relay(answer: httpx.Response) -> AsyncIterator[bytes]:
-    """The engine's stream; a client that hangs up ends it, and with it the work."""
-    try:
-        async for chunk in answer.aiter_raw():
-            yield chunk
-    finally:
-        with anyio.CancelScope(shield=True):
-            await answer.aclose()
 
 
 async def _unless_gone(request: HTTPRequest, work: Coroutine[Any, Any, T]) -> T:

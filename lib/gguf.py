@@ -122,10 +122,10 @@ def export(out: Path, *, kind: str = "Q8_0", route: str = "dequantized",
     require(route in ROUTES[:2], f"unknown route {route!r}: use {' or '.join(ROUTES[:2])}")
     known(kind)
     require_free(out)
-    for adapter in [*([merged] if merged else []), *(adapters or {}).values()]:
-        verified(adapter)
     require(not (merged and adapters), "adapters are made for the plain base: "
             "fold one in, or keep them beside it")
+    for adapter in [*([merged] if merged else []), *(adapters or {}).values()]:
+        verified(adapter)
     if merged:
         weights = merge(merged, route=route, model=model)
     else:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib.artifacts import ROOT
@@ -62,11 +63,10 @@ def sensors(split: str, limit: int | None = None) -> list[Record]:
 
 def movies(split: str, limit: int | None = None) -> list[Record]:
     """Split of data/movie_sentiment: train, validation or test, as instructions."""
-    lines = (DATA / "movie_sentiment" / f"{split}.jsonl").read_text(encoding="utf-8")
-    rows = map(json.loads, lines.splitlines()[:limit])
+    text = (DATA / "movie_sentiment" / f"{split}.jsonl").read_text(encoding="utf-8")
     return [{"instruction": f"Is this film review positive or negative?\n{row['text']}",
              "response": f"{row['label'].capitalize()}.", "expected_keyword": row["label"]}
-            for row in rows]
+            for row in map(json.loads, text.splitlines()[:limit])]
 
 
 def chat(instruction: str, response: str | None = None) -> list[dict[str, str]]:
@@ -91,8 +91,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, record: Record) -> tuple[list[int
     full = tokenizer.apply_chat_template(
         chat(record["instruction"], record["response"]), tokenize=False)
     ids = tokenizer(full, add_special_tokens=False).input_ids
-    prompt = tokenizer(render(tokenizer, record["instruction"]), add_special_tokens=False)
-    start = len(prompt.input_ids)
+    prompt = render(tokenizer, record["instruction"])
+    start = len(tokenizer(prompt, add_special_tokens=False).input_ids)
     return ids, [IGNORED] * start + ids[start:]
 
 
@@ -222,9 +222,8 @@ def held_out_loss(
     return total / count
 
 
-def pad_right(
-    pairs: Sequence[tuple[list[int], list[int]]], pad: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_right(pairs: Sequence[tuple[list[int], list[int]]], pad: int
+              ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and labels (batch, length), padded on the right."""
     length = max(len(ids) for ids, _ in pairs)
     rows = [ids + [pad] * (length - len(ids)) for ids, _ in pairs]
@@ -232,9 +231,8 @@ def pad_right(
     return torch.tensor(rows), torch.tensor(labels)
 
 
-def answer_loss(
-    model: PreTrainedModel, ids: torch.Tensor, labels: torch.Tensor
-) -> tuple[torch.Tensor, int]:
+def answer_loss(model: PreTrainedModel, ids: torch.Tensor, labels: torch.Tensor
+                ) -> tuple[torch.Tensor, int]:
     """Summed cross-entropy of the labelled tokens, and how many there are.
 
     Only the columns that predict a label go through the head. Padding is on
@@ -246,6 +244,5 @@ def answer_loss(
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=wanted).logits
     target = target[:, wanted]
     keep = target != IGNORED
-    loss = torch.nn.functional.cross_entropy(
-        logits[keep].float(), target[keep], reduction="sum")
+    loss = nn.functional.cross_entropy(logits[keep].float(), target[keep], reduction="sum")
     return loss, int(keep.sum())

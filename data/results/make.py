@@ -209,7 +209,7 @@ def parity() -> dict[str, Any]:
 def edge() -> dict[str, Any]:
     """Whole-test score of what the server says: merged files, and base with adapter."""
     rows, records = {}, sensors("test")
-    for kind in ("Q8_0", "Q8_0_lora", "Q4_1", "F16"):
+    for kind in ("Q8_0", "Q8_0_lora"):
         name = "sensors" if kind.endswith("_lora") else ""
         with running(edge_files() / kind) as served:
             answers = ask_all(served.url, [question(r["instruction"], model=name)
@@ -358,9 +358,7 @@ def readme_table() -> str:
     if "edge" in results:
         rows += [(label, results["edge"][n], f"{results['edge'][n]['mb']:.1f}")
                  for n, label in (("Q8_0", "merged, GGUF Q8_0, served"),
-                                  ("Q8_0_lora", "GGUF Q8_0 base and adapter, served"),
-                                  ("Q4_1", "merged, GGUF Q4_1, served"))
-                 if n in results["edge"]]
+                                  ("Q8_0_lora", "GGUF Q8_0 base and adapter, served"))]
     lines = ["| model | test | new phrasings | saved, MB |", "|---|---|---|---|"]
     for label, row, size in rows:
         cells = [f"{100 * x['share']:.1f} % ({100 * x['low']:.1f} to {100 * x['high']:.1f})"
