@@ -226,6 +226,9 @@ class Stub:
     def eval(self) -> None:
         self.training = False
 
+    def modules(self) -> list[torch.nn.Module]:
+        return []
+
     def train(self, mode: bool = True) -> None:
         self.training = mode
 
