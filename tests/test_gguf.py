@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, Qwen2Config
 
-from lib.base_model import CHAT_TEMPLATE
+from lib.base_model import CHAT_TEMPLATE, tiny_model
 from lib.bundle import BASE_KEY, fact, open_bundle, opened
 from lib.errors import UserError
 from lib.gguf import TYPES, export, permute, save_adapter, save_model, tensor_name
@@ -35,6 +35,12 @@ def f32(_tiny: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def lora(_tiny: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved_adapter(_tiny, tmp_path_factory.mktemp("adapter") / "lora",
                          target_modules=list(TARGETS["aggressive"]))
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files without a tokenizer: reading 49,152 tokens back takes seconds a time."""
+    monkeypatch.setattr("lib.gguf._tokenizer", list)
 
 
 def values(path: Path) -> dict[str, np.ndarray]:
@@ -77,7 +83,7 @@ def test_tokenizer_and_template_are_carried(f32: Path,
 @pytest.mark.parametrize(("kind", "bits", "steps"), [
     ("F16", 16, 0), ("Q8_0", 8.5, 254), ("Q5_1", 6, 31), ("Q5_0", 5.5, 31),
     ("Q4_1", 5, 15), ("Q4_0", 4.5, 15)])
-def test_types(tmp_path: Path, tiny: LlamaForCausalLM, kind: str, bits: float,
+def test_types(bare: None, tmp_path: Path, tiny: LlamaForCausalLM, kind: str, bits: float,
                steps: int) -> None:
     save_model(tiny, tmp_path / "m.gguf", kind=kind)
     tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
@@ -96,7 +102,7 @@ def test_types(tmp_path: Path, tiny: LlamaForCausalLM, kind: str, bits: float,
         assert (error <= np.abs(weight) * 2**-11 + 1e-7).all()
 
 
-def test_plan_becomes_a_file(tmp_path: Path, tiny: LlamaForCausalLM) -> None:
+def test_plan_becomes_a_file(bare: None, tmp_path: Path, tiny: LlamaForCausalLM) -> None:
     plan = {Q: "Q4_0", "model.embed_tokens": "Q5_1"}
     save_model(tiny, tmp_path / "m.gguf", plan=plan)
     kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
@@ -146,7 +152,8 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, tiny: LlamaForCausalL
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_adapter_file(tmp_path: Path, tiny: LlamaForCausalLM, rslora: bool) -> None:
+def test_adapter_file(bare: None, tmp_path: Path, tiny: LlamaForCausalLM,
+                      rslora: bool) -> None:
     adapter = saved_adapter(tiny, tmp_path / "a", r=4, lora_alpha=8, use_rslora=rslora)
     save_adapter(adapter, tmp_path / "a.gguf", tiny.config)
     reader, stored = gguf.GGUFReader(tmp_path / "a.gguf"), values(tmp_path / "a.gguf")
@@ -216,7 +223,8 @@ def test_llama_cpp_computes_the_same(f32: Path, lora: Path, tmp_path: Path,
         assert (expected(model, sentences[0]) - plain).abs().max() > 0.5
 
 
-def test_export_and_open(tmp_path: Path, tiny_directory: str, lora: Path) -> None:
+def test_export_and_open(bare: None, tmp_path: Path, tiny_directory: str,
+                         lora: Path) -> None:
     out = tmp_path / "edge"
     export(out, kind="F16", route="original", adapters={"one": lora, "two": lora},
            model=tiny_directory)
@@ -233,14 +241,15 @@ def test_export_and_open(tmp_path: Path, tiny_directory: str, lora: Path) -> Non
         export(out, route="through_4bit", model=tiny_directory)
 
 
-def test_files_that_are_refused(tmp_path: Path, f32: Path, lora: Path,
+def test_files_that_are_refused(bare: None, tmp_path: Path, lora: Path,
                                 tiny: LlamaForCausalLM) -> None:
+    f32 = _saved(tiny, tmp_path / "tiny.gguf")
     good = tmp_path / "lora.gguf"
     save_adapter(lora, good, tiny.config)
     with pytest.raises(UserError, match="does not exist"):
         open_bundle(tmp_path / "none.gguf")
     with pytest.raises(UserError, match="no artifact of this course"):
-        open_bundle(tmp_path)
+        open_bundle(lora.parent)
     whole = f32.read_bytes()
     for size in (0, 3, 20, 1000, len(whole) // 2, len(whole) - 1):
         (tmp_path / "cut.gguf").write_bytes(whole[:size])
@@ -264,9 +273,8 @@ def test_files_that_are_refused(tmp_path: Path, f32: Path, lora: Path,
     assert open_bundle(f32, [f"x={good}:-0.5"]).adapters == {"x": (good, -0.5)}
 
 
-def test_adapters_that_do_not_fit(tmp_path: Path, f32: Path, tiny: LlamaForCausalLM) -> None:
-    from lib.base_model import tiny_model
-
+def test_adapters_that_do_not_fit(bare: None, tmp_path: Path, tiny: LlamaForCausalLM) -> None:
+    f32 = _saved(tiny, tmp_path / "tiny.gguf")
     adapter = saved_adapter(tiny, tmp_path / "a", r=4)
     other = tmp_path / "other.gguf"
     save_adapter(adapter, other, tiny.config, base="another model")
