@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from lib.artifacts import versions
 from lib.base_model import load_tokenizer, machine
-from lib.client import Answer, ask, ask_all, question
+from lib.client import ask, ask_all, question
 from lib.gguf import export
 from lib.merge import load_saved, merge, save_int8, save_model
 from lib.serve import Served, running
@@ -68,8 +68,8 @@ def throughput(served: Served, bodies: list[dict[str, Any]], clients: int) -> fl
 def swap_seconds(served: Served, texts: list[str]) -> float:
     """How much later the first token comes when each request names another adapter.
 
-    Both ways ask the same questions, each for the first time, so that no kept
-    prompt helps: half of them with one adapter, half with two in turn.
+    Every question is asked once, so that no kept prompt helps: the first half
+    of them with one adapter, the other half with two in turn.
     """
     with httpx.Client(base_url=served.url, timeout=600) as client:
         def first(names: tuple[str, ...], part: list[str]) -> float:
@@ -105,18 +105,15 @@ def _measure(int8: PreTrainedModel, merged: Served, base: Served, weights: int
         "bnb_int8_tokens_per_s", "q8_tokens_per_s", "ratio", "prefill_tokens_per_s", "ttft_ms",
         "throughput_1_client", "throughput_4_clients", "clients_ratio", "swap_ms",
         "bandwidth_fraction")}
-    answers: list[Answer] = []
     with httpx.Client(base_url=merged.url, timeout=600) as client:
         for repeat in range(REPEATS):
-            text = next(fresh)
-            ids = tokenizer(render(tokenizer, text), return_tensors="pt").input_ids
+            ids = tokenizer(render(tokenizer, next(fresh)), return_tensors="pt").input_ids
             slow = phases(int8, ids)[1]
             answers = [ask(client, question(next(fresh))) for _ in range(4)]
             fast = statistics.median(a.decode for a in answers)
             prompt = ask(client, question(f"{repeat} {long}", max_tokens=2))
-            four = [question(next(fresh)) for _ in range(12)]
-            one, many = throughput(merged, four, 1), throughput(merged, [
-                question(next(fresh)) for _ in range(12)], 4)
+            one, many = (throughput(merged, [question(next(fresh)) for _ in range(12)], clients)
+                         for clients in (1, 4))
             for key, value in zip(rows, (
                     slow, fast, fast / slow, prompt.prompt_tokens / prompt.first,
                     1e3 * statistics.median(a.first for a in answers), one, many, many / one,

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lib.artifacts import BUILD, ROOT, read_json, size_mb, versions, write_json, writing
 from lib.base_model import best_dtype, load_model, load_tokenizer, machine
+from lib.bench import run_bench
 from lib.bench_serving import weight_bytes
 from lib.client import ask_all, question
 from lib.errors import UserError, require
@@ -162,20 +163,6 @@ def _artifact_row(directory: Path) -> dict[str, Any]:
     return score_tests(load_saved(directory), ("test",)) | {"mb": size_mb(directory)}
 
 
-def training_speed() -> dict[str, Any]:
-    """Our training step against the stock one."""
-    from lib.bench import training
-
-    return training()
-
-
-def serving() -> dict[str, Any]:
-    """llama.cpp's server against LLM.int8 through transformers."""
-    from lib.bench import serving
-
-    return serving()
-
-
 @functools.cache
 def edge_files() -> Path:
     """GGUF files of the shipped adapters: merged in three types, and beside their base."""
@@ -306,13 +293,13 @@ PIECES: dict[str, Callable[[], dict[str, Any]]] = {
     "base": base,
     "full": lambda: mode("full"),
     "sweeps": sweeps,
-    "training_speed": training_speed,
+    "training_speed": lambda: run_bench("training"),
     "movies": lambda: mode("qlora", movies),
     "movies_base": lambda: score_tests(load_model(), ("test",), task=movies, own=True,
                                        max_new_tokens=12),
     "parity": parity,
     "edge": edge,
-    "serving": serving,
+    "serving": lambda: run_bench("serving"),
     "engine": engine,
     "load": load,
 }
