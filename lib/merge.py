@@ -1,5 +1,6 @@
 """From adapter to one model: merge in full precision, quantise once."""
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -81,6 +82,15 @@ def load_saved(directory: Path | str, **options: object) -> PreTrainedModel:
     """A model that `save_model` wrote, its files verified first."""
     verified(Path(directory))
     return load_model(str(directory), **options)
+
+
+def load_dynamic_int8(directory: Path | str) -> PreTrainedModel:
+    """A saved model with torch's dynamic INT8: weights rounded once, activations at each call."""
+    model = load_saved(directory, dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is to move to another package
+        return torch.ao.quantization.quantize_dynamic(
+            model, {torch.nn.Linear}, dtype=torch.qint8)
 
 
 def save_int8(merged: Path, out: Path) -> None:

@@ -7,8 +7,22 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lib.configuration import LEVELS, Level
 from lib.errors import UserError
-from lib.quantize import bits_per_parameter, dequantize_blocks, normal_float, quantize_blocks
+from lib.quantize import (
+    CHUNK,
+    DTYPES,
+    GRIDS,
+    bits_per_parameter,
+    codebook,
+    dequantize,
+    dequantize_blocks,
+    nearest,
+    normal_float,
+    quantize,
+    quantize_blocks,
+    rounded,
+)
 
 # Table of QLoRA's NF4 (Dettmers et al. 2023, appendix E).
 NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -170,3 +184,116 @@ def test_bits_per_parameter_is_what_bitsandbytes_stores() -> None:
     bits = 8 * sum(t.numel() * t.element_size() for t in stored) / weight.numel()
     assert bits == pytest.approx(
         bits_per_parameter(4, 64, scale_bits=8, scale_block=256), rel=1e-6)
+
+
+levels = st.sampled_from(LEVELS)
+grids = st.sampled_from(GRIDS)
+
+
+@given(weights, widths, grids)
+def test_nearest_is_the_search_by_halves(numbers: Tensor, bits: int, grid: str) -> None:
+    book = codebook(grid, bits)
+    middles = (book[1:] + book[:-1]) / 2
+    around = torch.cat([numbers / numbers.abs().max().clamp(min=1), middles, book,
+                        middles.nextafter(torch.tensor(9.0)),
+                        middles.nextafter(torch.tensor(-9.0)), torch.tensor([-1e30, 1e30])])
+    assert torch.equal(nearest(around, book), torch.bucketize(around, middles, out_int32=True))
+
+
+def test_a_block_of_scale_zero_and_many_chunks() -> None:
+    weight = torch.randn(3 * CHUNK + 5, generator=torch.Generator().manual_seed(0))
+    weight[64:128] = 0
+    codes, absmax = quantize_blocks(weight, normal_float(4), 64)
+    part, _ = quantize_blocks(weight[CHUNK: CHUNK + 640], normal_float(4), 64)
+    assert torch.equal(codes[CHUNK: CHUNK + 640], part)
+    assert absmax[1] == 0
+
+
+modest = st.lists(st.floats(-6e4, 6e4, width=32), min_size=1, max_size=200).map(torch.tensor)
+
+
+@given(modest, levels, grids)
+def test_any_level_on_any_weight(weight: Tensor, level: Level, grid: str) -> None:
+    packed = quantize(weight, level, grid)
+    blocks = -(-weight.numel() // level.block)
+    assert packed.codes.shape == (weight.numel(),) and packed.scale_codes.shape == (blocks,)
+    assert packed.group_scales.shape == (-(-blocks // level.group),)
+    assert packed.group_scales.dtype == DTYPES[level.scale_dtype]
+    assert int(packed.codes.max()) < 2**level.bits
+    assert int(packed.scale_codes.max()) < 2**level.scale_bits
+    back = dequantize(packed)
+    assert back.shape == weight.shape and back.isfinite().all()
+    assert torch.equal(rounded(weight, level, grid), back)
+
+
+@pytest.mark.parametrize("level", LEVELS[::7], ids=lambda level: "-".join(
+    map(str, level.as_list())))
+def test_every_seventh_level_stays_within_its_bound(level: Level) -> None:
+    """Nearest in its block: at most half a gap of the block's own scale, if not clipped."""
+    weight = torch.randn(5000, generator=torch.Generator().manual_seed(3)) * 0.1
+    packed = quantize(weight, level)
+    scale = packed.scales.repeat_interleave(level.block)[:5000].abs()
+    inside = weight.abs() <= scale
+    half_gap = normal_float(level.bits).diff().max() / 2
+    error = (dequantize(packed) - weight).abs()
+    assert (error <= half_gap * scale * (1 + 1e-4) + 1e-7)[inside].all()
+    # A clipped weight errs by what it lies outside.
+    assert (error <= weight.abs() - scale + half_gap * scale + 1e-6)[~inside].all()
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("scale_bits", [2, 8])
+@pytest.mark.parametrize("block", [16, 64])
+def test_error_falls_as_bits_rise(grid: str, scale_bits: int, block: int) -> None:
+    weight = torch.randn(20_000, generator=torch.Generator().manual_seed(4))
+    errors = [float((rounded(weight, Level(bits, scale_bits, "fp16", block, 64), grid)
+                     - weight).square().mean()) for bits in (2, 3, 4, 8)]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_exact_scales_make_it_the_single_level() -> None:
+    """Scales that their codebook holds come back, and so do QLoRA's codes."""
+    weight = torch.randn(64 * 8, generator=torch.Generator().manual_seed(5))
+    weight.view(8, 64)[:, 0] = 4.0  # every block has the same absmax, so none deviates
+    packed = quantize(weight, Level(4, 8, "fp32", 64, 256))
+    codes, absmax = quantize_blocks(weight, normal_float(4), 64)
+    assert torch.equal(packed.codes, codes) and torch.equal(packed.scales, absmax)
+
+
+def test_two_levels_cost_little_beside_one() -> None:
+    weight = torch.randn(64 * 4096, generator=torch.Generator().manual_seed(6)) * 0.02
+    one = (round_trip(weight, 4, 64) - weight).square().mean()
+    two = (rounded(weight, Level(4, 8, "fp32", 64, 256)) - weight).square().mean()
+    assert 0.95 < two / one < 1.01
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
+def test_block_types_of_gguf_are_a_grid_too(kind: str) -> None:
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(7))
+    back = rounded(weight, kind)
+    assert back.shape == weight.shape
+    bits = {"Q4_0": 4, "Q8_0": 8}[kind]
+    ours = rounded(weight, Level(bits, 8, "fp32", 32, 16), "int")
+    gguf_error, int_error = ((x - weight).square().mean() for x in (back, ours))
+    assert 0.5 < gguf_error / int_error < 1.5
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_weight_that_is_no_number(bad: float) -> None:
+    weight = torch.ones(100)
+    weight[77] = bad
+    with pytest.raises(UserError, match="finite"):
+        quantize(weight, Level())
+
+
+def test_scales_beyond_the_dtype() -> None:
+    weight = torch.zeros(160)
+    weight[150] = 1e6
+    with pytest.raises(UserError, match="too large for fp16"):
+        quantize(weight, Level(4, 8, "fp16", 16, 16))
+    assert quantize(weight, Level(4, 8, "bf16", 16, 16)).scales.isfinite().all()
+
+
+def test_an_unknown_grid() -> None:
+    with pytest.raises(UserError, match="unknown grid"):
+        quantize(torch.ones(4), Level(), "fp4")

@@ -24,15 +24,22 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lib.artifacts import BUILD, ROOT, read_json, size_mb, versions, write_json, writing
-from lib.base_model import best_dtype, load_model, load_tokenizer, machine
+from lib.base_model import best_dtype, load_model, load_tokenizer, machine, tiny_model
 from lib.bench import run_bench
-from lib.bench_serving import weight_bytes
+from lib.bench_serving import read_bandwidth, weight_bytes
 from lib.client import ask_all, question
 from lib.errors import UserError, require
 from lib.gguf import export
 from lib.gguf import save_model as gguf_model
 from lib.lora import load_adapter
-from lib.merge import load_saved, merge, save_int8, save_model, save_nf4
+from lib.merge import (
+    load_dynamic_int8,
+    load_saved,
+    merge,
+    save_int8,
+    save_model,
+    save_nf4,
+)
 from lib.parity import compare
 from lib.profiles import PROFILES, TrainSettings
 from lib.serve import running
@@ -193,10 +200,19 @@ def parity() -> dict[str, Any]:
     return rows
 
 
+def runtimes() -> dict[str, Any]:
+    """Whole-test score of the ways in transformers that `pipeline` lacks."""
+    directory = WORK / "dequantized"
+    if not (directory / "manifest.json").is_file():
+        save_model(merge(ADAPTERS / "sensors_qlora", route="dequantized"), directory)
+    return {"float32": score_tests(load_saved(directory, dtype=torch.float32), ("test",)),
+            "dynamic_int8": score_tests(load_dynamic_int8(directory), ("test",))}
+
+
 def edge() -> dict[str, Any]:
     """Whole-test score of what the server says: merged files, and base with adapter."""
     rows, records = {}, sensors("test")
-    for kind in ("Q8_0", "Q8_0_lora"):
+    for kind in ("F16", "Q8_0", "Q4_1", "Q8_0_lora"):
         name = "sensors" if kind.endswith("_lora") else ""
         with running(edge_files() / kind) as served:
             answers = ask_all(served.url, [question(r["instruction"], model=name)
@@ -216,6 +232,11 @@ def engine() -> dict[str, Any]:
     for kind in ("F32", "F16", "Q8_0", "Q5_0", "Q4_1", "Q4_0"):
         files[kind] = WORK / "engine" / f"{kind}.gguf"
         gguf_model(weights, files[kind], kind=kind)
+    # As many blocks, but so narrow that next to nothing is read: what is left is
+    # starting and joining threads, norms, attention, sampling.
+    blocks = weights.config.num_hidden_layers
+    files["narrow"] = WORK / "engine" / "narrow.gguf"
+    gguf_model(tiny_model(blocks), files["narrow"], kind="Q8_0")
     kinds = xllamacpp.common_speculative_type
 
     def lookup(params: Any) -> None:
@@ -245,6 +266,7 @@ def engine() -> dict[str, Any]:
     middle = {name: {k: statistics.median(r[k] for r in rows) for k in rows[0]}
               for name, rows in runs.items()}
     return {"settings": {name: middle[name] for name in settings},
+            "read_bandwidth": read_bandwidth(),
             "types": {kind: {"mb": weight_bytes(file) / 1e6,
                              "threads_1": middle[f"{kind} 1"], "threads_2": middle[f"{kind} 2"]}
                       for kind, file in files.items()}}
@@ -299,6 +321,7 @@ PIECES: dict[str, Callable[[], dict[str, Any]]] = {
                                        max_new_tokens=12),
     "parity": parity,
     "edge": edge,
+    "runtimes": runtimes,
     "serving": lambda: run_bench("serving"),
     "engine": engine,
     "load": load,

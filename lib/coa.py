@@ -1,0 +1,160 @@
+"""CoA-LoRA: one adapter for every configuration (Ye, Tang, Ngai, arXiv 2509.25214).
+
+A small network U_theta reads how a layer is stored and gives an r x r matrix:
+dW = (alpha / r) B (I + U) A. With U = 0, as at the start, this is LoRA.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lib.artifacts import read_json, verified, write_json, writing
+from lib.configuration import GRID, KINDS, Configuration, Layers, place
+from lib.errors import UserError, require
+from lib.lora import load_adapter
+from lib.switchable import Switchable
+
+NAME = "default"
+
+
+class MixingNetwork(nn.Module):
+    """U_theta: seven embeddings, LayerNorm, two linear layers; the last is zero.
+
+    Reads the five fields of a level, the block's position and the layer's
+    kind. All layers go through it at once: (layers, 7) to (layers, r, r).
+    """
+
+    def __init__(self, layers: Layers, rank: int, *, width: int = 8, hidden: int = 128) -> None:
+        super().__init__()
+        self.rank, self.width, self.hidden = rank, width, hidden
+        places = [place(name) for name in layers.names]
+        positions = sorted({block for block, _ in places})
+        sizes = [*(len(values) for values in GRID.values()), len(positions), len(KINDS)]
+        self.embeddings = nn.ModuleList(nn.Embedding(size, width) for size in sizes)
+        self.network = nn.Sequential(
+            nn.LayerNorm(width * len(sizes)), nn.Linear(width * len(sizes), hidden),
+            nn.SiLU(), nn.Linear(hidden, rank * rank))
+        nn.init.zeros_(self.network[-1].weight)
+        nn.init.zeros_(self.network[-1].bias)
+        self.places = [[positions.index(block), KINDS.index(kind)] for block, kind in places]
+
+    def forward(self, configuration: Configuration) -> Tensor:
+        """(layers, r, r), float32."""
+        rows = [[values.index(value) for values, value in
+                 zip(GRID.values(), level.as_list(), strict=True)] + where
+                for level, where in zip(configuration.levels, self.places, strict=True)]
+        index = torch.tensor(rows, device=self.network[1].weight.device)
+        read = torch.cat([e(index[:, i]) for i, e in enumerate(self.embeddings)], 1)
+        return self.network(read).view(-1, self.rank, self.rank)
+
+
+class _Mixed(nn.Module):
+    """A becomes (I + U) A wherever the layer's A is read."""
+
+    def __init__(self, owner: "CoaLora", index: int) -> None:
+        super().__init__()
+        self._where = (owner, index)  # in a tuple, so that the owner is no submodule
+
+    def forward(self, a: Tensor) -> Tensor:
+        owner, index = self._where
+        return a if owner.mixers is None else torch.addmm(a, owner.mixers[index], a)
+
+
+class CoaLora:
+    """A configuration-aware adapter on peft's own LoRA layers.
+
+    Attributes:
+        base: the switchable model under it.
+        model: the peft model; its forward pass mixes for `base.configuration`.
+        network: U_theta, trained with A and B; a submodule of `model`.
+        mixers: (layers, r, r) of the last forward pass.
+    """
+
+    def __init__(self, model: PeftModel, base: Switchable, **options: int) -> None:
+        self.model, self.base = model, base
+        self.config = model.peft_config[NAME]
+        self.network = MixingNetwork(base.layers, self.config.r, **options)
+        self.network.to(model.device)
+        self.mixers: Tensor | None = None
+        self.places = {}
+        for index, name in enumerate(base.layers.names):
+            layer = model.get_submodule(f"base_model.model.{name}")
+            require(hasattr(layer, "lora_A"),
+                    f"{name} has no adapter: train all seven linear layers")
+            self.places[name] = layer
+            parametrize.register_parametrization(
+                layer.lora_A[NAME], "weight", _Mixed(self, index), unsafe=True)
+        model.coa_network = self.network
+        model.register_forward_pre_hook(self._refresh)
+
+    def _refresh(self, *_: Any) -> None:
+        configuration = self.base.configuration
+        self.mixers = None if configuration is None else self.network(configuration)
+
+    def factors(self, configuration: Configuration | None = None) -> dict[str, Tensor]:
+        """Adapter tensors by peft's names; with a configuration, A is (I + U) A."""
+        mixers = None if configuration is None else self.network(configuration).detach()
+        tensors = {}
+        for index, (name, layer) in enumerate(self.places.items()):
+            a = layer.lora_A[NAME].parametrizations.weight.original.detach()
+            a = a if mixers is None else torch.addmm(a, mixers[index], a)
+            tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
+            tensors[f"base_model.model.{name}.lora_B.weight"] = (
+                layer.lora_B[NAME].weight.detach().contiguous())
+        return tensors
+
+    def _write(self, part: Path, tensors: dict[str, Tensor]) -> None:
+        save_file(tensors, part / "adapter_model.safetensors")
+        self.config.save_pretrained(str(part))
+        kept = read_json(part / "adapter_config.json")
+        write_json(part / "adapter_config.json", kept | {
+            "base_model_name_or_path": "embedded", "inference_mode": True,
+            "target_modules": sorted(kept["target_modules"])})
+
+    def save_pretrained(self, out: Path | str) -> None:
+        """A and B as peft saves them, and theta beside them: one artifact."""
+        network = self.network
+        with writing(Path(out), base=self.base.fingerprint, rank=network.rank,
+                     width=network.width, hidden=network.hidden) as part:
+            self._write(part, self.factors())
+            save_file(network.state_dict(), part / "coa.safetensors")
+
+    @classmethod
+    def from_pretrained(cls, base: Switchable, directory: Path | str) -> "CoaLora":
+        """The adapter that `save_pretrained` wrote, on its base.
+
+        Raises:
+            UserError: no such adapter, another base, another rank.
+        """
+        directory = Path(directory)
+        saved = verified(directory)
+        require((directory / "coa.safetensors").is_file(),
+                f"{directory} has no coa.safetensors: it is no configuration-aware adapter")
+        require(saved["base"] == base.fingerprint,
+                f"{directory} was trained on another base (hash {saved['base'][:8]}, "
+                f"this one {base.fingerprint[:8]}): use its own")
+        coa = cls(load_adapter(base.model, directory), base,
+                  width=saved["width"], hidden=saved["hidden"])
+        try:
+            state = load_file(directory / "coa.safetensors")
+        except SafetensorError as error:
+            raise UserError(f"{directory / 'coa.safetensors'} is damaged ({error}): "
+                            "make it again") from None
+        last = state["network.3.bias"].numel()
+        require(last == coa.config.r**2, f"{directory}: the network is for rank "
+                f"{round(last**0.5)}, the adapter has rank {coa.config.r}")
+        coa.network.load_state_dict(state)
+        return coa
+
+    def materialise(self, configuration: Configuration, out: Path | str) -> None:
+        """Write an ordinary peft adapter for one configuration: U is folded into A."""
+        require(configuration.layers == self.base.layers,
+                "the configuration is for another model's layers")
+        with writing(Path(out), configuration=configuration.to_json()) as part:
+            self._write(part, self.factors(configuration))

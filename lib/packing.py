@@ -1,0 +1,131 @@
+"""Codes and scales in exactly their bits, and a linear layer that computes from them."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lib.artifacts import saving
+from lib.configuration import Configuration, Layers, Level
+from lib.errors import UserError, require
+from lib.quantize import GRIDS, Quantized, dequantize, quantize
+from lib.switchable import Switchable
+
+PARTS = ("codes", "scale_codes", "group_scales", "mean")
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Codes (n,) uint8 below 2^bits as a stream of ceil(n * bits / 8) bytes.
+
+    Code i takes the bits from i * bits on, lowest first. Eight codes make one
+    whole number of 8 * bits bits, whose lowest bytes are kept.
+    """
+    require(1 <= bits <= 8, f"{bits} bits: use 1 to 8")
+    groups = nn.functional.pad(codes, (0, -codes.numel() % 8)).view(-1, 8).long()
+    words = (groups << (bits * torch.arange(8))).sum(1)
+    stream = words.view(torch.uint8).view(-1, 8)[:, :bits].reshape(-1)
+    return stream[: -(-codes.numel() * bits // 8)].clone()
+
+
+def unpack_bits(stream: Tensor, bits: int, count: int) -> Tensor:
+    """The codes (count,) uint8 that `pack_bits` was given.
+
+    Raises:
+        UserError: a stream of another length.
+    """
+    require(stream.numel() == -(-count * bits // 8),
+            f"{stream.numel()} bytes do not hold {count} codes of {bits} bits")
+    groups = nn.functional.pad(stream, (0, -stream.numel() % bits)).view(-1, bits)
+    words = nn.functional.pad(groups, (0, 8 - bits)).contiguous().view(torch.int64)
+    codes = (words >> (bits * torch.arange(8))) & (2**bits - 1)
+    return codes.to(torch.uint8).view(-1)[:count]
+
+
+def packed(weight: Quantized) -> dict[str, Tensor]:
+    """The tensors of a layer's file: codes of weights and scales packed."""
+    level = weight.level
+    return {"codes": pack_bits(weight.codes, level.bits),
+            "scale_codes": pack_bits(weight.scale_codes, level.scale_bits),
+            "group_scales": weight.group_scales, "mean": weight.mean.view(1)}
+
+
+def unpacked(parts: dict[str, Tensor], level: Level, count: int, grid: str = "nf") -> Quantized:
+    """What `packed` was given, bit for bit; `count` weights."""
+    blocks = -(-count // level.block)
+    return Quantized(level, grid, unpack_bits(parts["codes"], level.bits, count),
+                     unpack_bits(parts["scale_codes"], level.scale_bits, blocks),
+                     parts["group_scales"], parts["mean"][0])
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weight is unpacked for the time of each call.
+
+    Holds b + b0/B0 + ... bits a weight. Each call decodes the whole weight,
+    so it is slow for one row and costs little beside many.
+    """
+
+    def __init__(self, parts: dict[str, Tensor], level: Level, shape: torch.Size, *,
+                 grid: str = "nf", bias: Tensor | None = None) -> None:
+        super().__init__()
+        for name in PARTS:
+            self.register_buffer(name, parts[name])
+        self.level, self.grid, self.shape = level, grid, shape
+        self.out_features, self.in_features = shape
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def weight_as(self, dtype: torch.dtype) -> Tensor:
+        """The decoded weight (d_out, d_in)."""
+        parts = {name: getattr(self, name) for name in PARTS}
+        whole = unpacked(parts, self.level, self.shape.numel(), self.grid)
+        return dequantize(whole).view(self.shape).to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d_in) to (..., d_out), in x's dtype."""
+        return nn.functional.linear(x, self.weight_as(x.dtype), self.bias)
+
+
+def save_packed(base: Switchable, configuration: Configuration, out: Path) -> None:
+    """Write the blocks' linears at a configuration into one safetensors file."""
+    require(configuration.layers == base.layers, "the configuration is for another model's layers")
+    tensors = {}
+    for index, (name, level) in enumerate(zip(base.layers.names, configuration.levels,
+                                              strict=True)):
+        parts = packed(quantize(base.weight(index), level, base.grid))
+        tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+    part = out.with_name(f".{out.name}.part")
+    with saving(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, part, {"configuration": json.dumps(configuration.to_json()),
+                                  "grid": base.grid})
+        part.replace(out)
+
+
+def load_packed(model: PreTrainedModel, file: Path) -> Configuration:
+    """Put a packed file's layers into a model of the same shape, in place.
+
+    Raises:
+        UserError: no such file, no packed file, another model's layers.
+    """
+    layers = Layers.of(model)
+    require(file.is_file(), f"{file} does not exist: check the path")
+    try:
+        with safe_open(file, "pt") as reader:
+            about = reader.metadata() or {}
+            require(about.get("grid") in GRIDS and "configuration" in about,
+                    f"{file} is no packed model: make it with save_packed")
+            plan = Configuration.from_json(json.loads(about["configuration"]), layers)
+            for name, level in zip(layers.names, plan.levels, strict=True):
+                old = model.get_submodule(name)
+                parts = {part: reader.get_tensor(f"{name}.{part}") for part in PARTS}
+                new = PackedLinear(parts, level, old.weight.shape, grid=about["grid"],
+                                   bias=None if old.bias is None else old.bias.data)
+                new.weight_as(torch.float32)  # a wrong length shows now
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, new)
+    except (SafetensorError, ValueError) as error:
+        raise UserError(f"{file} is damaged ({error}): make it again") from None
+    return plan

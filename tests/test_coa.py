@@ -1,0 +1,424 @@
+"""lib.switchable, lib.coa and lib.joint: one model and one adapter for every configuration."""
+
+import copy
+import json
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import with_adapter
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lib.artifacts import read_json, writing
+from lib.coa import NAME, CoaLora, MixingNetwork
+from lib.configuration import KINDS, LEVELS, Configuration, Layers, Level
+from lib.errors import UserError
+from lib.joint import JointResult, schedule, start_from_error, train_over
+from lib.lora import count_trainable, load_adapter
+from lib.plans import random_plan
+from lib.profiles import TrainSettings
+from lib.quantize import rounded
+from lib.switchable import Switchable
+from lib.tasks import sensors
+
+IDS = torch.tensor([[5, 900, 17, 3, 42, 7]])
+pytestmark = pytest.mark.usefixtures("float32")
+
+
+@pytest.fixture
+def base(tiny: PreTrainedModel) -> Switchable:
+    return Switchable(tiny, dtype=torch.float32)
+
+
+def some_plan(base: Switchable, seed: int = 0, budget: float = 4.0) -> Configuration:
+    return random_plan(base.layers, budget, random.Random(seed))
+
+
+def logits(model: Any) -> Tensor:
+    with torch.inference_mode():
+        return model(input_ids=IDS).logits
+
+
+def state(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: t.clone() for name, t in model.state_dict().items()}
+
+
+def adapted(base: Switchable, *, seed: int = 0, mixing: float = 0.0) -> CoaLora:
+    """A random adapter on all seven kinds; `mixing` makes theta's last layer random."""
+    coa = CoaLora(with_adapter(base.model, seed=seed, target_modules=list(KINDS)), base)
+    if mixing:
+        torch.nn.init.normal_(coa.network.network[-1].weight, std=mixing)
+    return coa
+
+
+# The switchable model
+
+
+def test_switching_changes_the_linears_alone(tiny: PreTrainedModel, base: Switchable) -> None:
+    before = state(tiny)
+    plan = some_plan(base)
+    base.switch(plan)
+    for name, tensor in state(tiny).items():
+        layer = name.removesuffix(".weight")
+        if layer in base.layers.names:
+            level = plan.levels[base.layers.names.index(layer)]
+            assert torch.equal(tensor, rounded(before[name], level))
+        else:
+            assert torch.equal(tensor, before[name]), name
+    assert base.configuration is plan
+
+
+def test_a_bias_is_kept(tiny: PreTrainedModel) -> None:
+    """The released code deletes the linears' biases."""
+    tiny.model.layers[0].mlp.up_proj.bias = torch.nn.Parameter(torch.ones(128))
+    with_bias = logits(tiny)
+    base = Switchable(tiny, dtype=torch.float32)
+    base.switch(Configuration.uniform(base.layers, Level(8)))
+    assert torch.equal(tiny.model.layers[0].mlp.up_proj.bias, torch.ones(128))
+    base.restore()
+    assert torch.equal(logits(tiny), with_bias)
+
+
+def test_back_and_forth_is_bit_for_bit(tiny: PreTrainedModel, base: Switchable) -> None:
+    original, first = state(tiny), some_plan(base, 1)
+    base.switch(first)
+    at_first = state(tiny)
+    for seed in range(5):
+        base.switch(some_plan(base, seed + 2))
+    base.switch(first)
+    assert all(torch.equal(t, at_first[n]) for n, t in state(tiny).items())
+    base.restore()
+    assert all(torch.equal(t, original[n]) for n, t in state(tiny).items())
+    assert base.configuration is None
+
+
+def test_eight_bits_are_near_the_original_and_two_are_not(base: Switchable) -> None:
+    original = logits(base.model)
+    errors = []
+    for bits in (2, 3, 4, 8):
+        base.switch(Configuration.uniform(base.layers, Level(bits, block=16)))
+        errors.append(float((logits(base.model) - original).square().mean()))
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.01 * errors[0]
+
+
+def test_the_cache_holds_its_limit_and_serves_what_it_keeps(tiny: PreTrainedModel) -> None:
+    one = sum(Layers.of(tiny).sizes) * 4 / 1e6
+    base = Switchable(tiny, dtype=torch.float32, cache_mb=2.5 * one)
+    plans = [Configuration.uniform(base.layers, Level(bits)) for bits in (2, 3, 4, 8)]
+    for plan in plans:
+        base.switch(plan)
+        assert base.cached_mb <= 2.5 * one + 1e-9
+    kept = base.model.model.layers[0].mlp.up_proj.weight.data_ptr()
+    base.switch(plans[2])
+    base.switch(plans[3])
+    assert base.model.model.layers[0].mlp.up_proj.weight.data_ptr() == kept
+    tight = Switchable(copy.deepcopy(tiny), dtype=torch.float32, cache_mb=0)
+    tight.switch(plans[0])
+    assert tight.cached_mb == 0
+    assert torch.equal(logits(tight.model), logits(tight.model))
+
+
+def test_another_models_configuration_is_refused(base: Switchable) -> None:
+    other = Layers(base.layers.names[:7], base.layers.sizes[:7])
+    before = logits(base.model)
+    with pytest.raises(UserError, match="another model"):
+        base.switch(Configuration.uniform(other, Level()))
+    assert torch.equal(logits(base.model), before)
+
+
+def test_a_broken_weight_is_named(tiny: PreTrainedModel) -> None:
+    tiny.model.layers[1].self_attn.v_proj.weight.data[3, 3] = float("nan")
+    base = Switchable(tiny, dtype=torch.float32)
+    before = state(tiny)
+    with pytest.raises(UserError, match=r"layers\.1\.self_attn\.v_proj: a weight is not a fin"):
+        base.switch(Configuration.uniform(base.layers, Level()))
+    assert all(torch.equal(t, before[n]) or t.isnan().any() for n, t in state(tiny).items())
+
+
+def test_the_fingerprint_is_the_weights(make_tiny: Callable[[], PreTrainedModel]) -> None:
+    first, same, other = (Switchable(make_tiny(), dtype=torch.float32) for _ in range(3))
+    mark = first.fingerprint
+    first.switch(Configuration.uniform(first.layers, Level(2)))
+    assert Switchable(make_tiny()).fingerprint == same.fingerprint == first.fingerprint == mark
+    changed = make_tiny()
+    changed.model.layers[0].mlp.up_proj.weight.data.mul_(1.01)
+    assert Switchable(changed).fingerprint != other.fingerprint
+
+
+def test_loads_by_name(tiny_directory: str) -> None:
+    base = Switchable.load(tiny_directory, dtype=torch.float32)
+    base.switch(some_plan(base))
+    assert logits(base.model).isfinite().all()
+
+
+# The adapter
+
+
+def test_starts_as_plain_lora(base: Switchable) -> None:
+    base.switch(some_plan(base))
+    model = with_adapter(base.model, target_modules=list(KINDS))
+    plain = logits(model)
+    coa = CoaLora(model, base)
+    assert torch.equal(logits(model), plain)
+    assert coa.mixers is not None and not coa.mixers.any()
+
+
+def test_the_update_is_the_formula(base: Switchable) -> None:
+    coa, plan = adapted(base, mixing=0.3), some_plan(base)
+    base.switch(plan)
+    coa._refresh()
+    mixers = coa.network(plan)
+    for index in (0, 5, 13):
+        layer = coa.places[base.layers.names[index]]
+        x = torch.randn(3, layer.in_features)
+        a = layer.lora_A[NAME].parametrizations.weight.original
+        b, eye = layer.lora_B[NAME].weight, torch.eye(4)
+        update = 12 / 4 * b @ (eye + mixers[index]) @ a
+        expected = x @ (layer.base_layer.weight + update).T
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_each_configuration_has_its_own_mixing(base: Switchable) -> None:
+    network = MixingNetwork(base.layers, 4)
+    torch.nn.init.normal_(network.network[-1].weight)
+    seen = [network(Configuration.uniform(base.layers, level)) for level in LEVELS[::29]]
+    for i, one in enumerate(seen):
+        assert all(not torch.allclose(one, other) for other in seen[:i])
+        # No two layers share theirs: positions and kinds are told apart.
+        flat = one.flatten(1)
+        assert (torch.cdist(flat, flat) + torch.eye(len(flat)) > 1e-3).all()
+
+
+def test_gradients_in_float64(make_tiny: Callable[[], PreTrainedModel]) -> None:
+    """Of A, B and theta through one layer, against finite differences."""
+    base = Switchable(make_tiny().double(), dtype=torch.float64)
+    plan = some_plan(base)
+    base.switch(plan)
+    coa = adapted(base, mixing=0.3)
+    coa.model.double()
+    layer = coa.places[base.layers.names[6]]
+    x = torch.randn(2, layer.in_features, dtype=torch.float64)
+    a = layer.lora_A[NAME].parametrizations.weight.original
+    last = coa.network.network[-1].bias
+
+    def loss(*_: Tensor) -> Tensor:
+        coa._refresh()
+        return layer(x).square().mean()
+
+    assert torch.autograd.gradcheck(
+        loss, (a, layer.lora_B[NAME].weight, last), atol=1e-6, fast_mode=True)
+    loss().backward()
+    for parameter in (a, layer.lora_B[NAME].weight, *coa.network.parameters()):
+        assert parameter.grad is not None and parameter.grad.any()
+
+
+def test_saved_and_loaded(make_tiny: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
+    base = Switchable(make_tiny(), dtype=torch.float32)
+    coa, plan = adapted(base, mixing=0.3), some_plan(base)
+    base.switch(plan)
+    expected = logits(coa.model)
+    coa.save_pretrained(tmp_path / "coa")
+    other = Switchable(make_tiny(), dtype=torch.float32)
+    loaded = CoaLora.from_pretrained(other, tmp_path / "coa")
+    other.switch(plan)
+    assert torch.equal(logits(loaded.model), expected)
+    # Without theta it is an ordinary adapter: LoRA with U = 0.
+    plain = PeftModel.from_pretrained(make_tiny(), str(tmp_path / "coa"))
+    assert logits(plain).isfinite().all()
+
+
+def test_materialised_is_plain_peft(make_tiny: Callable[[], PreTrainedModel], tmp_path: Path
+                                    ) -> None:
+    base = Switchable(make_tiny(), dtype=torch.float32)
+    coa = adapted(base, mixing=0.3)
+    for seed in range(3):
+        plan, out = some_plan(base, seed, 3.0 + seed), tmp_path / f"plan{seed}"
+        coa.materialise(plan, out)
+        assert {p.name for p in out.iterdir()} == {
+            "adapter_model.safetensors", "adapter_config.json", "manifest.json"}
+        base.switch(plan)
+        stock = Switchable(make_tiny(), dtype=torch.float32)
+        stock.switch(plan)
+        theirs = PeftModel.from_pretrained(stock.model, str(out))
+        torch.testing.assert_close(logits(theirs), logits(coa.model), rtol=0, atol=1e-4)
+        assert load_adapter(make_tiny(), out)
+        assert read_json(out / "manifest.json")["configuration"] == plan.to_json()
+
+
+def test_without_a_configuration_it_is_plain(base: Switchable) -> None:
+    coa = adapted(base, mixing=0.3)
+    base.switch(some_plan(base))
+    mixed = logits(coa.model)
+    base.restore()
+    assert coa.base.configuration is None
+    assert not torch.allclose(logits(coa.model), mixed)
+    assert coa.mixers is None
+
+
+def test_an_adapter_of_some_layers_is_refused(base: Switchable) -> None:
+    with pytest.raises(UserError, match=r"k_proj has no adapter"):
+        CoaLora(with_adapter(base.model), base)
+
+
+def test_materialise_for_another_model(base: Switchable, tmp_path: Path) -> None:
+    other = Layers(base.layers.names[:7], base.layers.sizes[:7])
+    with pytest.raises(UserError, match="another model"):
+        adapted(base).materialise(Configuration.uniform(other, Level()), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def damage(source: Path, change: Callable[[Path], None]) -> Path:
+    """A copy of an artifact with one change, its manifest made to fit."""
+    facts = {k: v for k, v in read_json(source / "manifest.json").items()
+             if k not in ("files", "versions")}
+    with writing(source.with_name("damaged"), **facts) as part:
+        for file in source.iterdir():
+            if file.name != "manifest.json":
+                (part / file.name).write_bytes(file.read_bytes())
+        change(part)
+    return source.with_name("damaged")
+
+
+def other_rank(part: Path) -> None:
+    tensors = load_file(part / "coa.safetensors")
+    tensors["network.3.bias"] = torch.zeros(64)
+    tensors["network.3.weight"] = torch.zeros(64, 128)
+    save_file(tensors, part / "coa.safetensors")
+
+
+@pytest.mark.parametrize(("change", "word"), [
+    (lambda part: (part / "coa.safetensors").unlink(), "no coa.safetensors"),
+    (other_rank, "the network is for rank 8, the adapter has rank 4"),
+    (lambda part: (part / "coa.safetensors").write_bytes(b"x" * 20), "coa.safetensors"),
+])
+def test_damaged_adapters(make_tiny: Callable[[], PreTrainedModel], tmp_path: Path,
+                          change: Callable[[Path], None], word: str) -> None:
+    adapted(Switchable(make_tiny(), dtype=torch.float32)).save_pretrained(tmp_path / "coa")
+    bad = damage(tmp_path / "coa", change)
+    with pytest.raises(UserError) as caught:
+        CoaLora.from_pretrained(Switchable(make_tiny(), dtype=torch.float32), bad)
+    assert word in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_adapter_of_another_base(make_tiny: Callable[[], PreTrainedModel], tmp_path: Path
+                                    ) -> None:
+    adapted(Switchable(make_tiny(), dtype=torch.float32)).save_pretrained(tmp_path / "coa")
+    changed = make_tiny()
+    changed.model.layers[0].mlp.up_proj.weight.data.mul_(1.01)
+    with pytest.raises(UserError, match="another base"):
+        CoaLora.from_pretrained(Switchable(changed, dtype=torch.float32), tmp_path / "coa")
+
+
+def test_nothing_here_is_slow_by_mistake(base: Switchable) -> None:
+    """Theta is evaluated once for all layers, not layer by layer."""
+    coa = adapted(base)
+    calls = []
+    coa.network.network.register_forward_hook(lambda *_: calls.append(time.monotonic()))
+    base.switch(some_plan(base))
+    logits(coa.model)
+    assert len(calls) == 1
+
+
+# Training over configurations
+
+
+def test_schedule_gives_every_configuration_its_turn() -> None:
+    order = schedule(5, 12, seed=3)
+    assert len(order) == 12
+    assert sorted(order[:5]) == sorted(order[5:10]) == list(range(5))
+    assert order == schedule(5, 12, seed=3) != schedule(5, 12, seed=4)
+
+
+SETTINGS = TrainSettings(steps=6, batch_size=2, rank=4, learning_rate=1e-2, warmup=0.0)
+
+
+def trained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: str,
+            plans: int = 3) -> tuple[Switchable, JointResult]:
+    base = Switchable(model, dtype=torch.float32)
+    chosen = [some_plan(base, seed, 3.5) for seed in range(plans)]
+    return base, train_over(base, sensors("train", 12), chosen, SETTINGS, method=method)
+
+
+@pytest.fixture
+def quick(cheap_tokenizer: None, tokenizer: PreTrainedTokenizerBase,
+          monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lib.joint.load_tokenizer", lambda *_: tokenizer)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("method", ["lora", "lq", "coa"])
+def test_each_method_trains(make_tiny: Callable[[], PreTrainedModel], method: str,
+                            tokenizer: PreTrainedTokenizerBase) -> None:
+    original = state(make_tiny())
+    base, result = trained(make_tiny(), tokenizer, method)
+    assert len(result.run.losses) == 6
+    assert (result.coa is not None) == (method == "coa")
+    base.restore()
+    for name, tensor in state(base.model).items():
+        plain = name.replace(".base_layer", "")
+        if plain in original:
+            assert torch.equal(tensor, original[plain]), name
+    if result.coa:
+        assert result.coa.network.network[-1].weight.any()  # theta moved
+        assert count_trainable(result.model)[0] > sum(
+            p.numel() for p in result.coa.network.parameters())
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_same_seed_gives_the_same_adapter(make_tiny: Callable[[], PreTrainedModel],
+                                              tokenizer: PreTrainedTokenizerBase) -> None:
+    first, second = (trained(make_tiny(), tokenizer, "coa")[1] for _ in range(2))
+    ours, theirs = first.coa.factors(), second.coa.factors()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert all(torch.equal(a, b) for a, b in zip(
+        first.coa.network.parameters(), second.coa.network.parameters(), strict=True))
+
+
+@pytest.mark.usefixtures("quick")
+def test_each_step_uses_its_configuration(make_tiny: Callable[[], PreTrainedModel],
+                                          tokenizer: PreTrainedTokenizerBase,
+                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    switch = Switchable.switch
+    monkeypatch.setattr(Switchable, "switch",
+                        lambda self, plan: (seen.append(plan), switch(self, plan))[1])
+    base, _ = trained(make_tiny(), tokenizer, "coa")
+    plans = [some_plan(base, seed, 3.5) for seed in range(3)]
+    assert seen == [plans[i] for i in schedule(3, 6, SETTINGS.seed)]
+
+
+def test_started_from_the_error_it_is_nearer(base: Switchable) -> None:
+    plan = Configuration.uniform(base.layers, Level(2))
+    original = logits(base.model)
+    base.switch(plan)
+    before = (logits(base.model) - original).square().mean()
+    model = with_adapter(base.model, target_modules=list(KINDS), r=32, lora_alpha=64)
+    start_from_error(model, base, plan)
+    for index, name in enumerate(base.layers.names):
+        layer = model.get_submodule(f"base_model.model.{name}")
+        error = base.weight(index) - base.weight(index, plan.levels[index])
+        update = 2.0 * layer.lora_B[NAME].weight @ layer.lora_A[NAME].weight
+        assert (update - error).norm() < 0.6 * error.norm()
+    assert (logits(model) - original).square().mean() < 0.5 * before
+
+
+def test_no_plans_and_unknown_methods(base: Switchable) -> None:
+    with pytest.raises(UserError, match="at least one"):
+        train_over(base, sensors("train", 2), [], SETTINGS)
+    with pytest.raises(UserError, match="unknown method"):
+        train_over(base, sensors("train", 2), [some_plan(base)], SETTINGS, method="x")
+
+
+def test_the_state_is_json_and_safetensors(base: Switchable, tmp_path: Path) -> None:
+    adapted(base).save_pretrained(tmp_path / "coa")
+    assert {p.suffix for p in (tmp_path / "coa").iterdir()} == {".json", ".safetensors"}
+    config = json.loads((tmp_path / "coa" / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(KINDS)
+    assert config["base_model_name_or_path"] == "embedded"

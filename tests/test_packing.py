@@ -1,0 +1,144 @@
+"""lib.packing: bits in their places, files of the stated size, a layer that computes from them."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from lib.configuration import LEVELS, Configuration, Level
+from lib.errors import UserError
+from lib.packing import (
+    PackedLinear,
+    load_packed,
+    pack_bits,
+    packed,
+    save_packed,
+    unpack_bits,
+    unpacked,
+)
+from lib.plans import random_plan
+from lib.quantize import GRIDS, quantize, rounded
+from lib.switchable import Switchable
+
+pytestmark = pytest.mark.usefixtures("float32")
+
+
+@given(st.integers(1, 8), st.data())
+def test_packing_there_and_back(bits: int, data: st.DataObject) -> None:
+    codes = torch.tensor(data.draw(st.lists(st.integers(0, 2**bits - 1), max_size=99)),
+                         dtype=torch.uint8)
+    stream = pack_bits(codes, bits)
+    assert stream.numel() == -(-codes.numel() * bits // 8)
+    assert torch.equal(unpack_bits(stream, bits, codes.numel()), codes)
+
+
+def test_bits_stand_where_the_docstring_says() -> None:
+    codes = torch.tensor([1, 2, 7, 0, 5], dtype=torch.uint8)
+    number = sum(int(code) << (3 * i) for i, code in enumerate(codes))
+    assert pack_bits(codes, 3).tolist() == list(number.to_bytes(2, "little"))
+    assert pack_bits(torch.tensor([255, 128], dtype=torch.uint8), 8).tolist() == [255, 128]
+
+
+@pytest.mark.parametrize(("bits", "count"), [(3, 9), (3, 5), (8, 17)])
+def test_a_stream_of_another_length(bits: int, count: int) -> None:
+    stream = pack_bits(torch.zeros(8, dtype=torch.uint8), bits)
+    with pytest.raises(UserError, match="do not hold"):
+        unpack_bits(stream, bits, count)
+
+
+@pytest.mark.parametrize("bits", [0, 9])
+def test_other_widths(bits: int) -> None:
+    with pytest.raises(UserError, match="use 1 to 8"):
+        pack_bits(torch.zeros(8, dtype=torch.uint8), bits)
+
+
+@given(st.sampled_from(LEVELS), st.sampled_from(GRIDS), st.integers(1, 700), st.integers(0, 9))
+def test_any_level_and_size_is_bit_exact(level: Level, grid: str, count: int, seed: int) -> None:
+    weight = torch.randn(count, generator=torch.Generator().manual_seed(seed))
+    whole = quantize(weight, level, grid)
+    parts = packed(whole)
+    back = unpacked(parts, level, count, grid)
+    for name in ("codes", "scale_codes", "group_scales", "mean"):
+        assert torch.equal(getattr(back, name), getattr(whole, name)), name
+    # Four parts, each rounded up to whole bytes.
+    stored = sum(t.numel() * t.element_size() for t in parts.values())
+    assert level.storage_bits(count) <= 8 * stored < level.storage_bits(count) + 16
+
+
+@pytest.mark.parametrize("level", LEVELS[::31], ids=lambda x: "-".join(map(str, x.as_list())))
+def test_the_formula_is_the_size(level: Level) -> None:
+    count = 512 * 768
+    parts = packed(quantize(torch.randn(count), level))
+    bits = 8 * sum(t.numel() * t.element_size() for t in parts.values()) / count
+    assert bits == pytest.approx(level.bits_per_parameter, rel=1e-3)
+
+
+def test_a_layer_computes_from_its_codes() -> None:
+    torch.manual_seed(0)
+    linear, level = nn.Linear(48, 20), Level(3, 4, "bf16", 32, 16)
+    layer = PackedLinear(packed(quantize(linear.weight, level)), level, linear.weight.shape,
+                         bias=linear.bias.data)
+    x = torch.randn(2, 5, 48)
+    expected = nn.functional.linear(x, rounded(linear.weight, level), linear.bias)
+    assert torch.equal(layer(x), expected)
+    held = sum(b.numel() * b.element_size() for b in layer.buffers())
+    assert held < 0.25 * linear.weight.numel() * 4
+
+
+def test_a_file_there_and_back(make_tiny: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
+    base = Switchable(make_tiny(), dtype=torch.float32)
+    plan, file = random_plan(base.layers, 3.5, random.Random(0)), tmp_path / "packed.safetensors"
+    save_packed(base, plan, file)
+    stored = sum(t.numel() * t.element_size() for t in load_file(file).values())
+    assert plan.bytes <= stored <= plan.bytes + 2 * len(plan.levels)
+    other = make_tiny()
+    assert load_packed(other, file) == plan
+    base.switch(plan)
+    ids = torch.tensor([[1, 5, 900]])
+    with torch.inference_mode():
+        assert torch.equal(other(input_ids=ids).logits, base.model(input_ids=ids).logits)
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_bad_files(make_tiny: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
+    base = Switchable(make_tiny(), dtype=torch.float32)
+    plan, file = Configuration.uniform(base.layers, Level()), tmp_path / "packed.safetensors"
+    save_packed(base, plan, file)
+    tensors = load_file(file)
+    about = {"configuration": json.dumps(plan.to_json()), "grid": "nf"}
+    name = f"{base.layers.names[3]}.codes"
+    short = tensors | {name: tensors[name][:-1].clone()}
+    lacking = {k: v for k, v in tensors.items() if k != name}
+    other = json.dumps({"layers": {"model.layers.0.mlp.up_proj": [4, 8, "fp32", 64, 256]}})
+    cases = [(tensors, {}, "no packed model"), (tensors, about | {"grid": "x"}, "no packed"),
+             (short, about, "do not hold"), (lacking, about, "damaged"),
+             (tensors, about | {"configuration": "{"}, "damaged"),
+             (tensors, about | {"configuration": other}, "lacks model.layers.0.self_attn")]
+    for i, (content, metadata, word) in enumerate(cases):
+        bad = tmp_path / f"{i}.safetensors"
+        save_file(content, bad, metadata)
+        with pytest.raises(UserError) as caught:
+            load_packed(make_tiny(), bad)
+        assert word in str(caught.value) and "\n" not in str(caught.value)
+    (tmp_path / "cut").write_bytes(file.read_bytes()[:100])
+    for missing in ("cut", "none"):
+        with pytest.raises(UserError):
+            load_packed(make_tiny(), tmp_path / missing)
+
+
+def test_a_configuration_of_another_model(make_tiny: Callable[[], PreTrainedModel],
+                                          tmp_path: Path) -> None:
+    base = Switchable(make_tiny(), dtype=torch.float32)
+    plan = Configuration.uniform(base.layers, Level())
+    object.__setattr__(plan, "layers", type(base.layers)(("x",), (1,)))
+    with pytest.raises(UserError, match="another model"):
+        save_packed(base, plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
