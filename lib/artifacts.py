@@ -58,11 +58,19 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON beside `path`, then rename it into place."""
+    with replacing(path) as part:
+        part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A scratch file that becomes `path` only if the block succeeds."""
+    path = Path(path)
     with saving(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
-            part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+            yield part
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)

@@ -1,104 +1,12 @@
 """Benchmarks: ratios measured in one run, several repeats, median and spread."""
 
-import itertools
-import statistics
-import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from importlib import import_module
 from typing import Any
 
-from transformers import TrainerCallback
-
-from lib.artifacts import versions
-from lib.base_model import load_model, load_tokenizer, machine, quiet
 from lib.errors import require
-from lib.profiles import TrainSettings, seed_everything
-from lib.tasks import sensors
-from lib.train import make_trainer, run_trainer
 
-STEPS, REPEATS = 6, 3
-
-
-class StepClock(TrainerCallback):
-    """Seconds of each optimizer step, data loading included."""
-
-    def __init__(self) -> None:
-        self.marks: list[float] = []
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.marks.append(time.perf_counter())
-
-    @property
-    def seconds(self) -> list[float]:
-        """Step times; the first, which warms up, is left out."""
-        return [b - a for a, b in itertools.pairwise(self.marks)]
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One side of a comparison: where its attention and its step come from."""
-
-    plain: bool
-    attention: str
-
-
-STOCK = Arm(plain=True, attention="sdpa")
-EAGER = Arm(plain=True, attention="eager")
-OURS = Arm(plain=False, attention="eager")
-
-
-def time_arm(arm: Arm, settings: TrainSettings) -> tuple[float, float]:
-    """(tokens per second, mean loss) of a few steps; tokens without padding."""
-    seed_everything(settings.seed)
-    tokenizer = load_tokenizer()
-    records = sensors("train", settings.steps * settings.batch_size)
-    model = load_model(attn_implementation=arm.attention)
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer = make_trainer(model, tokenizer, records, replace(settings, plain=arm.plain),
-                               work=Path(scratch))
-        # Both sides see the same examples in the same batches.
-        trainer.args.train_sampling_strategy = "sequential"
-        trainer.args.save_strategy = "no"
-        clock = StepClock()
-        trainer.add_callback(clock)
-        result = run_trainer(trainer, replace(settings, plain=arm.plain))
-        tokens = sum(map(len, trainer.train_dataset["input_ids"])) / settings.steps
-    return tokens / statistics.median(clock.seconds), statistics.mean(result.losses)
-
-
-def training() -> dict[str, Any]:
-    """Tokens per second of our training step against the stock SFTTrainer."""
-    quiet()
-    result: dict[str, Any] = {"machine": machine(), "versions": versions(),
-                              "repeats": REPEATS, "steps": STEPS}
-    for targets, suffix in (("aggressive", ""), ("standard", "_attention")):
-        settings = TrainSettings(targets=targets, steps=STEPS)
-        arms = {"plain": STOCK, "plain_eager": EAGER, "ours": OURS}
-        runs: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
-        for _ in range(REPEATS):
-            for name, arm in arms.items():
-                runs[name].append(time_arm(arm, settings))
-        speed = {name: [s for s, _ in pairs] for name, pairs in runs.items()}
-        loss = {name: statistics.mean(x for _, x in pairs) for name, pairs in runs.items()}
-        ratios = [o / p for o, p in zip(speed["ours"], speed["plain"], strict=True)]
-        for name, values in speed.items():
-            result[f"{name}_tokens_per_s{suffix}"] = statistics.median(values)
-        result[f"ratio{suffix}"] = statistics.median(ratios)
-        result[f"ratio{suffix}_spread"] = [min(ratios), max(ratios)]
-        result[f"loss_gap{suffix}"] = abs(loss["ours"] - loss["plain"]) / loss["plain"]
-    return result
-
-
-def serving() -> dict[str, Any]:
-    """llama.cpp's server against LLM.int8 through transformers."""
-    from lib.bench_serving import serving
-
-    return serving()
-
-
-BENCHES: dict[str, Callable[[], dict[str, Any]]] = {"training": training, "serving": serving}
+# Each is a function of that name in lib.bench_NAME.
+BENCHES = ("training", "serving", "switching")
 
 
 def run_bench(name: str) -> dict[str, Any]:
@@ -108,4 +16,4 @@ def run_bench(name: str) -> dict[str, Any]:
         UserError: no such benchmark.
     """
     require(name in BENCHES, f"unknown benchmark {name!r}: use one of {', '.join(BENCHES)}")
-    return BENCHES[name]()
+    return getattr(import_module(f"lib.bench_{name}"), name)()

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import gguf
 import httpx
 import psutil
 import torch
@@ -15,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from lib.artifacts import versions
 from lib.base_model import load_tokenizer, machine
+from lib.bundle import Reader
 from lib.client import ask, ask_all, question
 from lib.gguf import export
 from lib.merge import load_saved, merge, save_int8, save_model
@@ -55,7 +55,7 @@ def read_bandwidth(megabytes: int = 512, repeats: int = 9) -> float:
 
 def weight_bytes(path: Path) -> int:
     """Bytes of all tensors of a GGUF file: what one token reads of a tied model."""
-    return sum(int(t.n_bytes) for t in gguf.GGUFReader(path).tensors)
+    return sum(int(t.n_bytes) for t in Reader(path).tensors)
 
 
 def throughput(served: Served, bodies: list[dict[str, Any]], clients: int) -> float:
@@ -86,9 +86,10 @@ def serving() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         adapter = ADAPTERS / "sensors_qlora"
-        save_model(merge(adapter, route="dequantized"), work / "merged")
+        weights = merge(adapter, route="dequantized")
+        save_model(weights, work / "merged")
         save_int8(work / "merged", work / "int8")
-        export(work / "q8", merged=adapter)
+        export(work / "q8", merged=adapter, weights=weights)
         export(work / "edge", adapters={n: ADAPTERS / f"{n}_qlora"
                                         for n in ("sensors", "movies")})
         with running(work / "q8") as merged, running(work / "edge") as base:

@@ -4,12 +4,14 @@ Nothing here needs torch, so that a server stays small.
 """
 
 import re
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 
 from lib.artifacts import verified
 from lib.errors import UserError, require
@@ -53,7 +55,30 @@ def open_bundle(path: Path, loras: Sequence[str] = ()) -> Bundle:
     return Bundle(name, model, adapters, int(fact(reader, "llama.context_length")))
 
 
-def opened(model: Path, adapters: Mapping[str, Path]) -> gguf.GGUFReader:
+class Reader(gguf.GGUFReader):
+    """gguf's reader with lists read at once.
+
+    Its own makes NumPy objects for each entry, seconds for a vocabulary.
+    """
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[Any, ...]:
+        if raw_type != gguf.GGUFValueType.ARRAY or self.byte_order != "I":
+            return super()._get_field_parts(orig_offs, raw_type)
+        view, at = memoryview(self.data), orig_offs + 12
+        number, count = struct.unpack_from("=IQ", view, orig_offs)
+        kind = gguf.GGUFValueType(number)
+        if kind != gguf.GGUFValueType.STRING:
+            values = np.frombuffer(view, self.gguf_scalar_to_np[kind], count, at)
+            return 12 + values.nbytes, [values], [0], [gguf.GGUFValueType.ARRAY, kind]
+        texts = []
+        for _ in range(count):
+            (size,) = struct.unpack_from("=Q", view, at)
+            texts.append(view[at + 8: at + 8 + size])
+            at += 8 + size
+        return at - orig_offs, texts, list(range(count)), [gguf.GGUFValueType.ARRAY, kind]
+
+
+def opened(model: Path, adapters: Mapping[str, Path]) -> Reader:
     """The model's reader, when it and the adapters are whole and fit together.
 
     Raises:
@@ -68,25 +93,26 @@ def opened(model: Path, adapters: Mapping[str, Path]) -> gguf.GGUFReader:
     return reader
 
 
-def fact(reader: gguf.GGUFReader, key: str) -> Any:
+def fact(reader: Reader, key: str) -> Any:
     """Value of a metadata key, None where there is none."""
     field = reader.fields.get(key)
     return field.contents() if field else None
 
 
-def _read(path: Path) -> gguf.GGUFReader:
+def _read(path: Path) -> Reader:
     require(Path(path).is_file(), f"{path} does not exist: check the path")
     try:
-        reader = gguf.GGUFReader(path)
+        reader = Reader(path)
         architecture = fact(reader, "general.architecture")
-    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
+    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError,
+            struct.error) as error:
         raise UserError(f"{path} is no whole GGUF file ({error}): make it again") from None
     require(architecture == "llama",
             f"{path} holds a {architecture} model: only llama is served here")
     return reader
 
 
-def _check_adapter(model: gguf.GGUFReader, adapter: gguf.GGUFReader, name: str) -> None:
+def _check_adapter(model: Reader, adapter: Reader, name: str) -> None:
     require(fact(adapter, "adapter.type") == "lora",
             f"adapter {name} is no LoRA file: export it with `python -m lib export`")
     wanted, given = fact(adapter, BASE_KEY), fact(model, BASE_KEY)

@@ -82,16 +82,20 @@ class CoaLora:
         self.network = MixingNetwork(base.layers, self.config.r, **options)
         self.network.to(model.device)
         self.mixers: Tensor | None = None
-        self.places = {}
-        for index, name in enumerate(base.layers.names):
-            layer = model.get_submodule(f"base_model.model.{name}")
+        self.places = {name: model.get_submodule(f"base_model.model.{name}")
+                       for name in base.layers.names}
+        for name, layer in self.places.items():
             require(hasattr(layer, "lora_A"),
                     f"{name} has no adapter: train all seven linear layers")
-            self.places[name] = layer
+        for index, layer in enumerate(self.places.values()):
             parametrize.register_parametrization(
                 layer.lora_A[NAME], "weight", _Mixed(self, index), unsafe=True)
+            layer.merge = _refuse_merge
         model.coa_network = self.network
-        model.register_forward_pre_hook(self._refresh)
+        # peft's own would write the parametrized A, and no theta.
+        model.save_pretrained = self.save_pretrained
+        # On the model below peft's: generate does not go through peft's forward.
+        model.get_base_model().register_forward_pre_hook(self._refresh)
 
     def _refresh(self, *_: Any) -> None:
         configuration = self.base.configuration
@@ -114,14 +118,15 @@ class CoaLora:
         self.config.save_pretrained(str(part))
         kept = read_json(part / "adapter_config.json")
         write_json(part / "adapter_config.json", kept | {
-            "base_model_name_or_path": "embedded", "inference_mode": True,
+            "base_model_name_or_path": self.base.name, "inference_mode": True,
             "target_modules": sorted(kept["target_modules"])})
 
-    def save_pretrained(self, out: Path | str) -> None:
+    def save_pretrained(self, out: Path | str, **_: Any) -> None:
         """A and B as peft saves them, and theta beside them: one artifact."""
         network = self.network
-        with writing(Path(out), base=self.base.fingerprint, rank=network.rank,
-                     width=network.width, hidden=network.hidden) as part:
+        with writing(Path(out), base=self.base.name, base_hash=self.base.fingerprint,
+                     grid=self.base.grid, width=network.width,
+                     hidden=network.hidden) as part:
             self._write(part, self.factors())
             save_file(network.state_dict(), part / "coa.safetensors")
 
@@ -132,29 +137,37 @@ class CoaLora:
         Raises:
             UserError: no such adapter, another base, another rank.
         """
+        # All is checked before the base gets the adapter.
         directory = Path(directory)
-        saved = verified(directory)
-        require((directory / "coa.safetensors").is_file(),
-                f"{directory} has no coa.safetensors: it is no configuration-aware adapter")
-        require(saved["base"] == base.fingerprint,
-                f"{directory} was trained on another base (hash {saved['base'][:8]}, "
-                f"this one {base.fingerprint[:8]}): use its own")
-        coa = cls(load_adapter(base.model, directory), base,
-                  width=saved["width"], hidden=saved["hidden"])
+        saved, theta = verified(directory), directory / "coa.safetensors"
+        require(theta.is_file(), f"{directory} has no coa.safetensors: it is no "
+                "configuration-aware adapter")
+        for what, theirs, ours in (("base (hash)", saved.get("base_hash"), base.fingerprint),
+                                   ("grid", saved.get("grid"), base.grid)):
+            require(theirs == ours, f"{directory} was trained on another {what}: "
+                    f"{str(theirs)[:8]}, this one is {ours[:8]}")
+        rank = read_json(directory / "adapter_config.json").get("r")
         try:
-            state = load_file(directory / "coa.safetensors")
-        except SafetensorError as error:
-            raise UserError(f"{directory / 'coa.safetensors'} is damaged ({error}): "
-                            "make it again") from None
-        last = state["network.3.bias"].numel()
-        require(last == coa.config.r**2, f"{directory}: the network is for rank "
-                f"{round(last**0.5)}, the adapter has rank {coa.config.r}")
+            state = load_file(theta)
+            network = MixingNetwork(base.layers, rank, width=saved["width"],
+                                    hidden=saved["hidden"])
+            network.load_state_dict(state)
+        except (SafetensorError, RuntimeError, KeyError, TypeError) as error:
+            raise UserError(f"{theta} does not fit an adapter of rank {rank} "
+                            f"({' '.join(str(error).split())[:160]}): make it again") from None
+        coa = cls(load_adapter(base.model, directory), base, width=network.width,
+                  hidden=network.hidden)
         coa.network.load_state_dict(state)
         return coa
 
     def materialise(self, configuration: Configuration, out: Path | str) -> None:
         """Write an ordinary peft adapter for one configuration: U is folded into A."""
-        require(configuration.layers == self.base.layers,
-                "the configuration is for another model's layers")
-        with writing(Path(out), configuration=configuration.to_json()) as part:
+        self.base.layers.require_same(configuration.layers)
+        with writing(Path(out), base=self.base.name, base_hash=self.base.fingerprint,
+                     grid=self.base.grid, configuration=configuration.to_json()) as part:
             self._write(part, self.factors(configuration))
+
+
+def _refuse_merge(*_: Any, **__: Any) -> None:
+    raise UserError("the base's weights are shared by its configurations: materialise "
+                    "the adapter and merge it into a model of its own")

@@ -104,6 +104,15 @@ class Layers:
         require(linears, "the model has no Llama blocks: use a model of that family")
         return cls(tuple(linears), tuple(m.weight.numel() for m in linears.values()))
 
+    def require_same(self, other: "Layers") -> None:
+        """UserError, naming the first difference, unless `other` has the same layers."""
+        for mine, theirs in itertools.zip_longest(
+                zip(self.names, self.sizes, strict=True),
+                zip(other.names, other.sizes, strict=True), fillvalue=("no more layers", 0)):
+            require(mine == theirs, f"the configuration is for another model: it has "
+                    f"{theirs[0]} ({theirs[1]} weights) where this one has "
+                    f"{mine[0]} ({mine[1]} weights)")
+
 
 @dataclass(frozen=True)
 class Configuration:

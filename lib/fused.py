@@ -35,12 +35,16 @@ class LoraLinear(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         low_a, low_b = a.to(x.dtype), b.to(x.dtype) * scale
         hidden = flat @ low_a.T
-        y = flat @ frozen_weight(base, x.dtype).T
+        weight = frozen_weight(base, x.dtype)
+        y = flat @ weight.T
         y.addmm_(hidden, low_b.T)
         if bias is not None:
             y += bias.to(y.dtype)
         ctx.save_for_backward(flat, low_a, low_b, hidden)
         ctx.base, ctx.scale, ctx.shape = base, scale, x.shape
+        # The layer may point to another weight by the time of the backward pass;
+        # only a 4-bit one is decoded again, to save memory.
+        ctx.weight = None if hasattr(base.weight, "quant_state") else weight.detach()
         ctx.dtypes = a.dtype, b.dtype
         return y.view(*x.shape[:-1], -1)
 
@@ -51,7 +55,8 @@ class LoraLinear(torch.autograd.Function):
         d_hidden = dy @ low_b
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ frozen_weight(ctx.base, dy.dtype)
+            weight = frozen_weight(ctx.base, dy.dtype) if ctx.weight is None else ctx.weight
+            dx = dy @ weight
             dx = dx.addmm_(d_hidden, low_a).view(ctx.shape)
         da = (d_hidden.T @ flat).to(ctx.dtypes[0])
         db = (dy.T @ hidden).to(ctx.dtypes[1]) * ctx.scale

@@ -7,7 +7,6 @@ a head of size d. So the rows of q and k change places, and those of their B.
 
 import contextlib
 import functools
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,9 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lib.artifacts import require_free, saving, verified, writing
+from lib.artifacts import replacing, require_free, verified, writing
 from lib.base_model import CHAT_TEMPLATE, load_model
-from lib.bundle import opened
+from lib.bundle import Reader, opened
 from lib.embedded import EMBEDDED, embedded_gguf
 from lib.errors import UserError, require
 from lib.lora import adapter_factors
@@ -36,10 +35,14 @@ def known(kind: str) -> None:
 
 def tensor_name(name: str, blocks: int) -> str:
     """llama.cpp's name of a tensor of transformers' Llama."""
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, blocks)
-    found = names.get_name(name, try_suffixes=(".weight",))
+    found = _names(blocks).get_name(name, try_suffixes=(".weight",))
     require(found, f"GGUF has no place for {name}: only plain Llama models are exported")
     return found
+
+
+@functools.cache
+def _names(blocks: int) -> gguf.TensorNameMap:
+    return gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, blocks)
 
 
 def permute(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -108,7 +111,7 @@ def save_adapter(adapter: Path | str, out: Path, config: PretrainedConfig, *,
 
 def export(out: Path, *, kind: str = "Q8_0", route: str = "dequantized",
            merged: Path | None = None, adapters: Mapping[str, Path] | None = None,
-           model: str = EMBEDDED) -> None:
+           model: str = EMBEDDED, weights: PreTrainedModel | None = None) -> None:
     """Write what `python -m lib serve` serves: a model file, adapters beside it.
 
     Args:
@@ -118,6 +121,7 @@ def export(out: Path, *, kind: str = "Q8_0", route: str = "dequantized",
             "dequantized", the one that QLoRA adapters were trained on.
         merged: an adapter to fold in before quantising.
         adapters: adapters to keep beside the model, by name.
+        weights: what `merge` made of `merged` by this route, if it is there already.
     """
     require(route in ROUTES[:2], f"unknown route {route!r}: use {' or '.join(ROUTES[:2])}")
     known(kind)
@@ -127,7 +131,7 @@ def export(out: Path, *, kind: str = "Q8_0", route: str = "dequantized",
     for adapter in [*([merged] if merged else []), *(adapters or {}).values()]:
         verified(adapter)
     if merged:
-        weights = merge(merged, route=route, model=model)
+        weights = weights or merge(merged, route=route, model=model)
     else:
         weights = (dequantized_base(model) if route == "dequantized"
                    else load_model(model, dtype=torch.float32))
@@ -154,18 +158,11 @@ def _writing(out: Path, base: str) -> Iterator[gguf.GGUFWriter]:
     writer.add_base_model_count(1)
     writer.add_base_model_name(0, base)
     yield writer
-    out = Path(out)
-    part = out.with_name(f".{out.name}.{os.getpid()}.part")
-    with saving(out):
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            writer.write_header_to_file(part)
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-            writer.close()
-            part.replace(out)
-        finally:
-            part.unlink(missing_ok=True)
+    with replacing(out) as part:
+        writer.write_header_to_file(part)
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
 
 
 def _add_config(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
@@ -197,7 +194,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, vocabulary: int) -> None:
 @functools.cache
 def _tokenizer() -> list[tuple[str, Any, list[gguf.GGUFValueType]]]:
     with embedded_gguf() as path:
-        fields = gguf.GGUFReader(path).fields
+        fields = Reader(path).fields
         return [(key, field.contents(), field.types[:2]) for key, field in fields.items()
                 if key.startswith("tokenizer.ggml.")]
 

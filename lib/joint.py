@@ -8,7 +8,6 @@ steps, step, optimizer) is the same, so a difference has one cause.
 import random
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from transformers import TrainerCallback
 
 from lib.base_model import load_tokenizer, quiet
 from lib.coa import NAME, CoaLora
-from lib.configuration import Configuration
+from lib.configuration import KINDS, Configuration
 from lib.errors import require
 from lib.profiles import TrainSettings, seed_everything
 from lib.switchable import Switchable
@@ -26,15 +25,6 @@ from lib.tasks import Record
 from lib.train import TrainResult, make_trainer, run_trainer
 
 METHODS = ("lora", "lq", "coa")
-
-
-@dataclass(frozen=True)
-class JointResult:
-    """A run's adapter and its cost; `coa` is None for a plain adapter."""
-
-    model: PeftModel
-    coa: CoaLora | None
-    run: TrainResult
 
 
 def schedule(count: int, steps: int, seed: int) -> list[int]:
@@ -57,8 +47,9 @@ class _Switching(TrainerCallback):
 
 
 def train_over(base: Switchable, records: Sequence[Record], plans: Sequence[Configuration],
-               settings: TrainSettings, *, method: str = "coa", say_every: int = 0
-               ) -> JointResult:
+               settings: TrainSettings, *, method: str = "coa", say_every: int = 0,
+               callbacks: Sequence[TrainerCallback] = ()
+               ) -> tuple[TrainResult, CoaLora | None]:
     """Train one adapter on a base that is at another configuration in each step.
 
     Args:
@@ -68,11 +59,18 @@ def train_over(base: Switchable, records: Sequence[Record], plans: Sequence[Conf
             the first plan's quantisation error (LQ-LoRA, Guo et al. 2023,
             without its alternation); "coa", with the mixing network.
 
+    Returns:
+        The run with its model, and the adapter with its network for "coa".
+
     Raises:
         UserError: no plans, an unknown method, bad settings or records.
     """
     require(plans, "no configurations to train over: give at least one")
     require(method in METHODS, f"unknown method {method!r}: use one of {', '.join(METHODS)}")
+    require(settings.mode == "lora" and set(settings.modules) == set(KINDS),
+            "train over configurations with mode lora and targets aggressive")
+    require(not hasattr(base.model, "peft_config"),
+            "this base has an adapter already: load a fresh one")
     quiet()
     seed_everything(settings.seed)
     with tempfile.TemporaryDirectory() as work:
@@ -83,9 +81,9 @@ def train_over(base: Switchable, records: Sequence[Record], plans: Sequence[Conf
         if method == "lq":
             start_from_error(trainer.model, base, plans[0])
         order = schedule(len(plans), settings.steps, settings.seed)
-        trainer.add_callback(_Switching(base, plans, order))
-        run = run_trainer(trainer, settings)
-    return JointResult(trainer.model, coa, run)
+        for callback in (_Switching(base, plans, order), *callbacks):
+            trainer.add_callback(callback)
+        return run_trainer(trainer, settings), coa
 
 
 @torch.no_grad()

@@ -9,10 +9,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lib.artifacts import saving
+from lib.artifacts import replacing
 from lib.configuration import Configuration, Layers, Level
 from lib.errors import UserError, require
-from lib.quantize import GRIDS, Quantized, dequantize, quantize
+from lib.quantize import DTYPES, GRIDS, Quantized, dequantize, quantize
 from lib.switchable import Switchable
 
 PARTS = ("codes", "scale_codes", "group_scales", "mean")
@@ -48,60 +48,70 @@ def unpack_bits(stream: Tensor, bits: int, count: int) -> Tensor:
 def packed(weight: Quantized) -> dict[str, Tensor]:
     """The tensors of a layer's file: codes of weights and scales packed."""
     level = weight.level
+    # Scales as bytes, too: a model that changes its dtype must not round them.
     return {"codes": pack_bits(weight.codes, level.bits),
             "scale_codes": pack_bits(weight.scale_codes, level.scale_bits),
-            "group_scales": weight.group_scales, "mean": weight.mean.view(1)}
+            "group_scales": weight.group_scales.view(torch.uint8),
+            "mean": weight.mean.view(1).view(torch.uint8)}
 
 
 def unpacked(parts: dict[str, Tensor], level: Level, count: int, grid: str = "nf") -> Quantized:
-    """What `packed` was given, bit for bit; `count` weights."""
+    """What `packed` was given, bit for bit; `count` weights.
+
+    Raises:
+        UserError: a part of another length.
+    """
     blocks = -(-count // level.block)
+    dtype = DTYPES[level.scale_dtype]
+    sizes = {"group_scales": -(-blocks // level.group) * dtype.itemsize, "mean": 4}
+    for name, size in sizes.items():
+        require(parts[name].numel() == size and parts[name].dtype == torch.uint8,
+                f"{name} has {parts[name].numel()} bytes instead of {size}")
     return Quantized(level, grid, unpack_bits(parts["codes"], level.bits, count),
                      unpack_bits(parts["scale_codes"], level.scale_bits, blocks),
-                     parts["group_scales"], parts["mean"][0])
+                     parts["group_scales"].view(dtype), parts["mean"].view(torch.float32)[0])
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(nn.Linear):
     """A linear layer whose weight is unpacked for the time of each call.
 
     Holds b + b0/B0 + ... bits a weight. Each call decodes the whole weight,
-    so it is slow for one row and costs little beside many.
+    so it is slow for one row and costs little beside many. To peft it is a
+    linear layer like any other.
     """
 
     def __init__(self, parts: dict[str, Tensor], level: Level, shape: torch.Size, *,
                  grid: str = "nf", bias: Tensor | None = None) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # nn.Linear's own would make the weight
         for name in PARTS:
             self.register_buffer(name, parts[name])
         self.level, self.grid, self.shape = level, grid, shape
         self.out_features, self.in_features = shape
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
-    def weight_as(self, dtype: torch.dtype) -> Tensor:
-        """The decoded weight (d_out, d_in)."""
+    @property
+    def weight(self) -> Tensor:
+        """The decoded weight (d_out, d_in), float32."""
         parts = {name: getattr(self, name) for name in PARTS}
         whole = unpacked(parts, self.level, self.shape.numel(), self.grid)
-        return dequantize(whole).view(self.shape).to(dtype)
+        return dequantize(whole).view(self.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_in) to (..., d_out), in x's dtype."""
-        return nn.functional.linear(x, self.weight_as(x.dtype), self.bias)
+        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
 
 
 def save_packed(base: Switchable, configuration: Configuration, out: Path) -> None:
     """Write the blocks' linears at a configuration into one safetensors file."""
-    require(configuration.layers == base.layers, "the configuration is for another model's layers")
+    base.layers.require_same(configuration.layers)
     tensors = {}
     for index, (name, level) in enumerate(zip(base.layers.names, configuration.levels,
                                               strict=True)):
         parts = packed(quantize(base.weight(index), level, base.grid))
         tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
-    part = out.with_name(f".{out.name}.part")
-    with saving(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(out) as part:
         save_file(tensors, part, {"configuration": json.dumps(configuration.to_json()),
                                   "grid": base.grid})
-        part.replace(out)
 
 
 def load_packed(model: PreTrainedModel, file: Path) -> Configuration:
@@ -110,7 +120,7 @@ def load_packed(model: PreTrainedModel, file: Path) -> Configuration:
     Raises:
         UserError: no such file, no packed file, another model's layers.
     """
-    layers = Layers.of(model)
+    layers, made = Layers.of(model), {}
     require(file.is_file(), f"{file} does not exist: check the path")
     try:
         with safe_open(file, "pt") as reader:
@@ -121,11 +131,12 @@ def load_packed(model: PreTrainedModel, file: Path) -> Configuration:
             for name, level in zip(layers.names, plan.levels, strict=True):
                 old = model.get_submodule(name)
                 parts = {part: reader.get_tensor(f"{name}.{part}") for part in PARTS}
-                new = PackedLinear(parts, level, old.weight.shape, grid=about["grid"],
-                                   bias=None if old.bias is None else old.bias.data)
-                new.weight_as(torch.float32)  # a wrong length shows now
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, new)
+                unpacked(parts, level, old.weight.numel())  # a wrong length shows now
+                made[name] = PackedLinear(
+                    parts, level, old.weight.shape, grid=about["grid"],
+                    bias=None if old.bias is None else old.bias.data)
     except (SafetensorError, ValueError) as error:
         raise UserError(f"{file} is damaged ({error}): make it again") from None
+    for name, layer in made.items():
+        model.set_submodule(name, layer)
     return plan

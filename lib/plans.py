@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from lib.configuration import LEVELS, Configuration, Layers, Level
-from lib.errors import require
-from lib.quantize import dequantize, quantize
+from lib.errors import UserError, require
+from lib.quantize import rounded
 from lib.switchable import Switchable
 
 # Where the paper's budgets start and end, bits a weight.
@@ -31,16 +31,19 @@ def random_plan(layers: Layers, budget: float, rng: random.Random) -> Configurat
             f"reached: use {min(costs):.2f} to {max(costs) - TOLERANCE:.2f}")
     weights = _tilted(costs, budget)
     levels = rng.choices(LEVELS, weights, k=len(layers.sizes))
-    total, spent = sum(layers.sizes), 0.0
+    total = sum(layers.sizes)
     spent = sum(x.bits_per_parameter * n for x, n in zip(levels, layers.sizes, strict=True))
-    while abs(spent / total - budget) > TOLERANCE:
+    for _ in range(10_000):
+        if abs(spent / total - budget) <= TOLERANCE:
+            return Configuration(layers, tuple(levels))
         index = rng.randrange(len(levels))
         new = rng.choices(LEVELS, weights)[0]
         change = (new.bits_per_parameter - levels[index].bits_per_parameter
                   ) * layers.sizes[index]
         if abs(spent + change - budget * total) < abs(spent - budget * total):
             levels[index], spent = new, spent + change
-    return Configuration(layers, tuple(levels))
+    raise UserError(f"no mixture of levels was found at {budget} bits a weight for "
+                    f"{len(levels)} layers: choose another budget")
 
 
 def _tilted(costs: Sequence[float], mean: float) -> list[float]:
@@ -53,13 +56,14 @@ def _tilted(costs: Sequence[float], mean: float) -> list[float]:
     return share.tolist()
 
 
-def best_levels(count: int = 1 << 16, seed: int = 0) -> tuple[Level, ...]:
+@functools.cache
+def best_levels(grid: str = "nf", count: int = 1 << 16) -> tuple[Level, ...]:
     """The levels on the lower convex hull of error over bits, for normal numbers.
 
     A mixture of two levels beats every level above that hull.
     """
-    weight = torch.randn(count, generator=torch.Generator().manual_seed(seed))
-    points = sorted((((level.bits_per_parameter, squared_error(weight, level)), level)
+    weight = torch.randn(count, generator=torch.Generator().manual_seed(0))
+    points = sorted((((level.bits_per_parameter, squared_error(weight, level, grid)), level)
                      for level in LEVELS), key=lambda pair: pair[0])
     hull: list[tuple[tuple[float, float], Level]] = []
     for point, level in points:
@@ -76,10 +80,9 @@ def _slope(left: tuple[float, float], right: tuple[float, float]) -> float:
     return (right[1] - left[1]) / run if run else float("inf")
 
 
-def squared_error(weight: torch.Tensor, level: Level) -> float:
+def squared_error(weight: torch.Tensor, level: Level, grid: str = "nf") -> float:
     """Sum of squared differences between a weight and what the level makes of it."""
-    flat = weight.reshape(-1).float()
-    return float((dequantize(quantize(flat, level)) - flat).square().sum())
+    return float((rounded(weight, level, grid) - weight).square().sum())
 
 
 def error_table(base: Switchable) -> tuple[tuple[Level, ...], torch.Tensor]:
@@ -87,13 +90,14 @@ def error_table(base: Switchable) -> tuple[tuple[Level, ...], torch.Tensor]:
 
     The error is taken on a sample of whole blocks and scaled to the layer.
     """
-    levels = best_levels()
+    levels = best_levels(base.grid)
     rows = []
     for index, size in enumerate(base.layers.sizes):
         weight = base.weight(index).reshape(-1)
         step = max(1, size // SAMPLE)
         part = weight[: size // 64 * 64].view(-1, 64)[::step].reshape(-1)
-        rows.append([squared_error(part, level) * size / part.numel() for level in levels])
+        rows.append([squared_error(part, level, base.grid) * size / part.numel()
+                     for level in levels])
     return levels, torch.tensor(rows)
 
 
@@ -137,10 +141,15 @@ def greedy_plan(layers: Layers, budget: float, levels: Sequence[Level],
     return Configuration(layers, tuple(levels[i] for i in chosen))
 
 
-def starting_set(base: Switchable, count: int = 50, seed: int = 0) -> list[Configuration]:
-    """Configurations spread over the budgets, one half random, one half greedy."""
+def starting_set(base: Switchable, table: tuple[Sequence[Level], torch.Tensor], *,
+                 count: int = 50, seed: int = 0) -> list[Configuration]:
+    """Configurations spread over the budgets: random and greedy ones in turn.
+
+    Args:
+        table: of `error_table`.
+    """
     rng = random.Random(seed)
-    levels, errors = error_table(base)
+    levels, errors = table
     low, high = BUDGETS
     budgets = [low + (high - low) * (i + 0.5) / (count // 2) for i in range(count // 2)]
     greedy = functools.partial(greedy_plan, base.layers, levels=levels, errors=errors)

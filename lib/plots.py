@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 
+from lib.configuration import KINDS, Configuration
+
 # Okabe and Ito's palette, without its yellow, which a projector loses.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 
@@ -25,3 +27,13 @@ def smoothed(values: Sequence[float], window: int = 9) -> np.ndarray:
     # The same number on both sides, so that a falling curve is not shifted.
     half = np.minimum(half, np.minimum(at, len(values) - 1 - at))
     return (sums[at + half + 1] - sums[at - half]) / (2 * half + 1)
+
+
+def heat_map(configuration: Configuration) -> None:
+    """Bits a weight of each layer: blocks to the right, kinds downward."""
+    rows = np.array(configuration.grid()).T
+    image = plt.imshow(rows, aspect="auto", cmap="cividis", vmin=2, vmax=8.6)
+    plt.yticks(range(len(KINDS)), [kind.removesuffix("_proj") for kind in KINDS])
+    plt.grid(False)
+    plt.xlabel("block")
+    plt.colorbar(image, label="bits a weight")

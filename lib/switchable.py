@@ -16,28 +16,35 @@ from transformers import PreTrainedModel
 from lib.base_model import best_dtype, load_model
 from lib.configuration import Configuration, Layers, Level, block_linears
 from lib.embedded import EMBEDDED
-from lib.errors import UserError, require
-from lib.quantize import rounded
+from lib.errors import UserError
+from lib.quantize import codebook, rounded
 
 
 class Switchable:
     """A model, its original weights, and the levels built so far.
 
+    Levels are shared, so nothing may write into a layer's weight: to fold an
+    adapter in, materialise it and merge it into a model of its own.
+
     Attributes:
         model: the model that computes; only the blocks' linears are replaced.
         layers: their names and sizes.
         configuration: the one that the model is at; None is the original.
+        grid: codebooks of the levels, as in `lib.quantize.codebook`.
+        name: the base model's.
         cache_mb: limit of the levels kept, MB (10^6 bytes); what the model
             is using counts, and is held even where the limit is smaller.
     """
 
     def __init__(self, model: PreTrainedModel, *, cache_mb: float = 512,
-                 dtype: torch.dtype | None = None, grid: str = "nf") -> None:
+                 dtype: torch.dtype | None = None, grid: str = "nf",
+                 name: str = EMBEDDED) -> None:
+        codebook(grid, 4)  # an unknown grid shows now
         self.layers = Layers.of(model)
         self._linears = tuple(block_linears(model).values())
-        self._originals = tuple(m.weight.data for m in self._linears)
+        self._originals = tuple(m.weight.data.cpu() for m in self._linears)
         self.model = model.to(dtype or best_dtype())
-        self.cache_mb, self.grid = cache_mb, grid
+        self.cache_mb, self.grid, self.name = cache_mb, grid, name
         self.configuration: Configuration | None = None
         self._cache: OrderedDict[tuple[int, Level], Tensor] = OrderedDict()
         self._cached_bytes = 0
@@ -48,7 +55,7 @@ class Switchable:
     def load(cls, model: str = EMBEDDED, **options: object) -> "Switchable":
         """A model by name; `options` as in the class."""
         # The file's own numbers, so that nothing is rounded twice.
-        return cls(load_model(model, dtype=torch.float16), **options)
+        return cls(load_model(model, dtype=torch.float16), name=model, **options)
 
     def switch(self, configuration: Configuration) -> None:
         """Point every layer to its level; levels that are not kept are built.
@@ -56,18 +63,19 @@ class Switchable:
         Raises:
             UserError: a configuration of another model's layers.
         """
-        require(configuration.layers == self.layers,
-                "the configuration is for another model's layers")
-        levels = [self._level(i, level) for i, level in enumerate(configuration.levels)]
-        for linear, weight in zip(self._linears, levels, strict=True):
-            linear.weight.data = weight
-        self.configuration = configuration
-        self._forget()
+        self.layers.require_same(configuration.layers)
+        try:
+            levels = [self._level(i, level) for i, level in enumerate(configuration.levels)]
+            for linear, weight in zip(self._linears, levels, strict=True):
+                linear.weight.data = weight
+            self.configuration = configuration
+        finally:
+            self._forget()
 
     def restore(self) -> None:
         """Point every layer to its original weight, in the model's dtype."""
         for linear, original in zip(self._linears, self._originals, strict=True):
-            linear.weight.data = original.to(linear.weight.dtype)
+            linear.weight.data = original.to(linear.weight, copy=True)
         self.configuration = None
 
     def weight(self, index: int, level: Level | None = None) -> Tensor:
@@ -80,7 +88,7 @@ class Switchable:
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        made = self._rounded(index, level).to(self.model.dtype)
+        made = self._rounded(index, level).to(self._linears[index].weight)
         self._cache[key] = made
         self._cached_bytes += made.nbytes
         return made

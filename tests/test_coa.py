@@ -1,6 +1,7 @@
 """lib.switchable, lib.coa and lib.joint: one model and one adapter for every configuration."""
 
-import copy
+import contextlib
+import dataclasses
 import json
 import random
 import time
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from conftest import with_adapter
@@ -20,13 +22,16 @@ from lib.artifacts import read_json, writing
 from lib.coa import NAME, CoaLora, MixingNetwork
 from lib.configuration import KINDS, LEVELS, Configuration, Layers, Level
 from lib.errors import UserError
-from lib.joint import JointResult, schedule, start_from_error, train_over
+from lib.fused import fused
+from lib.gguf import save_adapter
+from lib.joint import schedule, start_from_error, train_over
 from lib.lora import count_trainable, load_adapter
 from lib.plans import random_plan
 from lib.profiles import TrainSettings
 from lib.quantize import rounded
 from lib.switchable import Switchable
 from lib.tasks import sensors
+from lib.train import TrainResult
 
 IDS = torch.tensor([[5, 900, 17, 3, 42, 7]])
 pytestmark = pytest.mark.usefixtures("float32")
@@ -108,9 +113,10 @@ def test_eight_bits_are_near_the_original_and_two_are_not(base: Switchable) -> N
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.01 * errors[0]
 
 
-def test_the_cache_holds_its_limit_and_serves_what_it_keeps(tiny: PreTrainedModel) -> None:
-    one = sum(Layers.of(tiny).sizes) * 4 / 1e6
-    base = Switchable(tiny, dtype=torch.float32, cache_mb=2.5 * one)
+def test_the_cache_holds_its_limit_and_serves_what_it_keeps(
+        make_tiny: Callable[[], PreTrainedModel]) -> None:
+    one = sum(Layers.of(make_tiny()).sizes) * 4 / 1e6
+    base = Switchable(make_tiny(), dtype=torch.float32, cache_mb=2.5 * one)
     plans = [Configuration.uniform(base.layers, Level(bits)) for bits in (2, 3, 4, 8)]
     for plan in plans:
         base.switch(plan)
@@ -119,18 +125,24 @@ def test_the_cache_holds_its_limit_and_serves_what_it_keeps(tiny: PreTrainedMode
     base.switch(plans[2])
     base.switch(plans[3])
     assert base.model.model.layers[0].mlp.up_proj.weight.data_ptr() == kept
-    tight = Switchable(copy.deepcopy(tiny), dtype=torch.float32, cache_mb=0)
+    tight = Switchable(make_tiny(), dtype=torch.float32, cache_mb=0)
     tight.switch(plans[0])
+    base.switch(plans[0])
     assert tight.cached_mb == 0
-    assert torch.equal(logits(tight.model), logits(tight.model))
+    assert torch.equal(logits(tight.model), logits(base.model))
 
 
 def test_another_models_configuration_is_refused(base: Switchable) -> None:
     other = Layers(base.layers.names[:7], base.layers.sizes[:7])
     before = logits(base.model)
-    with pytest.raises(UserError, match="another model"):
+    with pytest.raises(UserError, match=r"no more layers .* model.layers.1.self_attn.q_proj"):
         base.switch(Configuration.uniform(other, Level()))
     assert torch.equal(logits(base.model), before)
+
+
+def test_an_unknown_grid(tiny: PreTrainedModel) -> None:
+    with pytest.raises(UserError, match="unknown grid"):
+        Switchable(tiny, grid="fp4")
 
 
 def test_a_broken_weight_is_named(tiny: PreTrainedModel) -> None:
@@ -140,6 +152,10 @@ def test_a_broken_weight_is_named(tiny: PreTrainedModel) -> None:
     with pytest.raises(UserError, match=r"layers\.1\.self_attn\.v_proj: a weight is not a fin"):
         base.switch(Configuration.uniform(base.layers, Level()))
     assert all(torch.equal(t, before[n]) or t.isnan().any() for n, t in state(tiny).items())
+    base.cache_mb = 0
+    with pytest.raises(UserError):
+        base.switch(Configuration.uniform(base.layers, Level(3)))
+    assert base.cached_mb == 0
 
 
 def test_the_fingerprint_is_the_weights(make_tiny: Callable[[], PreTrainedModel]) -> None:
@@ -231,7 +247,12 @@ def test_saved_and_loaded(make_tiny: Callable[[], PreTrainedModel], tmp_path: Pa
     assert torch.equal(logits(loaded.model), expected)
     # Without theta it is an ordinary adapter: LoRA with U = 0.
     plain = PeftModel.from_pretrained(make_tiny(), str(tmp_path / "coa"))
-    assert logits(plain).isfinite().all()
+    base.restore()
+    assert torch.equal(logits(plain), logits(coa.model))
+    # peft's way to save gives the same files.
+    coa.model.save_pretrained(tmp_path / "again")
+    assert all((tmp_path / "again" / f.name).read_bytes() == f.read_bytes()
+               for f in (tmp_path / "coa").iterdir() if f.name != "manifest.json")
 
 
 def test_materialised_is_plain_peft(make_tiny: Callable[[], PreTrainedModel], tmp_path: Path
@@ -252,19 +273,88 @@ def test_materialised_is_plain_peft(make_tiny: Callable[[], PreTrainedModel], tm
         assert read_json(out / "manifest.json")["configuration"] == plan.to_json()
 
 
-def test_without_a_configuration_it_is_plain(base: Switchable) -> None:
+def test_without_a_configuration_it_is_plain(make_tiny: Callable[[], PreTrainedModel]) -> None:
+    base = Switchable(make_tiny(), dtype=torch.float32)
     coa = adapted(base, mixing=0.3)
     base.switch(some_plan(base))
-    mixed = logits(coa.model)
+    logits(coa.model)
     base.restore()
-    assert coa.base.configuration is None
-    assert not torch.allclose(logits(coa.model), mixed)
-    assert coa.mixers is None
+    plain = logits(with_adapter(make_tiny(), target_modules=list(KINDS)))
+    assert torch.equal(logits(coa.model), plain) and coa.mixers is None
+
+
+def test_generate_uses_the_configuration_of_now(make_tiny: Callable[[], PreTrainedModel],
+                                                tmp_path: Path) -> None:
+    """peft's generate goes round peft's forward: nothing runs between switch and generate."""
+    base = Switchable(make_tiny(), dtype=torch.float32)
+    coa, said = adapted(base, mixing=2.0), []
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    for seed in range(2):
+        plan = some_plan(base, seed)
+        base.switch(plan)
+        coa.materialise(plan, tmp_path / f"{seed}")
+        said.append(coa.model.generate(input_ids=IDS, **options)[0].tolist())
+        stock = Switchable(make_tiny(), dtype=torch.float32)
+        stock.switch(plan)
+        theirs = PeftModel.from_pretrained(stock.model, str(tmp_path / f"{seed}"))
+        assert theirs.generate(input_ids=IDS, **options)[0].tolist() == said[-1]
+    assert said[0] != said[1]
+
+
+def test_merging_into_shared_levels_is_refused(base: Switchable) -> None:
+    coa, plan = adapted(base), some_plan(base)
+    base.switch(plan)
+    before = state(base.model)
+    for merge in (coa.model.merge_adapter, coa.model.merge_and_unload):
+        with pytest.raises(UserError, match="materialise"):
+            merge()
+    assert all(torch.equal(t, before[n]) for n, t in state(base.model).items())
+
+
+def test_the_fused_step_has_the_stock_gradients(make_tiny: Callable[[], PreTrainedModel]) -> None:
+    """With mixing on, and two configurations in one backward pass."""
+    grads = []
+    for step in (contextlib.nullcontext, fused):
+        base = Switchable(make_tiny(), dtype=torch.float32)
+        coa = adapted(base, mixing=0.3)
+        coa.model.train()
+        with step(coa.model) if step is fused else step():
+            total = 0.0
+            for seed in range(2):
+                base.switch(some_plan(base, seed))
+                total = total + coa.model(input_ids=IDS, labels=IDS).loss
+                if step is not fused:
+                    total.backward()
+                    total = 0.0
+            if step is fused:
+                total.backward()
+        grads.append({n: p.grad for n, p in coa.model.named_parameters()
+                      if p.requires_grad})
+    stock, ours = grads
+    assert any("coa_network" in name for name in stock)
+    for name, gradient in stock.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_materialised_for_llama_cpp(make_tiny: Callable[[], PreTrainedModel], tmp_path: Path
+                                    ) -> None:
+    base = Switchable(make_tiny(), dtype=torch.float32)
+    coa, plan = adapted(base, mixing=0.3), some_plan(base)
+    coa.materialise(plan, tmp_path / "plan")
+    save_adapter(tmp_path / "plan", tmp_path / "plan.gguf", base.model.config)
+    tensors = {t.name: t.data for t in gguf.GGUFReader(tmp_path / "plan.gguf").tensors}
+    a = coa.factors(plan)["base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"]
+    assert len(tensors) == 28
+    torch.testing.assert_close(torch.tensor(tensors["blk.1.ffn_up.weight.lora_a"]).float(), a,
+                               rtol=2e-3, atol=1e-4)
 
 
 def test_an_adapter_of_some_layers_is_refused(base: Switchable) -> None:
+    model = with_adapter(base.model)
+    before = state(model)
     with pytest.raises(UserError, match=r"k_proj has no adapter"):
-        CoaLora(with_adapter(base.model), base)
+        CoaLora(model, base)
+    assert state(model).keys() == before.keys()
 
 
 def test_materialise_for_another_model(base: Switchable, tmp_path: Path) -> None:
@@ -295,16 +385,19 @@ def other_rank(part: Path) -> None:
 
 @pytest.mark.parametrize(("change", "word"), [
     (lambda part: (part / "coa.safetensors").unlink(), "no coa.safetensors"),
-    (other_rank, "the network is for rank 8, the adapter has rank 4"),
+    (other_rank, "does not fit an adapter of rank 4"),
     (lambda part: (part / "coa.safetensors").write_bytes(b"x" * 20), "coa.safetensors"),
 ])
 def test_damaged_adapters(make_tiny: Callable[[], PreTrainedModel], tmp_path: Path,
                           change: Callable[[Path], None], word: str) -> None:
     adapted(Switchable(make_tiny(), dtype=torch.float32)).save_pretrained(tmp_path / "coa")
     bad = damage(tmp_path / "coa", change)
+    base = Switchable(make_tiny(), dtype=torch.float32)
+    before = state(base.model)
     with pytest.raises(UserError) as caught:
-        CoaLora.from_pretrained(Switchable(make_tiny(), dtype=torch.float32), bad)
+        CoaLora.from_pretrained(base, bad)
     assert word in str(caught.value) and "\n" not in str(caught.value)
+    assert state(base.model).keys() == before.keys()
 
 
 def test_an_adapter_of_another_base(make_tiny: Callable[[], PreTrainedModel], tmp_path: Path
@@ -314,6 +407,9 @@ def test_an_adapter_of_another_base(make_tiny: Callable[[], PreTrainedModel], tm
     changed.model.layers[0].mlp.up_proj.weight.data.mul_(1.01)
     with pytest.raises(UserError, match="another base"):
         CoaLora.from_pretrained(Switchable(changed, dtype=torch.float32), tmp_path / "coa")
+    with pytest.raises(UserError, match="another grid: nf, this one is int"):
+        CoaLora.from_pretrained(Switchable(make_tiny(), dtype=torch.float32, grid="int"),
+                                tmp_path / "coa")
 
 
 def test_nothing_here_is_slow_by_mistake(base: Switchable) -> None:
@@ -340,10 +436,10 @@ SETTINGS = TrainSettings(steps=6, batch_size=2, rank=4, learning_rate=1e-2, warm
 
 
 def trained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: str,
-            plans: int = 3) -> tuple[Switchable, JointResult]:
+            plans: int = 3) -> tuple[Switchable, TrainResult, CoaLora | None]:
     base = Switchable(model, dtype=torch.float32)
     chosen = [some_plan(base, seed, 3.5) for seed in range(plans)]
-    return base, train_over(base, sensors("train", 12), chosen, SETTINGS, method=method)
+    return base, *train_over(base, sensors("train", 12), chosen, SETTINGS, method=method)
 
 
 @pytest.fixture
@@ -357,28 +453,28 @@ def quick(cheap_tokenizer: None, tokenizer: PreTrainedTokenizerBase,
 def test_each_method_trains(make_tiny: Callable[[], PreTrainedModel], method: str,
                             tokenizer: PreTrainedTokenizerBase) -> None:
     original = state(make_tiny())
-    base, result = trained(make_tiny(), tokenizer, method)
-    assert len(result.run.losses) == 6
-    assert (result.coa is not None) == (method == "coa")
+    base, run, coa = trained(make_tiny(), tokenizer, method)
+    assert len(run.losses) == 6
+    assert (coa is not None) == (method == "coa")
     base.restore()
     for name, tensor in state(base.model).items():
         plain = name.replace(".base_layer", "")
         if plain in original:
             assert torch.equal(tensor, original[plain]), name
-    if result.coa:
-        assert result.coa.network.network[-1].weight.any()  # theta moved
-        assert count_trainable(result.model)[0] > sum(
-            p.numel() for p in result.coa.network.parameters())
+    if coa:
+        assert coa.network.network[-1].weight.any()  # theta moved
+        assert count_trainable(run.model)[0] > sum(
+            p.numel() for p in coa.network.parameters())
 
 
 @pytest.mark.usefixtures("quick")
 def test_the_same_seed_gives_the_same_adapter(make_tiny: Callable[[], PreTrainedModel],
                                               tokenizer: PreTrainedTokenizerBase) -> None:
-    first, second = (trained(make_tiny(), tokenizer, "coa")[1] for _ in range(2))
-    ours, theirs = first.coa.factors(), second.coa.factors()
+    first, second = (trained(make_tiny(), tokenizer, "coa")[2] for _ in range(2))
+    ours, theirs = first.factors(), second.factors()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     assert all(torch.equal(a, b) for a, b in zip(
-        first.coa.network.parameters(), second.coa.network.parameters(), strict=True))
+        first.network.parameters(), second.network.parameters(), strict=True))
 
 
 @pytest.mark.usefixtures("quick")
@@ -389,7 +485,7 @@ def test_each_step_uses_its_configuration(make_tiny: Callable[[], PreTrainedMode
     switch = Switchable.switch
     monkeypatch.setattr(Switchable, "switch",
                         lambda self, plan: (seen.append(plan), switch(self, plan))[1])
-    base, _ = trained(make_tiny(), tokenizer, "coa")
+    base, _, _ = trained(make_tiny(), tokenizer, "coa")
     plans = [some_plan(base, seed, 3.5) for seed in range(3)]
     assert seen == [plans[i] for i in schedule(3, 6, SETTINGS.seed)]
 
@@ -414,6 +510,13 @@ def test_no_plans_and_unknown_methods(base: Switchable) -> None:
         train_over(base, sensors("train", 2), [], SETTINGS)
     with pytest.raises(UserError, match="unknown method"):
         train_over(base, sensors("train", 2), [some_plan(base)], SETTINGS, method="x")
+    for wrong in ({"mode": "full"}, {"targets": "standard"}):
+        with pytest.raises(UserError, match="mode lora and targets aggressive"):
+            train_over(base, sensors("train", 2), [some_plan(base)],
+                       dataclasses.replace(SETTINGS, **wrong))
+    with_adapter(base.model)
+    with pytest.raises(UserError, match="an adapter already"):
+        train_over(base, sensors("train", 2), [some_plan(base)], SETTINGS)
 
 
 def test_the_state_is_json_and_safetensors(base: Switchable, tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """lib.configuration and lib.plans: what a configuration is, costs, and where it comes from."""
 
+import copy
 import itertools
 import json
 import random
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from hypothesis import given
@@ -15,6 +17,7 @@ from transformers import PreTrainedModel
 from lib.configuration import GRID, KINDS, LEVELS, Configuration, Layers, Level, place
 from lib.errors import UserError
 from lib.plans import best_levels, error_table, greedy_plan, random_plan, starting_set
+from lib.plots import heat_map
 from lib.switchable import Switchable
 
 BLOCKS = 3
@@ -144,7 +147,7 @@ def test_budgets_out_of_reach(budget: float) -> None:
 
 @pytest.fixture(scope="module")
 def some_levels() -> tuple[Level, ...]:
-    return best_levels(1 << 14)
+    return best_levels("nf", 1 << 14)
 
 
 def test_the_best_levels_are_a_convex_front(some_levels: tuple[Level, ...]) -> None:
@@ -196,10 +199,33 @@ def test_greedy_beats_random_at_equal_bits(tiny: PreTrainedModel) -> None:
 
 def test_the_starting_set_covers_the_budgets(tiny: PreTrainedModel) -> None:
     base = Switchable(tiny, dtype=torch.float32)
-    plans = starting_set(base, 12)
+    table = error_table(base)
+    plans = starting_set(base, table, count=12)
     assert len(plans) == 12
     bits = sorted(plan.bits for plan in plans)
     assert bits[0] < 3.2 and bits[-1] > 6.2
-    assert plans == starting_set(base, 12)
+    assert plans == starting_set(base, table, count=12)
+    assert plans != starting_set(base, table, count=12, seed=1)
 
 
+def test_a_budget_that_no_mixture_meets() -> None:
+    one = Layers(NAMES[:1], (64,))
+    with pytest.raises(UserError, match=r"no mixture of levels was found at 6.5"):
+        random_plan(one, 6.5, random.Random(0))
+
+
+def test_errors_are_those_of_the_bases_grid(tiny: PreTrainedModel) -> None:
+    nf, whole = (error_table(Switchable(copy.deepcopy(tiny), dtype=torch.float32, grid=grid))
+                 for grid in ("nf", "int"))
+    assert nf[0] != whole[0] or not torch.equal(nf[1], whole[1])
+
+
+
+
+def test_the_heat_map_shows_every_layer() -> None:
+    plan = random_plan(LAYERS, 4.0, random.Random(2))
+    heat_map(plan)
+    shown = plt.gca().get_images()[0].get_array()
+    assert shown.T.tolist() == plan.grid()
+    assert [label.get_text() for label in plt.gca().get_yticklabels()][3] == "o"
+    plt.close("all")

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, Qwen2Config
 
 from lib.base_model import CHAT_TEMPLATE, tiny_model
-from lib.bundle import BASE_KEY, fact, open_bundle, opened
+from lib.bundle import BASE_KEY, Reader, fact, open_bundle, opened
+from lib.embedded import embedded_gguf
 from lib.errors import UserError
 from lib.gguf import TYPES, export, permute, save_adapter, save_model, tensor_name
 from lib.lora import load_adapter
@@ -310,3 +311,15 @@ def test_a_huge_count_is_no_crash(tmp_path: Path) -> None:
 
 def test_every_type_is_tested() -> None:
     assert set(TYPES) == {"F32", "F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"}
+
+
+def test_the_quick_reader_reads_what_ggufs_own_reads() -> None:
+    with embedded_gguf() as path:
+        theirs, ours = gguf.GGUFReader(path), Reader(path)
+        assert list(ours.fields) == list(theirs.fields)
+        for key, field in theirs.fields.items():
+            assert ours.fields[key].contents() == field.contents(), key
+            assert ours.fields[key].types == field.types
+        tensors = [[(t.name, tuple(t.shape), t.data_offset) for t in reader.tensors]
+                   for reader in (ours, theirs)]
+        assert tensors[0] == tensors[1]

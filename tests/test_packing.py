@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import with_adapter
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from lib.configuration import LEVELS, Configuration, Level
+from lib.coa import CoaLora
+from lib.configuration import KINDS, LEVELS, Configuration, Level
 from lib.errors import UserError
 from lib.packing import (
     PackedLinear,
@@ -68,6 +71,7 @@ def test_any_level_and_size_is_bit_exact(level: Level, grid: str, count: int, se
     back = unpacked(parts, level, count, grid)
     for name in ("codes", "scale_codes", "group_scales", "mean"):
         assert torch.equal(getattr(back, name), getattr(whole, name)), name
+        assert getattr(back, name).dtype == getattr(whole, name).dtype
     # Four parts, each rounded up to whole bytes.
     stored = sum(t.numel() * t.element_size() for t in parts.values())
     assert level.storage_bits(count) <= 8 * stored < level.storage_bits(count) + 16
@@ -91,6 +95,10 @@ def test_a_layer_computes_from_its_codes() -> None:
     assert torch.equal(layer(x), expected)
     held = sum(b.numel() * b.element_size() for b in layer.buffers())
     assert held < 0.25 * linear.weight.numel() * 4
+    # Another dtype of the model leaves codes and scales alone.
+    before = layer.weight
+    low = layer.bfloat16()
+    assert torch.equal(low.weight, before) and low(x.bfloat16()).dtype == torch.bfloat16
 
 
 def test_a_file_there_and_back(make_tiny: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
@@ -118,16 +126,22 @@ def test_bad_files(make_tiny: Callable[[], PreTrainedModel], tmp_path: Path) -> 
     short = tensors | {name: tensors[name][:-1].clone()}
     lacking = {k: v for k, v in tensors.items() if k != name}
     other = json.dumps({"layers": {"model.layers.0.mlp.up_proj": [4, 8, "fp32", 64, 256]}})
+    last = base.layers.names[-1]
+    scales = tensors | {f"{last}.group_scales": tensors[f"{last}.group_scales"][:2].clone()}
+    floats = tensors | {f"{last}.mean": torch.ones(4)}
     cases = [(tensors, {}, "no packed model"), (tensors, about | {"grid": "x"}, "no packed"),
+             (scales, about, "group_scales has 2 bytes"), (floats, about, "mean has 4 bytes"),
              (short, about, "do not hold"), (lacking, about, "damaged"),
              (tensors, about | {"configuration": "{"}, "damaged"),
              (tensors, about | {"configuration": other}, "lacks model.layers.0.self_attn")]
     for i, (content, metadata, word) in enumerate(cases):
         bad = tmp_path / f"{i}.safetensors"
         save_file(content, bad, metadata)
+        model = make_tiny()
         with pytest.raises(UserError) as caught:
-            load_packed(make_tiny(), bad)
+            load_packed(model, bad)
         assert word in str(caught.value) and "\n" not in str(caught.value)
+        assert not any(isinstance(m, PackedLinear) for m in model.modules())
     (tmp_path / "cut").write_bytes(file.read_bytes()[:100])
     for missing in ("cut", "none"):
         with pytest.raises(UserError):
@@ -139,6 +153,37 @@ def test_a_configuration_of_another_model(make_tiny: Callable[[], PreTrainedMode
     base = Switchable(make_tiny(), dtype=torch.float32)
     plan = Configuration.uniform(base.layers, Level())
     object.__setattr__(plan, "layers", type(base.layers)(("x",), (1,)))
-    with pytest.raises(UserError, match="another model"):
+    with pytest.raises(UserError, match=r"another model: it has x \(1 weights\)"):
         save_packed(base, plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_file_is_as_large_as_the_formula_says(tmp_path: Path) -> None:
+    """Header included, at the embedded model's shapes (8 of its 30 blocks)."""
+    config = LlamaConfig(vocab_size=64, hidden_size=576, intermediate_size=1536,
+                         num_hidden_layers=8, num_attention_heads=9, num_key_value_heads=3)
+    base = Switchable(LlamaForCausalLM(config), dtype=torch.float32, cache_mb=0)
+    for budget in (2.5, 4.0):
+        plan, file = random_plan(base.layers, budget, random.Random(1)), tmp_path / "packed"
+        save_packed(base, plan, file)
+        formula = plan.bits * sum(base.layers.sizes) / 8
+        assert file.stat().st_size == pytest.approx(formula, rel=0.01)
+        assert plan.bytes == pytest.approx(formula, rel=0.01)
+
+
+def test_an_adapter_goes_on_a_packed_base(make_tiny: Callable[[], PreTrainedModel],
+                                          tmp_path: Path) -> None:
+    base = Switchable(make_tiny(), dtype=torch.float32)
+    plan = random_plan(base.layers, 3.5, random.Random(0))
+    base.switch(plan)
+    coa = CoaLora(with_adapter(base.model, target_modules=list(KINDS)), base)
+    torch.nn.init.normal_(coa.network.network[-1].weight, std=0.3)
+    coa.materialise(plan, tmp_path / "adapter")
+    save_packed(base, plan, tmp_path / "packed.safetensors")
+    small = make_tiny()
+    load_packed(small, tmp_path / "packed.safetensors")
+    small = PeftModel.from_pretrained(small, str(tmp_path / "adapter"))
+    ids = torch.tensor([[1, 5, 900]])
+    with torch.inference_mode():
+        torch.testing.assert_close(small(input_ids=ids).logits,
+                                   coa.model(input_ids=ids).logits, rtol=0, atol=1e-4)

@@ -174,8 +174,9 @@ def _artifact_row(directory: Path) -> dict[str, Any]:
 def edge_files() -> Path:
     """GGUF files of the shipped adapters: merged in three types, and beside their base."""
     adapter = ADAPTERS / "sensors_qlora"
+    weights = merge(adapter, route="dequantized")
     for kind in ("F16", "Q8_0", "Q4_1"):
-        export(WORK / "edge" / kind, kind=kind, merged=adapter)
+        export(WORK / "edge" / kind, kind=kind, merged=adapter, weights=weights)
     beside = {name: ADAPTERS / f"{name}_qlora" for name in ("sensors", "movies")}
     for kind in ("F16", "Q8_0"):
         export(WORK / "edge" / f"{kind}_lora", kind=kind, adapters=beside)
@@ -273,14 +274,14 @@ def engine() -> dict[str, Any]:
 
 
 def _decode(path: Path, change: Callable[[Any], None], threads: int = 2) -> dict[str, float]:
-    """Median decode and prefill tokens a second of the bare engine, 6 answers."""
+    """Median decode and prefill tokens a second of the bare engine, 4 answers."""
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.verbosity = str(path), 2048, 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     change(params)
     server = xllamacpp.Server(params)
     timings = [server.handle_chat_completions(question(r["instruction"]))["timings"]
-               for r in sensors("test", 6)]
+               for r in sensors("test", 4)]
     return {"decode": statistics.median(t["predicted_per_second"] for t in timings),
             "prefill": statistics.median(t["prompt_per_second"] for t in timings)}
 

@@ -1,0 +1,113 @@
+"""What a change of configuration costs, and what the mixing network adds to a step."""
+
+import functools
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+
+from lib.artifacts import versions
+from lib.base_model import machine, quiet
+from lib.bench_training import StepClock
+from lib.coa import CoaLora
+from lib.configuration import Configuration
+from lib.joint import train_over
+from lib.lora import lora_config
+from lib.packing import load_packed, save_packed
+from lib.plans import random_plan
+from lib.profiles import TrainSettings, seed_everything
+from lib.switchable import Switchable
+from lib.tasks import sensors
+
+REPEATS = 7
+STEP = TrainSettings(steps=5, warmup=0.0)
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def switching() -> dict[str, Any]:
+    """Switch among kept levels, build new ones, materialise; latency; training step."""
+    quiet()
+    seed_everything(0)
+    rng, base = random.Random(0), Switchable.load(cache_mb=1024)
+    plans = [random_plan(base.layers, budget, rng) for budget in (3.0, 5.0)]
+    unseen = [random_plan(base.layers, 4.0, rng) for _ in range(REPEATS)]
+    fresh = [_seconds(functools.partial(base.switch, plan)) for plan in unseen]
+    for plan in plans:
+        base.switch(plan)
+    kept = [_seconds(functools.partial(base.switch, plan)) for plan in plans * 20]
+    coa = CoaLora(get_peft_model(base.model, lora_config(base.model, STEP)), base)
+    rows: dict[str, list[float]] = {
+        "cached_switch_ms": [1e3 * s for s in kept], "new_configuration_s": fresh}
+    with tempfile.TemporaryDirectory() as scratch:
+        rows["materialise_s"] = [
+            _seconds(functools.partial(coa.materialise, plan, Path(scratch) / "plan"))
+            for plan in unseen]
+        coa.save_pretrained(Path(scratch) / "plain")
+        rows["latency_overhead"] = _latency(Path(scratch), unseen[-1])
+        rows["packed_over_plain"] = _packed(Path(scratch), plans[0])
+    rows["step_ratio"] = [_step("coa", plans) / _step("lora", plans) for _ in range(3)]
+    result: dict[str, Any] = {"machine": machine(), "versions": versions(),
+                              "theta_parameters": sum(p.numel()
+                                                      for p in coa.network.parameters())}
+    for key, values in rows.items():
+        result[key] = statistics.median(values)
+        result[f"{key}_spread"] = [min(values), max(values)]
+    return result
+
+
+@torch.inference_mode()
+def _latency(folder: Path, plan: Configuration) -> list[float]:
+    """Forward passes of one token: materialised adapter over plain adapter, less one."""
+    base = Switchable.load()
+    base.switch(plan)
+    model = PeftModel.from_pretrained(base.model, str(folder / "plain"), "plain")
+    model.load_adapter(str(folder / "plan"), "plan")
+    ids = torch.tensor([[5]])
+
+    def run(name: str) -> Callable[[], Any]:
+        def steps() -> None:
+            for _ in range(12):
+                model(input_ids=ids)
+
+        model.set_adapter(name)
+        steps()
+        return steps
+
+    ratios = []
+    for _ in range(REPEATS):
+        ours, plain = _seconds(run("plan")), _seconds(run("plain"))
+        ratios.append(ours / plain - 1)
+    return ratios
+
+
+@torch.inference_mode()
+def _packed(folder: Path, plan: Configuration) -> list[float]:
+    """A token's forward pass from packed weights over one from plain weights."""
+    base, other = Switchable.load(), Switchable.load()
+    base.switch(plan)
+    save_packed(base, plan, folder / "packed.safetensors")
+    load_packed(other.model, folder / "packed.safetensors")
+    ids = torch.tensor([[5]])
+    return [_seconds(lambda: other.model(input_ids=ids))
+            / _seconds(lambda: base.model(input_ids=ids)) for _ in range(REPEATS)]
+
+
+def _step(method: str, plans: list[Configuration]) -> float:
+    """Median seconds of a training step, among configurations that are kept."""
+    base, clock = Switchable.load(), StepClock()
+    for plan in plans:
+        base.switch(plan)
+    train_over(base, sensors("train", STEP.steps * STEP.batch_size), plans, STEP,
+               method=method, callbacks=[clock])
+    return statistics.median(clock.seconds)
