@@ -324,6 +324,7 @@ PIECES: dict[str, Callable[[], dict[str, Any]]] = {
     "edge": edge,
     "runtimes": runtimes,
     "serving": lambda: run_bench("serving"),
+    "switching": lambda: run_bench("switching"),
     "engine": engine,
     "load": load,
 }
