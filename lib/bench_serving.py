@@ -17,6 +17,7 @@ from lib.base_model import load_tokenizer, machine
 from lib.bundle import Reader
 from lib.client import ask, ask_all, question
 from lib.gguf import export
+from lib.measure import middle_and_spread
 from lib.merge import load_saved, merge, save_int8, save_model
 from lib.serve import Served, running
 from lib.tasks import DATA, movies, render, sensors
@@ -120,10 +121,7 @@ def _measure(int8: PreTrainedModel, merged: Served, base: Served, weights: int
                     1e3 * swap_seconds(base, [next(fresh) for _ in range(24)]),
                     fast * weights / read_bandwidth()), strict=True):
                 rows[key].append(value)
-    result: dict[str, Any] = {"machine": machine(), "versions": versions(), "repeats": REPEATS,
-                              "weight_mb": weights / 1e6,
-                              "peak_rss_mb": psutil.Process(merged.pid).memory_info().rss / 1e6}
-    for key, values in rows.items():
-        result[key] = statistics.median(values)
-        result[f"{key}_spread"] = [min(values), max(values)]
-    return result
+    return {"machine": machine(), "versions": versions(), "repeats": REPEATS,
+            "weight_mb": weights / 1e6,
+            "peak_rss_mb": psutil.Process(merged.pid).memory_info().rss / 1e6
+            } | middle_and_spread(rows)

@@ -13,12 +13,13 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from lib.artifacts import versions
-from lib.base_model import machine, quiet
+from lib.base_model import load_model, machine, quiet
 from lib.bench_training import StepClock
 from lib.coa import CoaLora
 from lib.configuration import Configuration
 from lib.joint import train_over
 from lib.lora import lora_config
+from lib.measure import middle_and_spread
 from lib.packing import load_packed, save_packed
 from lib.plans import random_plan
 from lib.profiles import TrainSettings, seed_everything
@@ -57,13 +58,9 @@ def switching() -> dict[str, Any]:
         rows["latency_overhead"] = _latency(Path(scratch), unseen[-1])
         rows["packed_over_plain"] = _packed(Path(scratch), plans[0])
     rows["step_ratio"] = [_step("coa", plans) / _step("lora", plans) for _ in range(3)]
-    result: dict[str, Any] = {"machine": machine(), "versions": versions(),
-                              "theta_parameters": sum(p.numel()
-                                                      for p in coa.network.parameters())}
-    for key, values in rows.items():
-        result[key] = statistics.median(values)
-        result[f"{key}_spread"] = [min(values), max(values)]
-    return result
+    theta = sum(p.numel() for p in coa.network.parameters())
+    return {"machine": machine(), "versions": versions(), "theta_parameters": theta
+            } | middle_and_spread(rows)
 
 
 @torch.inference_mode()
@@ -75,31 +72,27 @@ def _latency(folder: Path, plan: Configuration) -> list[float]:
     model.load_adapter(str(folder / "plan"), "plan")
     ids = torch.tensor([[5]])
 
-    def run(name: str) -> Callable[[], Any]:
-        def steps() -> None:
-            for _ in range(12):
-                model(input_ids=ids)
+    def steps() -> None:
+        for _ in range(12):
+            model(input_ids=ids)
 
+    def timed(name: str) -> float:
         model.set_adapter(name)
         steps()
-        return steps
+        return _seconds(steps)
 
-    ratios = []
-    for _ in range(REPEATS):
-        ours, plain = _seconds(run("plan")), _seconds(run("plain"))
-        ratios.append(ours / plain - 1)
-    return ratios
+    return [timed("plan") / timed("plain") - 1 for _ in range(REPEATS)]
 
 
 @torch.inference_mode()
 def _packed(folder: Path, plan: Configuration) -> list[float]:
     """A token's forward pass from packed weights over one from plain weights."""
-    base, other = Switchable.load(), Switchable.load()
+    base, other = Switchable.load(), load_model()
     base.switch(plan)
     save_packed(base, plan, folder / "packed.safetensors")
-    load_packed(other.model, folder / "packed.safetensors")
+    load_packed(other, folder / "packed.safetensors")
     ids = torch.tensor([[5]])
-    return [_seconds(lambda: other.model(input_ids=ids))
+    return [_seconds(lambda: other(input_ids=ids))
             / _seconds(lambda: base.model(input_ids=ids)) for _ in range(REPEATS)]
 
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lib.artifacts import read_json, verified, write_json, writing
+from lib.artifacts import read_json, verified, writing
 from lib.configuration import GRID, KINDS, Configuration, Layers, place
 from lib.errors import UserError, require
-from lib.lora import load_adapter
+from lib.lora import load_adapter, make_portable
 from lib.switchable import Switchable
 
 NAME = "default"
@@ -46,9 +46,8 @@ class MixingNetwork(nn.Module):
 
     def forward(self, configuration: Configuration) -> Tensor:
         """(layers, r, r), float32."""
-        rows = [[values.index(value) for values, value in
-                 zip(GRID.values(), level.as_list(), strict=True)] + where
-                for level, where in zip(configuration.levels, self.places, strict=True)]
+        rows = [level + where for level, where in
+                zip(configuration.indices, self.places, strict=True)]
         index = torch.tensor(rows, device=self.network[1].weight.device)
         read = torch.cat([e(index[:, i]) for i, e in enumerate(self.embeddings)], 1)
         return self.network(read).view(-1, self.rank, self.rank)
@@ -76,10 +75,11 @@ class CoaLora:
         mixers: (layers, r, r) of the last forward pass.
     """
 
-    def __init__(self, model: PeftModel, base: Switchable, **options: int) -> None:
+    def __init__(self, model: PeftModel, base: Switchable,
+                 network: MixingNetwork | None = None) -> None:
         self.model, self.base = model, base
         self.config = model.peft_config[NAME]
-        self.network = MixingNetwork(base.layers, self.config.r, **options)
+        self.network = network or MixingNetwork(base.layers, self.config.r)
         self.network.to(model.device)
         self.mixers: Tensor | None = None
         self.places = {name: model.get_submodule(f"base_model.model.{name}")
@@ -116,10 +116,7 @@ class CoaLora:
     def _write(self, part: Path, tensors: dict[str, Tensor]) -> None:
         save_file(tensors, part / "adapter_model.safetensors")
         self.config.save_pretrained(str(part))
-        kept = read_json(part / "adapter_config.json")
-        write_json(part / "adapter_config.json", kept | {
-            "base_model_name_or_path": self.base.name, "inference_mode": True,
-            "target_modules": sorted(kept["target_modules"])})
+        make_portable(part, self.base.name)
 
     def save_pretrained(self, out: Path | str, **_: Any) -> None:
         """A and B as peft saves them, and theta beside them: one artifact."""
@@ -148,17 +145,13 @@ class CoaLora:
                     f"{str(theirs)[:8]}, this one is {ours[:8]}")
         rank = read_json(directory / "adapter_config.json").get("r")
         try:
-            state = load_file(theta)
             network = MixingNetwork(base.layers, rank, width=saved["width"],
                                     hidden=saved["hidden"])
-            network.load_state_dict(state)
+            network.load_state_dict(load_file(theta))
         except (SafetensorError, RuntimeError, KeyError, TypeError) as error:
             raise UserError(f"{theta} does not fit an adapter of rank {rank} "
                             f"({' '.join(str(error).split())[:160]}): make it again") from None
-        coa = cls(load_adapter(base.model, directory), base, width=network.width,
-                  hidden=network.hidden)
-        coa.network.load_state_dict(state)
-        return coa
+        return cls(load_adapter(base.model, directory), base, network)
 
     def materialise(self, configuration: Configuration, out: Path | str) -> None:
         """Write an ordinary peft adapter for one configuration: U is folded into A."""

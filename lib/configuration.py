@@ -56,13 +56,17 @@ class Level:
         return (self.bits + self.scale_bits / self.block
                 + DTYPE_BITS[self.scale_dtype] / (self.block * self.group))
 
+    def scales(self, count: int) -> tuple[int, int]:
+        """First- and second-level scales of `count` weights."""
+        blocks = -(-count // self.block)
+        return blocks, -(-blocks // self.group)
+
     def storage_bits(self, count: int) -> int:
         """Bits of a layer of `count` weights, short blocks and groups counted whole.
 
         The scales' mean adds 32 bits a layer, which the formula leaves out.
         """
-        blocks = -(-count // self.block)
-        groups = -(-blocks // self.group)
+        blocks, groups = self.scales(count)
         return (count * self.bits + blocks * self.scale_bits
                 + groups * DTYPE_BITS[self.scale_dtype] + 32)
 
@@ -136,6 +140,12 @@ class Configuration:
         total = sum(level.bits_per_parameter * size
                     for level, size in zip(self.levels, self.layers.sizes, strict=True))
         return total / sum(self.layers.sizes)
+
+    @cached_property
+    def indices(self) -> list[list[int]]:
+        """Where each level's five fields stand in the grid."""
+        return [[values.index(value) for values, value in
+                 zip(GRID.values(), level.as_list(), strict=True)] for level in self.levels]
 
     @property
     def bytes(self) -> int:

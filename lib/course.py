@@ -12,7 +12,7 @@ import nbformat
 import papermill
 from nbconvert import HTMLExporter
 
-from lib.artifacts import ROOT, read_json, saving, write_json
+from lib.artifacts import ROOT, read_json, replacing, saving, write_json
 from lib.errors import UserError, require
 from lib.measure import peak_memory, run_directory
 from lib.profiles import get_profile
@@ -140,8 +140,8 @@ def write_index(out: Path) -> None:
                 parts.append(f"<p>{cost['seconds']} s, peak {cost['peak_mb']:,} MB</p>")
             parts.append(_table(measured["measured"]))
     target = out / "index.html"
-    target.with_suffix(".part").write_text("".join(parts), encoding="utf-8")
-    target.with_suffix(".part").replace(target)
+    with replacing(target) as part:
+        part.write_text("".join(parts), encoding="utf-8")
 
 
 def _table(rows: list[dict[str, object]]) -> str:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lib.artifacts import verified
+from lib.artifacts import read_json, verified, write_json
 from lib.errors import UserError, require
 from lib.profiles import TrainSettings
 
@@ -102,6 +102,15 @@ def load_adapter(model: PreTrainedModel, directory: Path | str) -> PeftModel:
         reason = str(error).strip().splitlines()[0][:160]
         raise UserError(f"{directory} does not fit this model ({reason}): "
                         "train an adapter for it") from error
+
+
+def make_portable(directory: Path, base: str) -> None:
+    """Put an adapter's config in order: the base's name, not a path; modules sorted."""
+    config = directory / "adapter_config.json"
+    kept = read_json(config)
+    # A path of this machine means nothing to others; a set has no order.
+    write_json(config, kept | {"base_model_name_or_path": base, "inference_mode": True,
+                               "target_modules": sorted(kept["target_modules"])})
 
 
 def adapter_factors(directory: Path | str) -> dict[str, tuple[Tensor, Tensor, float]]:

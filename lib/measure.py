@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import statistics
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -42,6 +43,12 @@ class Measurements:
         write_json(run_directory(self.profile.name) / f"{self.notebook}.json", {
             "notebook": self.notebook, "profile": dataclasses.asdict(self.profile),
             "versions": versions(), "machine": machine(), "measured": self.rows})
+
+
+def middle_and_spread(rows: dict[str, list[float]]) -> dict[str, Any]:
+    """Median of each row's repeats, and under NAME_spread the least and the largest."""
+    return {key: statistics.median(values) for key, values in rows.items()} | {
+        f"{key}_spread": [min(values), max(values)] for key, values in rows.items()}
 
 
 @contextlib.contextmanager

@@ -61,9 +61,9 @@ def unpacked(parts: dict[str, Tensor], level: Level, count: int, grid: str = "nf
     Raises:
         UserError: a part of another length.
     """
-    blocks = -(-count // level.block)
+    blocks, groups = level.scales(count)
     dtype = DTYPES[level.scale_dtype]
-    sizes = {"group_scales": -(-blocks // level.group) * dtype.itemsize, "mean": 4}
+    sizes = {"group_scales": groups * dtype.itemsize, "mean": 4}
     for name, size in sizes.items():
         require(parts[name].numel() == size and parts[name].dtype == torch.uint8,
                 f"{name} has {parts[name].numel()} bytes instead of {size}")

@@ -26,7 +26,7 @@ from lib.artifacts import read_json, require_free, saving, write_json, writing
 from lib.base_model import best_dtype, load_model, load_tokenizer, machine, quiet
 from lib.errors import require
 from lib.fused import fused
-from lib.lora import count_trainable, lora_config
+from lib.lora import count_trainable, lora_config, make_portable
 from lib.measure import peak_memory
 from lib.profiles import TrainSettings, seed_everything
 from lib.tasks import IGNORED, Record, chat
@@ -200,11 +200,8 @@ def save_result(result: TrainResult, out: Path, settings: TrainSettings, model: 
         # The vocabulary is never resized: peft need not look for the base's files.
         options = {"save_embedding_layers": False} if settings.mode != "full" else {}
         result.model.save_pretrained(part, **options)
-        if (config := part / "adapter_config.json").is_file():
-            kept = read_json(config)
-            # A path of this machine means nothing to others; a set has no order.
-            write_json(config, kept | {"base_model_name_or_path": model,
-                                       "target_modules": sorted(kept["target_modules"])})
+        if (part / "adapter_config.json").is_file():
+            make_portable(part, model)
             (part / "README.md").unlink(missing_ok=True)
         write_json(part / "losses.json", list(result.losses))
 

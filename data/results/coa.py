@@ -11,15 +11,16 @@ import json
 import random
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from lib.artifacts import BUILD, ROOT, versions, write_json
-from lib.base_model import load_tokenizer, machine
+from make import RESULTS, run_pieces, score_row, training_row
+
+from lib.artifacts import BUILD
+from lib.base_model import load_tokenizer
 from lib.configuration import Configuration
 from lib.errors import UserError, require
 from lib.joint import train_over
@@ -29,11 +30,13 @@ from lib.switchable import Switchable
 from lib.tasks import Record, held_out_loss, keyword_score, movies, sensors
 from lib.train import TrainResult
 
-RESULTS = ROOT / "data" / "results" / "coa"
+COA = RESULTS / "coa"
 TASKS: dict[str, Callable[..., list[Record]]] = {"sensors": sensors, "movies": movies}
 SEEDS = (0, 1, 2)
 SETTINGS = dataclasses.replace(PROFILES["reference"].train, mode="lora", accumulate=2)
-BUDGETS = (2.5, 3.0, 3.5, 4.0)
+BUDGETS, AT_RANDOM = (2.5, 3.0, 3.5, 4.0), (3.25, 4.5)
+# The test plans that have dedicated adapters to compare with.
+MAIN = (*(f"greedy {b:g}" for b in BUDGETS), *(f"random {b:g}" for b in AT_RANDOM))
 # A film's verdict has one word, a machine's answer some forty tokens.
 NEW_TOKENS = {"sensors": 56, "movies": 12}
 
@@ -50,18 +53,13 @@ def plans_of(base: Switchable) -> tuple[list[Configuration], dict[str, Configura
     training = [plan for i, plan in enumerate(starting) if i % 2 == 0
                 or min(abs(plan.bits - budget) for budget in BUDGETS) > 0.12]
     tests = {f"greedy {b:g}": greedy_plan(base.layers, b, levels, errors) for b in BUDGETS}
-    tests |= {f"random {b:g}": random_plan(base.layers, b, rng) for b in (3.25, 4.5)}
+    tests |= {f"random {b:g}": random_plan(base.layers, b, rng) for b in AT_RANDOM}
     for i in range(10):
         budget = 2.45 + 0.48 * i
         tests[f"more greedy {budget:.2f}"] = greedy_plan(base.layers, budget, levels, errors)
         tests[f"more random {budget:.2f}"] = random_plan(base.layers, budget, rng)
     require(not set(tests.values()) & set(training), "a test plan is in the training set")
     return training, tests
-
-
-def main_plans(tests: dict[str, Configuration]) -> list[str]:
-    """Names of the six plans that have dedicated adapters."""
-    return [name for name in tests if not name.startswith("more")]
 
 
 def measure(base: Switchable, model: Any, task: str, plans: dict[str, Configuration],
@@ -82,9 +80,8 @@ def measure(base: Switchable, model: Any, task: str, plans: dict[str, Configurat
                       "loss": statistics.mean(losses), "losses": losses}
         if name in scored:
             score = keyword_score(model, tokenizer, test[:64], max_new_tokens=NEW_TOKENS[task])
-            rows[name] |= {"score": score.share, "hits": "".join("01"[h] for h in score.hits)}
-        shown = {k: v for k, v in rows[name].items() if k in ("loss", "score")}
-        print(f"    {name} {shown}", flush=True)
+            rows[name]["score"] = score_row(score)
+        print(f"    {name}: loss {rows[name]['loss']:.4f}", flush=True)
     return rows
 
 
@@ -109,7 +106,7 @@ def joint(task: str, method: str, seed: int) -> dict[str, Any]:
     if coa and seed == 0:
         coa.save_pretrained(BUILD / "coa" / task)
     return _row(run, settings, training) | {
-        "plans": measure(base, run.model, task, tests, training, main_plans(tests))}
+        "plans": measure(base, run.model, task, tests, training, MAIN)}
 
 
 def dedicated(task: str, method: str, seed: int, name: str) -> dict[str, Any]:
@@ -126,61 +123,37 @@ def untrained(task: str) -> dict[str, Any]:
     """The quantised base alone, at all test plans: the floor."""
     base = Switchable.load()
     training, tests = plans_of(base)
-    return {"plans": measure(base, base.model, task, tests, training, main_plans(tests))}
+    return {"plans": measure(base, base.model, task, tests, training, MAIN)}
 
 
 def _row(run: TrainResult, settings: TrainSettings, plans: Sequence[Configuration]
          ) -> dict[str, Any]:
-    return {"training_plans": digest(plans), "settings": dataclasses.asdict(settings),
-            "seconds": round(run.seconds, 1),
-            "peak_mb": round(run.peak_mb), "trainable": run.trainable,
-            "losses": [round(x, 4) for x in run.losses]}
+    return training_row(run, settings) | {"training_plans": digest(plans)}
 
 
 def pieces() -> dict[str, Callable[[], dict[str, Any]]]:
     """All pieces by name, the most telling first."""
     every: dict[str, Callable[[], dict[str, Any]]] = {}
-    names = [*(f"greedy {b:g}" for b in BUDGETS), "random 3.25", "random 4.5"]
     for seed in SEEDS:
         for task in TASKS:
             for method in ("coa", "lora"):
                 every[f"{task}-{method}-{seed}"] = (
                     lambda t=task, m=method, s=seed: joint(t, m, s))
         for task in TASKS:
-            for name in names:
+            for name in MAIN:
                 every[f"{task}-dedicated-{name.replace(' ', '-')}-{seed}"] = (
                     lambda t=task, s=seed, n=name: dedicated(t, "lora", s, n))
         if seed == 0:
             for task in TASKS:
                 every[f"{task}-base"] = lambda t=task: untrained(t)
-                for name in names[:len(BUDGETS)]:
+                for name in MAIN[:len(BUDGETS)]:
                     every[f"{task}-lq-{name.replace(' ', '-')}-0"] = (
                         lambda t=task, n=name: dedicated(t, "lq", 0, n))
     return every
 
 
-def run(names: list[str]) -> None:
-    """Make the named pieces, or those that are missing.
-
-    Raises:
-        UserError: an unknown name.
-    """
-    every = pieces()
-    for name in names:
-        require(name in every, f"unknown piece {name!r}: use one of {', '.join(every)}")
-    for name in names or [n for n in every if not (RESULTS / f"{n}.json").is_file()]:
-        print(f"{name} ...", flush=True)
-        start = time.monotonic()
-        result = every[name]()
-        write_json(RESULTS / f"{name}.json", {
-            "piece": name, "command": f"python data/results/coa.py {name}",
-            "made": time.strftime("%Y-%m-%d"), "machine": machine(), "versions": versions(),
-            "piece_seconds": round(time.monotonic() - start), "result": result})
-        print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
-
-
 if __name__ == "__main__":
     try:
-        run(sys.argv[1:])
+        run_pieces(sys.argv[1:], pieces(), results=COA, script="coa.py")
     except UserError as error:
         sys.exit(f"error: {error}")

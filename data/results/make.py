@@ -330,21 +330,22 @@ PIECES: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
-def run_pieces(names: list[str]) -> None:
+def run_pieces(names: list[str], pieces: dict[str, Callable[[], dict[str, Any]]] = PIECES, *,
+               results: Path = RESULTS, script: str = "make.py") -> None:
     """Make the named pieces, or all that are missing.
 
     Raises:
         UserError: an unknown name.
     """
     for name in names:
-        require(name in PIECES, f"unknown piece {name!r}: use {', '.join(PIECES)}")
-    missing = [n for n in PIECES if not (RESULTS / f"{n}.json").is_file()]
+        require(name in pieces, f"unknown piece {name!r}: use {', '.join(pieces)}")
+    missing = [n for n in pieces if not (results / f"{n}.json").is_file()]
     for name in names or missing:
         print(f"{name} ...", flush=True)
         start = time.monotonic()
-        result = PIECES[name]()
-        write_json(RESULTS / f"{name}.json", {
-            "piece": name, "command": f"python data/results/make.py {name}",
+        result = pieces[name]()
+        write_json(results / f"{name}.json", {
+            "piece": name, "command": f"python data/results/{script} {name}",
             "made": time.strftime("%Y-%m-%d"), "machine": machine() | {
                 "torch_threads": torch.get_num_threads()},
             "versions": versions(), "piece_seconds": round(time.monotonic() - start),
