@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 
 from lib.artifacts import BUILD, versions, write_json
 from lib.base_model import machine
@@ -49,6 +50,32 @@ def middle_and_spread(rows: dict[str, list[float]]) -> dict[str, Any]:
     """Median of each row's repeats, and under NAME_spread the least and the largest."""
     return {key: statistics.median(values) for key, values in rows.items()} | {
         f"{key}_spread": [min(values), max(values)] for key, values in rows.items()}
+
+
+def paired_interval(differences: Tensor, *, draws: int = 10_000, seed: int = 0
+                    ) -> tuple[float, float, float]:
+    """Mean of paired differences, and its 95 % interval by a bootstrap of every axis.
+
+    Seeds, plans and examples are crossed: each draw takes each axis's entries
+    anew, with replacement, independently of the other axes (the pigeonhole
+    bootstrap, Owen 2007), so whatever is shared along an axis is drawn together.
+
+    Args:
+        differences: one axis for each thing drawn, such as (seeds, plans, examples).
+
+    Returns:
+        (mean, low, high).
+    """
+    rng, shares = torch.Generator().manual_seed(seed), []
+    for count in differences.shape:
+        drawn = torch.randint(count, (draws, count), generator=rng)
+        shares.append(torch.zeros(draws, count, dtype=torch.float64).scatter_add_(
+            1, drawn, torch.full(drawn.shape, 1 / count, dtype=torch.float64)))
+    found = torch.tensordot(shares[0], differences.double(), 1)
+    for share in shares[1:]:
+        found = torch.einsum("ds...,ds->d...", found, share)
+    low, high = found.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return float(differences.double().mean()), low, high
 
 
 @contextlib.contextmanager
