@@ -1,4 +1,4 @@
-"""The command line: `python -m lib run | train | export | serve | bench`."""
+"""The command line: `python -m lib run | train | export | deploy | serve | bench`."""
 
 import argparse
 import contextlib
@@ -47,6 +47,13 @@ def parser() -> Parser:
     export.add_argument("--route", default="dequantized",
                         help="base: dequantized (for QLoRA, default) or original")
     export.add_argument("--model", default="embedded", help="hub id or directory")
+
+    deploy = commands.add_parser("deploy", help="from a budget of bytes to files that run")
+    deploy.add_argument("--task", default="sensors", help="sensors (default) or movies")
+    deploy.add_argument("--format", default="packed", choices=("packed",))
+    deploy.add_argument("--budget-mb", type=float, required=True, metavar="MB",
+                        help="of all files, MB (10^6 bytes)")
+    deploy.add_argument("--out", required=True, type=Path, metavar="DIR")
 
     serve = commands.add_parser("serve", help="serve a model on this machine")
     serve.add_argument("path", type=Path, metavar="DIR", help="from `export`, or a GGUF file")
@@ -117,6 +124,17 @@ def command_export(args: argparse.Namespace) -> None:
     sizes = ", ".join(f"{f.name} {f.stat().st_size / 1e6:.1f} MB"
                       for f in sorted(args.out.glob("*.gguf")))
     print(f"{args.out}: {sizes}; start it with `python -m lib serve {args.out}`")
+
+
+def command_deploy(args: argparse.Namespace) -> None:
+    """Write the best known configuration under a budget."""
+    from lib.deploy import deploy_packed
+
+    done = deploy_packed(args.task, args.budget_mb, args.out)
+    print(f"{args.out}: {done.actual_mb:.1f} MB ({done.predicted_mb:.1f} predicted, "
+          f"{args.budget_mb:g} allowed), score {done.score}, held-out loss {done.loss:.4f}\n"
+          f"chosen: {done.plan}, embedding in {done.embedding}; the least held-out loss "
+          f"of {done.considered} known plans that fit")
 
 
 def command_serve(args: argparse.Namespace) -> None:

@@ -21,6 +21,9 @@ from lib.lora import load_adapter, make_portable
 from lib.switchable import Switchable
 
 NAME = "default"
+# U is a tenth of what the network says. Adam moves each of its weights by the
+# learning rate, whatever the gradient; so U moves at a pace that suits A and B.
+PACE = 0.1
 
 
 class MixingNetwork(nn.Module):
@@ -50,7 +53,7 @@ class MixingNetwork(nn.Module):
                 zip(configuration.indices, self.places, strict=True)]
         index = torch.tensor(rows, device=self.network[1].weight.device)
         read = torch.cat([e(index[:, i]) for i, e in enumerate(self.embeddings)], 1)
-        return self.network(read).view(-1, self.rank, self.rank)
+        return PACE * self.network(read).view(-1, self.rank, self.rank)
 
 
 class _Mixed(nn.Module):
@@ -101,16 +104,17 @@ class CoaLora:
         configuration = self.base.configuration
         self.mixers = None if configuration is None else self.network(configuration)
 
-    def factors(self, configuration: Configuration | None = None) -> dict[str, Tensor]:
+    def factors(self, configuration: Configuration | None = None, *,
+                dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """Adapter tensors by peft's names; with a configuration, A is (I + U) A."""
         mixers = None if configuration is None else self.network(configuration).detach()
         tensors = {}
         for index, (name, layer) in enumerate(self.places.items()):
             a = layer.lora_A[NAME].parametrizations.weight.original.detach()
             a = a if mixers is None else torch.addmm(a, mixers[index], a)
-            tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
-            tensors[f"base_model.model.{name}.lora_B.weight"] = (
-                layer.lora_B[NAME].weight.detach().contiguous())
+            b = layer.lora_B[NAME].weight.detach()
+            tensors[f"base_model.model.{name}.lora_A.weight"] = a.to(dtype).contiguous()
+            tensors[f"base_model.model.{name}.lora_B.weight"] = b.to(dtype).contiguous()
         return tensors
 
     def _write(self, part: Path, tensors: dict[str, Tensor]) -> None:
@@ -153,12 +157,13 @@ class CoaLora:
                             f"({' '.join(str(error).split())[:160]}): make it again") from None
         return cls(load_adapter(base.model, directory), base, network)
 
-    def materialise(self, configuration: Configuration, out: Path | str) -> None:
+    def materialise(self, configuration: Configuration, out: Path | str, *,
+                    dtype: torch.dtype = torch.float32) -> None:
         """Write an ordinary peft adapter for one configuration: U is folded into A."""
         self.base.layers.require_same(configuration.layers)
         with writing(Path(out), base=self.base.name, base_hash=self.base.fingerprint,
                      grid=self.base.grid, configuration=configuration.to_json()) as part:
-            self._write(part, self.factors(configuration))
+            self._write(part, self.factors(configuration, dtype=dtype))
 
 
 def _refuse_merge(*_: Any, **__: Any) -> None:

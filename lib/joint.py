@@ -25,6 +25,8 @@ from lib.tasks import Record
 from lib.train import TrainResult, make_trainer, run_trainer
 
 METHODS = ("lora", "lq", "coa")
+# Below it, nats, the gradient of the loss itself is followed again.
+LEAST_LOSS = 0.02
 
 
 def schedule(count: int, steps: int, seed: int) -> list[int]:
@@ -44,6 +46,22 @@ class _Switching(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.base.switch(self.plans[self.order[state.global_step]])
+
+
+def _relative(trainer: Any) -> None:
+    """Descend on the logarithm of the loss: a step's gradient over its loss.
+
+    A configuration that few bits have broken has a hundred times the loss of a
+    good one; its steps would drown the others. The value that is logged stays.
+    """
+    plain = trainer.compute_loss
+
+    def compute(*args: Any, **options: Any) -> torch.Tensor:
+        loss = plain(*args, **options)
+        value = loss.detach()
+        return value + (loss - value) / value.clamp(min=LEAST_LOSS)
+
+    trainer.compute_loss = compute
 
 
 def train_over(base: Switchable, records: Sequence[Record], plans: Sequence[Configuration],
@@ -80,6 +98,8 @@ def train_over(base: Switchable, records: Sequence[Record], plans: Sequence[Conf
         coa = CoaLora(trainer.model, base) if method == "coa" else None
         if method == "lq":
             start_from_error(trainer.model, base, plans[0])
+        if len(plans) > 1:
+            _relative(trainer)
         order = schedule(len(plans), settings.steps, settings.seed)
         for callback in (_Switching(base, plans, order), *callbacks):
             trainer.add_callback(callback)

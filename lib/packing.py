@@ -140,3 +140,14 @@ def load_packed(model: PreTrainedModel, file: Path) -> Configuration:
     for name, layer in made.items():
         model.set_submodule(name, layer)
     return plan
+
+
+def unpack(model: PreTrainedModel) -> None:
+    """Decode the packed layers of a model once, in place: plain linear layers."""
+    for name, layer in [*model.named_modules()]:
+        if isinstance(layer, PackedLinear):
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=False,
+                              device="meta")
+            plain.weight = nn.Parameter(layer.weight.to(model.dtype), requires_grad=False)
+            plain.bias = layer.bias
+            model.set_submodule(name, plain)

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
+from lib.base_model import load_tokenizer
 from lib.configuration import LEVELS, Configuration, Layers, Level
 from lib.errors import UserError, require
 from lib.quantize import rounded
 from lib.switchable import Switchable
+from lib.tasks import Record, answer_loss, encode, pad_right
 
 # Where the paper's budgets start and end, bits a weight.
 BUDGETS = (2.25, 7.25)
@@ -85,10 +87,39 @@ def squared_error(weight: torch.Tensor, level: Level, grid: str = "nf") -> float
     return float((rounded(weight, level, grid) - weight).square().sum())
 
 
-def error_table(base: Switchable) -> tuple[tuple[Level, ...], torch.Tensor]:
+def sensitivities(base: Switchable, records: Sequence[Record]) -> torch.Tensor:
+    """(layers,): mean squared gradient of an example's loss by a layer's weights, per weight.
+
+    Noise of energy e, spread evenly over n weights, moves the loss by about
+    |g| sqrt(e / n); the square of that is sensitivity times energy.
+    """
+    tokenizer = load_tokenizer(base.name)
+    weights = [base.model.get_submodule(name).weight for name in base.layers.names]
+    total = torch.zeros(len(weights))
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        for record in records:
+            ids, labels = pad_right([encode(tokenizer, record)], 0)
+            loss, tokens = answer_loss(base.model, ids.to(base.model.device),
+                                       labels.to(base.model.device))
+            grads = torch.autograd.grad(loss / tokens, weights)
+            total += torch.stack([g.float().square().mean() for g in grads]).cpu()
+    finally:
+        for weight in weights:
+            weight.requires_grad_(False)
+    return total / len(records)
+
+
+def error_table(base: Switchable, felt: torch.Tensor | None = None
+                ) -> tuple[tuple[Level, ...], torch.Tensor]:
     """Levels worth choosing from, and each layer's squared error at each, (layers, levels).
 
     The error is taken on a sample of whole blocks and scaled to the layer.
+
+    Args:
+        felt: (layers,) of `sensitivities`: then the error counts as the loss
+            feels it, and plans are far better at few bits.
     """
     levels = best_levels(base.grid)
     rows = []
@@ -98,7 +129,8 @@ def error_table(base: Switchable) -> tuple[tuple[Level, ...], torch.Tensor]:
         part = weight[: size // 64 * 64].view(-1, 64)[::step].reshape(-1)
         rows.append([squared_error(part, level, base.grid) * size / part.numel()
                      for level in levels])
-    return levels, torch.tensor(rows)
+    table = torch.tensor(rows)
+    return levels, table if felt is None else table * felt[:, None]
 
 
 def greedy_plan(layers: Layers, budget: float, levels: Sequence[Level],
@@ -114,31 +146,43 @@ def greedy_plan(layers: Layers, budget: float, levels: Sequence[Level],
     Raises:
         UserError: a budget below the cheapest level.
     """
-    costs = [level.bits_per_parameter for level in levels]
+    costs = torch.tensor([level.bits_per_parameter for level in levels])
     require(budget >= costs[0], f"{budget} bits a weight are below the cheapest level, "
             f"{costs[0]:.2f}")
+    sizes = torch.tensor(layers.sizes)
+    chosen = spend(errors, costs * sizes[:, None], budget * float(sizes.sum()))
+    return Configuration(layers, tuple(levels[i] for i in chosen))
+
+
+def spend(errors: torch.Tensor, costs: torch.Tensor, budget: float) -> list[int]:
+    """Which column each row gets, so that errors fall most for what the budget buys.
+
+    Every row starts at its first column; each move takes the row and the later
+    column with the largest fall of the error for the cost.
+
+    Args:
+        errors, costs: (rows, columns), costs ascending along each row.
+    """
     moves = []
-    for index, size in enumerate(layers.sizes):
+    for row, (error, cost) in enumerate(zip(errors.tolist(), costs.tolist(), strict=True)):
         at = 0
         # Steps along the lower convex hull have falling gains, so sorting all
-        # layers' steps by gain is the greedy order.
-        while at < len(levels) - 1:
-            gains = [(float(errors[index, at] - errors[index, to])
-                      / ((costs[to] - costs[at]) * size), to)
-                     for to in range(at + 1, len(levels))]
-            gain, to = max(gains)
+        # rows' steps by gain is the greedy order.
+        while at < len(cost) - 1:
+            gain, to = max(((error[at] - error[to]) / (cost[to] - cost[at]), to)
+                           for to in range(at + 1, len(cost)))
             if gain <= 0:
                 break
-            moves.append((gain, index, to, (costs[to] - costs[at]) * size))
+            moves.append((gain, row, to, cost[to] - cost[at]))
             at = to
-    chosen, stuck = [0] * len(layers.sizes), set()
-    left = (budget - costs[0]) * sum(layers.sizes)
-    for _, index, to, cost in sorted(moves, key=lambda move: -move[0]):
+    chosen, stuck = [0] * len(errors), set()
+    left = budget - float(costs[:, 0].sum())
+    for _, row, to, cost in sorted(moves, key=lambda move: -move[0]):
         if cost > left:
-            stuck.add(index)  # its later moves build on this one
-        elif index not in stuck:
-            chosen[index], left = to, left - cost
-    return Configuration(layers, tuple(levels[i] for i in chosen))
+            stuck.add(row)  # its later moves build on this one
+        elif row not in stuck:
+            chosen[row], left = to, left - cost
+    return chosen
 
 
 def starting_set(base: Switchable, table: tuple[Sequence[Level], torch.Tensor], *,

@@ -6,7 +6,6 @@ costs a layer some squared error; the loss feels it by the layer's sensitivity.
 
 import functools
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +18,6 @@ from torch import Tensor
 from lib.configuration import KINDS, LEVELS, Configuration, place
 from lib.quantize import rounded
 from lib.switchable import Switchable
-from lib.tasks import Record, answer_loss, encode, pad_right
 
 SAMPLE = 1 << 12
 DEPTHS = 6
@@ -95,29 +93,6 @@ def level_errors(base: Switchable) -> Tensor:
     relative = [(rounded(stacked, level, base.grid) - stacked).square().mean(1)
                 for level in LEVELS]
     return torch.stack(relative, 1) * torch.stack(energy)[:, None]
-
-
-def sensitivities(base: Switchable, model: torch.nn.Module, tokenizer: object,
-                  records: Sequence[Record]) -> Tensor:
-    """(layers,): mean squared gradient of an example's loss by a layer's weights, per weight.
-
-    Noise of energy e, spread evenly over n weights, moves the loss by about
-    |g| sqrt(e / n); the squares of that are what the surrogate adds up.
-    """
-    weights = [base.model.get_submodule(name).weight for name in base.layers.names]
-    total = torch.zeros(len(weights))
-    for weight in weights:
-        weight.requires_grad_(True)
-    try:
-        for record in records:
-            ids, labels = pad_right([encode(tokenizer, record)], 0)
-            loss, tokens = answer_loss(model, ids.to(model.device), labels.to(model.device))
-            grads = torch.autograd.grad(loss / tokens, weights)
-            total += torch.stack([g.float().square().mean() for g in grads]).cpu()
-    finally:
-        for weight in weights:
-            weight.requires_grad_(False)
-    return total / len(records)
 
 
 class Surrogate:

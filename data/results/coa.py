@@ -11,7 +11,7 @@ import json
 import random
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from make import RESULTS, run_pieces, score_row, training_row
 
-from lib.artifacts import BUILD
+from lib.artifacts import BUILD, read_json
 from lib.base_model import load_tokenizer
-from lib.configuration import Configuration
+from lib.configuration import LEVELS, Configuration, Layers
 from lib.errors import UserError, require
 from lib.joint import train_over
-from lib.plans import error_table, greedy_plan, random_plan, starting_set
+from lib.plans import error_table, greedy_plan, random_plan, sensitivities, starting_set
 from lib.profiles import PROFILES, TrainSettings
+from lib.surrogate import numbers
 from lib.switchable import Switchable
 from lib.tasks import Record, held_out_loss, keyword_score, movies, sensors
 from lib.train import TrainResult
@@ -41,13 +42,20 @@ MAIN = (*(f"greedy {b:g}" for b in BUDGETS), *(f"random {b:g}" for b in AT_RANDO
 NEW_TOKENS = {"sensors": 56, "movies": 12}
 
 
-def plans_of(base: Switchable) -> tuple[list[Configuration], dict[str, Configuration]]:
-    """(training set of 46, test plans by name); no test plan is trained on.
+def make_plans(task: str) -> dict[str, Any]:
+    """Level numbers of a training set of about 46, and of the test plans by name.
+
+    Greedy plans weigh the quantisation error by what the plain base's loss
+    feels of it on 16 training examples. They are stored, so that all runs
+    have the same: gradients differ in their last bits between machines.
 
     Six test plans have dedicated adapters to compare with: greedy ones at the
-    paper's four budgets, and two random ones. Twenty more lie between.
+    paper's four budgets, and two random ones. Twenty more lie between. No test
+    plan is trained on, nor a greedy one of nearly the same budget.
     """
-    levels, errors = table = error_table(base)
+    base = Switchable.load()
+    felt = sensitivities(base, TASKS[task]("train")[:16])
+    levels, errors = table = error_table(base, felt)
     starting, rng = starting_set(base, table), random.Random(1000)
     # Greedy plans of near budgets share most of their layers: none may be near a test's.
     training = [plan for i, plan in enumerate(starting) if i % 2 == 0
@@ -59,26 +67,44 @@ def plans_of(base: Switchable) -> tuple[list[Configuration], dict[str, Configura
         tests[f"more greedy {budget:.2f}"] = greedy_plan(base.layers, budget, levels, errors)
         tests[f"more random {budget:.2f}"] = random_plan(base.layers, budget, rng)
     require(not set(tests.values()) & set(training), "a test plan is in the training set")
-    return training, tests
+    return {"sensitivities": felt.tolist(), "training": [*map(text, training)],
+            "tests": {name: text(plan) for name, plan in tests.items()}}
+
+
+def text(plan: Configuration) -> str:
+    """The plan's level numbers with spaces between, short in a file."""
+    return " ".join(map(str, numbers(plan).tolist()))
+
+
+def plans_of(task: str, layers: Layers) -> tuple[list[Configuration], dict[str, Configuration]]:
+    """(training set, test plans by name) of the piece TASK-plans."""
+    stored = read_json(COA / f"{task}-plans.json")["result"]
+
+    def plan(row: str) -> Configuration:
+        return Configuration(layers, tuple(LEVELS[int(i)] for i in row.split()))
+
+    return [*map(plan, stored["training"])], {n: plan(r) for n, r in stored["tests"].items()}
 
 
 def measure(base: Switchable, model: Any, task: str, plans: dict[str, Configuration],
-            training: Sequence[Configuration], scored: Iterable[str]
-            ) -> dict[str, dict[str, Any]]:
-    """At each plan the loss of 100 test examples, and the answers to 64 at the named ones.
+            training: Sequence[Configuration]) -> dict[str, dict[str, Any]]:
+    """At each plan the loss of test examples, and at the main ones their answers, too.
 
-    Losses are kept for every ten examples, so that two adapters are compared
-    on the same ones. `trained_share` is the share of layers that the nearest
-    training plan has at the same level.
+    Losses are kept for every ten examples (100 at the main plans, else 50), so
+    that two adapters are compared on the same ones. A model whose loss is above
+    1 nat a token answers nothing of use: the score is at its floor, and 64 answers
+    that never end are not waited for. `trained_share` is the share of layers
+    that the nearest training plan has at the same level.
     """
     tokenizer, rows, test = load_tokenizer(), {}, TASKS[task]("test", 100)
     for name, plan in plans.items():
         base.switch(plan)
-        losses = [held_out_loss(model, tokenizer, test[i:i + 10]) for i in range(0, 100, 10)]
+        count = len(test) if name in MAIN else 50
+        losses = [held_out_loss(model, tokenizer, test[i:i + 10]) for i in range(0, count, 10)]
         rows[name] = {"plan": digest([plan]), "bits": plan.bits,
                       "trained_share": max(map(functools.partial(shared, plan), training)),
                       "loss": statistics.mean(losses), "losses": losses}
-        if name in scored:
+        if name in MAIN and rows[name]["loss"] < 1:
             score = keyword_score(model, tokenizer, test[:64], max_new_tokens=NEW_TOKENS[task])
             rows[name]["score"] = score_row(score)
         print(f"    {name}: loss {rows[name]['loss']:.4f}", flush=True)
@@ -99,31 +125,31 @@ def digest(plans: Sequence[Configuration]) -> str:
 def joint(task: str, method: str, seed: int) -> dict[str, Any]:
     """One adapter over the training set, at all test plans."""
     base = Switchable.load()
-    training, tests = plans_of(base)
+    training, tests = plans_of(task, base.layers)
     settings = dataclasses.replace(SETTINGS, seed=seed)
     run, coa = train_over(base, TASKS[task]("train"), training, settings, method=method,
                           say_every=10)
     if coa and seed == 0:
         coa.save_pretrained(BUILD / "coa" / task)
     return _row(run, settings, training) | {
-        "plans": measure(base, run.model, task, tests, training, MAIN)}
+        "plans": measure(base, run.model, task, tests, training)}
 
 
 def dedicated(task: str, method: str, seed: int, name: str) -> dict[str, Any]:
     """One adapter for one plan, at that plan."""
     base = Switchable.load()
-    plan = plans_of(base)[1][name]
+    plan = plans_of(task, base.layers)[1][name]
     settings = dataclasses.replace(SETTINGS, seed=seed)
     run, _ = train_over(base, TASKS[task]("train"), [plan], settings, method=method)
     return _row(run, settings, [plan]) | {
-        "plans": measure(base, run.model, task, {name: plan}, [plan], [name])}
+        "plans": measure(base, run.model, task, {name: plan}, [plan])}
 
 
 def untrained(task: str) -> dict[str, Any]:
     """The quantised base alone, at all test plans: the floor."""
     base = Switchable.load()
-    training, tests = plans_of(base)
-    return {"plans": measure(base, base.model, task, tests, training, MAIN)}
+    training, tests = plans_of(task, base.layers)
+    return {"plans": measure(base, base.model, task, tests, training)}
 
 
 def _row(run: TrainResult, settings: TrainSettings, plans: Sequence[Configuration]
@@ -133,7 +159,8 @@ def _row(run: TrainResult, settings: TrainSettings, plans: Sequence[Configuratio
 
 def pieces() -> dict[str, Callable[[], dict[str, Any]]]:
     """All pieces by name, the most telling first."""
-    every: dict[str, Callable[[], dict[str, Any]]] = {}
+    every: dict[str, Callable[[], dict[str, Any]]] = {
+        f"{task}-plans": functools.partial(make_plans, task) for task in TASKS}
     for seed in SEEDS:
         for task in TASKS:
             for method in ("coa", "lora"):

@@ -1,0 +1,198 @@
+"""From a budget of bytes to files that run: packed NormalFloat weights with their adapter.
+
+The budget counts every file that is written: linear layers, the tied
+embedding, norms, adapter, tokenizer, configuration.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from lib.artifacts import ROOT, read_json, require_free, writing
+from lib.base_model import best_dtype, load_tokenizer, quiet
+from lib.coa import CoaLora
+from lib.configuration import LEVELS, Configuration, Layers, Level
+from lib.errors import require
+from lib.lora import load_adapter
+from lib.packing import load_packed, packed, save_packed, unpack, unpacked
+from lib.quantize import dequantize, quantize
+from lib.switchable import Switchable
+from lib.tasks import Record, held_out_loss, keyword_score, movies, sensors
+
+TASKS: dict[str, Callable[..., list[Record]]] = {"sensors": sensors, "movies": movies}
+MB = 10**6
+# The tied embedding is the largest matrix: a variable like the layers.
+EMBEDDINGS = {"8 bits": Level(8, 8, "bf16", 64, 256), "4 bits": Level(4, 4, "bf16", 16, 256)}
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def coa_adapter(task: str) -> Path:
+    """Where a task's configuration-aware adapter is kept."""
+    require(task in TASKS, f"unknown task {task!r}: use one of {', '.join(TASKS)}")
+    return ROOT / "data" / "adapters" / f"{task}_coa"
+
+
+def known_plans(task: str, layers: Layers) -> list[tuple[Configuration, float]]:
+    """The front that a search found for a task: configurations with their held-out loss."""
+    rows = read_json(ROOT / "data" / "fronts" / f"{task}.json")["front"]
+    return [(Configuration(layers, tuple(LEVELS[i] for i in row["levels"])), row["loss"])
+            for row in rows]
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """What was written, and why.
+
+    Attributes:
+        predicted_mb, actual_mb: size of all files, MB (10^6 bytes).
+        loss: held-out loss, nats, of the plan with its embedding.
+        embedding: how the tied embedding is stored.
+        score: of test answers by the files as they were read back.
+        considered: how many known plans fit the budget, over all embeddings.
+    """
+
+    plan: Configuration
+    embedding: str
+    predicted_mb: float
+    actual_mb: float
+    loss: float
+    score: str
+    considered: int
+
+
+# Names, places and shapes of 840 tensors, and the configuration as JSON.
+HEADERS = 150_000
+
+
+def deploy_packed(task: str, budget_mb: float, out: Path, *, examples: int = 32) -> Deployed:
+    """Write the best known plan under the budget as one artifact.
+
+    Raises:
+        UserError: an unknown task, a place that is taken, a budget below the
+            smallest known plan or above the model in 16 bits; nothing is written.
+    """
+    source = coa_adapter(task)
+    require(not out.exists() or (out.is_dir() and not any(out.iterdir())),
+            f"{out} exists: choose a new folder")
+    require_free(out)
+    quiet()
+    base = Switchable.load()
+    plain = 2 * base.model.num_parameters() / MB
+    require(budget_mb < plain, f"{budget_mb:g} MB hold the whole model in 16 bits "
+            f"({plain:.0f} MB): nothing need be quantised")
+    coa = CoaLora.from_pretrained(base, source)
+    plans = known_plans(task, base.layers)
+    with writing(out, task=task, budget_mb=budget_mb) as part:
+        coa.materialise(plans[0][0], part / "adapter", dtype=torch.float16)
+        load_tokenizer(base.name).save_pretrained(part)
+        base.model.config.save_pretrained(part)
+        fixed = _size(part) + HEADERS
+        chosen, considered = _choose(task, base, coa, plans, budget_mb * MB - fixed)
+        plan, name, loss = chosen
+        coa.materialise(plan, part / "adapter", dtype=torch.float16)
+        save_packed(base, plan, part / "layers.safetensors")
+        rest = _rest(base, EMBEDDINGS[name])
+        save_file(rest, part / "rest.safetensors", {"embedding": json.dumps(
+            EMBEDDINGS[name].as_list())})
+        predicted = fixed + plan.bytes + sum(t.nbytes for t in rest.values())
+        model = load_deployed(part, packed_layers=False)
+        score = keyword_score(model, load_tokenizer(base.name), TASKS[task]("test", examples))
+        facts = {"loss": loss, "score": str(score), "embedding": name}
+        (part / "deployed.json").write_text(json.dumps(facts), encoding="utf-8")
+    return Deployed(plan, name, predicted / MB, _size(out) / MB, loss, str(score), considered)
+
+
+def _choose(task: str, base: Switchable, coa: CoaLora,
+            plans: list[tuple[Configuration, float]], room: float
+            ) -> tuple[tuple[Configuration, str, float], int]:
+    """The plan and embedding of least held-out loss that fit into `room` bytes."""
+    sizes = {name: sum(t.nbytes for t in _rest(base, level).values())
+             for name, level in EMBEDDINGS.items()}
+    smallest = min(plan.bytes for plan, _ in plans) + min(sizes.values())
+    require(smallest <= room, "the budget is below the smallest known plan: give at least "
+            f"{_up(smallest - room)} MB more")
+    fits = [(loss, plan, name) for plan, loss in plans for name, size in sizes.items()
+            if plan.bytes + size <= room]
+    # Known losses are with the plain embedding: the best plan of each is measured with it.
+    held, measured = TASKS[task]("validation", 48), []
+    for name in dict.fromkeys(name for *_, name in fits):
+        plan = min((loss, i) for i, (loss, _, n) in enumerate(fits) if n == name)
+        measured.append((_loss_with(base, coa, fits[plan[1]][1], name, held),
+                         name, fits[plan[1]][1]))
+    loss, name, plan = min(measured, key=lambda row: row[0])
+    return (plan, name, loss), len(fits)
+
+
+def _loss_with(base: Switchable, coa: CoaLora, plan: Configuration, name: str,
+               held: list[Record]) -> float:
+    """Held-out loss of a plan with the embedding as it will be stored."""
+    table = base.model.get_input_embeddings().weight
+    plain = table.data
+    table.data = _rounded_embedding(plain, EMBEDDINGS[name])
+    base.switch(plan)
+    try:
+        return held_out_loss(coa.model, load_tokenizer(base.name), held)
+    finally:
+        table.data = plain
+
+
+def _rounded_embedding(table: torch.Tensor, level: Level) -> torch.Tensor:
+    return dequantize(quantize(table, level)).view(table.shape).to(table.dtype)
+
+
+def _rest(base: Switchable, level: Level) -> dict[str, torch.Tensor]:
+    """Everything but the blocks' linears: packed embedding, norms in float32."""
+    state = base.model.state_dict()
+    rest = {f"{EMBEDDING}.{name}": part
+            for name, part in packed(quantize(state[EMBEDDING], level)).items()}
+    return rest | {name: state[name].float() for name in state if "norm" in name}
+
+
+def load_deployed(directory: Path, *, packed_layers: bool = True) -> PreTrainedModel | PeftModel:
+    """The model of a directory that `deploy_packed` wrote, with its adapter.
+
+    Args:
+        packed_layers: compute from the packed weights (small, slow); else
+            unpack them once.
+
+    Raises:
+        UserError: a missing or damaged file.
+    """
+    directory = Path(directory)
+    config = AutoConfig.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_config(config, dtype=best_dtype()).eval()
+    tensors = load_file(directory / "rest.safetensors")
+    level = Level(*json.loads(_about(directory / "rest.safetensors")["embedding"]))
+    parts = {name.removeprefix(f"{EMBEDDING}."): tensors.pop(name)
+             for name in [*tensors] if name.startswith(EMBEDDING)}
+    table = model.get_input_embeddings().weight
+    table.data = dequantize(unpacked(parts, level, table.numel())).view(
+        table.shape).to(table.dtype)
+    for name, norm in tensors.items():
+        model.get_parameter(name).data = norm.to(table.dtype)
+    load_packed(model, directory / "layers.safetensors")
+    if not packed_layers:
+        unpack(model)
+    return load_adapter(model, directory / "adapter")
+
+
+def _about(file: Path) -> dict[str, str]:
+    with safe_open(file, "pt") as reader:
+        return reader.metadata()
+
+
+def _size(folder: Path) -> int:
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+
+
+def _up(size: float) -> float:
+    """MB, rounded up to a tenth."""
+    return math.ceil(size / MB * 10) / 10
