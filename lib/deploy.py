@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from lib.artifacts import ROOT, read_json, require_free, writing
 from lib.base_model import best_dtype, load_tokenizer, quiet
 from lib.coa import CoaLora
-from lib.configuration import LEVELS, Configuration, Layers, Level
+from lib.configuration import LEVELS, Configuration, Level
+from lib.embedded import EMBEDDED
 from lib.errors import require
 from lib.lora import load_adapter
 from lib.packing import load_packed, packed, save_packed, unpack, unpacked
@@ -34,17 +35,17 @@ EMBEDDINGS = {"8 bits": Level(8, 8, "bf16", 64, 256), "4 bits": Level(4, 4, "bf1
 EMBEDDING = "model.embed_tokens.weight"
 
 
-def coa_adapter(task: str) -> Path:
-    """Where a task's configuration-aware adapter is kept."""
-    require(task in TASKS, f"unknown task {task!r}: use one of {', '.join(TASKS)}")
-    return ROOT / "data" / "adapters" / f"{task}_coa"
+def known_plans(file: Path, base: Switchable) -> list[tuple[Configuration, float]]:
+    """The front that a search found: configurations with their held-out loss.
 
-
-def known_plans(task: str, layers: Layers) -> list[tuple[Configuration, float]]:
-    """The front that a search found for a task: configurations with their held-out loss."""
-    rows = read_json(ROOT / "data" / "fronts" / f"{task}.json")["front"]
-    return [(Configuration(layers, tuple(LEVELS[i] for i in row["levels"])), row["loss"])
-            for row in rows]
+    Raises:
+        UserError: no such file, or a front of another base.
+    """
+    found = read_json(file)
+    require(found.get("base_hash") == base.fingerprint,
+            f"{file} is the front of another base: search anew")
+    return [(Configuration(base.layers, tuple(LEVELS[int(i)] for i in row["levels"].split())),
+             row["loss"]) for row in found["front"]]
 
 
 @dataclass(frozen=True)
@@ -72,29 +73,34 @@ class Deployed:
 HEADERS = 150_000
 
 
-def deploy_packed(task: str, budget_mb: float, out: Path, *, examples: int = 32) -> Deployed:
+def deploy_packed(task: str, budget_mb: float, out: Path, *, examples: int = 32,
+                  model: str = EMBEDDED, folder: Path = ROOT / "data") -> Deployed:
     """Write the best known plan under the budget as one artifact.
+
+    Args:
+        examples: test answers that are scored, by the files as they are read back.
+        folder: has `adapters/TASK_coa` and `fronts/TASK.json`.
 
     Raises:
         UserError: an unknown task, a place that is taken, a budget below the
             smallest known plan or above the model in 16 bits; nothing is written.
     """
-    source = coa_adapter(task)
+    require(task in TASKS, f"unknown task {task!r}: use one of {', '.join(TASKS)}")
     require(not out.exists() or (out.is_dir() and not any(out.iterdir())),
             f"{out} exists: choose a new folder")
     require_free(out)
     quiet()
-    base = Switchable.load()
-    plain = 2 * base.model.num_parameters() / MB
-    require(budget_mb < plain, f"{budget_mb:g} MB hold the whole model in 16 bits "
-            f"({plain:.0f} MB): nothing need be quantised")
-    coa = CoaLora.from_pretrained(base, source)
-    plans = known_plans(task, base.layers)
+    base = Switchable.load(model)
+    plans = known_plans(folder / "fronts" / f"{task}.json", base)
+    coa = CoaLora.from_pretrained(base, folder / "adapters" / f"{task}_coa")
     with writing(out, task=task, budget_mb=budget_mb) as part:
         coa.materialise(plans[0][0], part / "adapter", dtype=torch.float16)
         load_tokenizer(base.name).save_pretrained(part)
         base.model.config.save_pretrained(part)
         fixed = _size(part) + HEADERS
+        plain = (2 * base.model.num_parameters() + fixed) / MB
+        require(budget_mb < plain, f"{budget_mb:g} MB hold the model in 16 bits with its adapter "
+                f"({plain:.0f} MB): nothing need be quantised")
         chosen, considered = _choose(task, base, coa, plans, budget_mb * MB - fixed)
         plan, name, loss = chosen
         coa.materialise(plan, part / "adapter", dtype=torch.float16)
@@ -103,8 +109,8 @@ def deploy_packed(task: str, budget_mb: float, out: Path, *, examples: int = 32)
         save_file(rest, part / "rest.safetensors", {"embedding": json.dumps(
             EMBEDDINGS[name].as_list())})
         predicted = fixed + plan.bytes + sum(t.nbytes for t in rest.values())
-        model = load_deployed(part, packed_layers=False)
-        score = keyword_score(model, load_tokenizer(base.name), TASKS[task]("test", examples))
+        score = keyword_score(load_deployed(part, packed_layers=False),
+                              load_tokenizer(base.name), TASKS[task]("test", examples))
         facts = {"loss": loss, "score": str(score), "embedding": name}
         (part / "deployed.json").write_text(json.dumps(facts), encoding="utf-8")
     return Deployed(plan, name, predicted / MB, _size(out) / MB, loss, str(score), considered)
@@ -117,8 +123,8 @@ def _choose(task: str, base: Switchable, coa: CoaLora,
     sizes = {name: sum(t.nbytes for t in _rest(base, level).values())
              for name, level in EMBEDDINGS.items()}
     smallest = min(plan.bytes for plan, _ in plans) + min(sizes.values())
-    require(smallest <= room, "the budget is below the smallest known plan: give at least "
-            f"{_up(smallest - room)} MB more")
+    require(smallest <= room, "the budget is below the smallest known plan: "
+            f"give {_up(smallest - room):g} MB more")
     fits = [(loss, plan, name) for plan, loss in plans for name, size in sizes.items()
             if plan.bytes + size <= room]
     # Known losses are with the plain embedding: the best plan of each is measured with it.

@@ -24,7 +24,7 @@ from lib.configuration import KINDS, LEVELS, Configuration, Layers, Level
 from lib.errors import UserError
 from lib.fused import fused
 from lib.gguf import save_adapter
-from lib.joint import schedule, start_from_error, train_over
+from lib.joint import LEAST_LOSS, _relative, schedule, start_from_error, train_over
 from lib.lora import count_trainable, load_adapter
 from lib.plans import random_plan
 from lib.profiles import TrainSettings
@@ -525,3 +525,21 @@ def test_the_state_is_json_and_safetensors(base: Switchable, tmp_path: Path) -> 
     config = json.loads((tmp_path / "coa" / "adapter_config.json").read_text())
     assert config["target_modules"] == sorted(KINDS)
     assert config["base_model_name_or_path"] == "embedded"
+
+
+def test_many_plans_descend_on_the_logarithm() -> None:
+    weight = torch.tensor([3.0], requires_grad=True)
+
+    class Trainer:
+        def compute_loss(self, scale: float) -> Tensor:
+            return scale * weight.square().sum()
+
+    trainer = Trainer()
+    _relative(trainer)
+    for scale in (1.0, 100.0):
+        loss = trainer.compute_loss(scale)
+        assert float(loss.detach()) == pytest.approx(9 * scale)  # what is logged stays
+        (found,) = torch.autograd.grad(loss, weight)
+        assert float(found) == pytest.approx(2 / 3)  # d log(s w^2) / dw = 2 / w
+    (found,) = torch.autograd.grad(trainer.compute_loss(LEAST_LOSS / 18), weight)
+    assert float(found) == pytest.approx(6 / 18)  # below it, the loss's own over the bound

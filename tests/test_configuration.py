@@ -12,13 +12,22 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib.configuration import GRID, KINDS, LEVELS, Configuration, Layers, Level, place
 from lib.errors import UserError
-from lib.plans import best_levels, error_table, greedy_plan, random_plan, starting_set
+from lib.plans import (
+    best_levels,
+    error_table,
+    greedy_plan,
+    random_plan,
+    sensitivities,
+    spend,
+    starting_set,
+)
 from lib.plots import heat_map
 from lib.switchable import Switchable
+from lib.tasks import answer_loss, encode, pad_right, sensors
 
 BLOCKS = 3
 NAMES = tuple(f"model.layers.{i}.{'self_attn' if k[0] in 'qkvo' else 'mlp'}.{k}"
@@ -229,3 +238,52 @@ def test_the_heat_map_shows_every_layer() -> None:
     assert shown.T.tolist() == plan.grid()
     assert [label.get_text() for label in plt.gca().get_yticklabels()][3] == "o"
     plt.close("all")
+
+
+def test_sensitivity_is_what_noise_does_to_the_loss(
+        tiny: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    base, record = Switchable(tiny, dtype=torch.float32), sensors("train", 1)
+    felt, rng = sensitivities(base, record), torch.Generator().manual_seed(0)
+    assert felt.shape == (14,) and bool((felt > 0).all())
+    linears = [base.model.get_submodule(name) for name in base.layers.names]
+    assert not any(linear.weight.requires_grad for linear in linears)
+    ids, labels = pad_right([encode(tokenizer, record[0])], 0)
+
+    def loss() -> float:
+        with torch.no_grad():
+            total, tokens = answer_loss(tiny, ids, labels)
+        return float(total / tokens)
+
+    before = loss()
+    for index in (1, 6, 12):
+        weight, moved = linears[index].weight, []
+        plain = weight.data
+        for _ in range(60):
+            noise = 3e-3 * torch.randn(plain.shape, generator=rng)
+            weight.data = plain + noise
+            moved.append((loss() - before) ** 2)
+        weight.data = plain
+        expected = float(felt[index]) * plain.numel() * 3e-3 ** 2
+        assert sum(moved) / 60 == pytest.approx(expected, rel=0.6)
+
+
+def test_bits_go_where_they_are_felt(tiny: PreTrainedModel) -> None:
+    base = Switchable(tiny, dtype=torch.float32)
+    felt = torch.ones(14)
+    felt[9] = 1e6
+    plain, weighed = (greedy_plan(base.layers, 3.0, *error_table(base, f)) for f in (None, felt))
+    assert weighed.levels[9].bits == 8 > plain.levels[9].bits
+
+
+@given(st.integers(0, 10**6), st.floats(0.0, 1.0))
+def test_what_is_spent_stays_under_the_budget(seed: int, share: float) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    costs = torch.rand(6, 5, generator=rng).cumsum(1) + 0.01
+    errors = torch.rand(6, 5, generator=rng)
+    least, most = float(costs[:, 0].sum()), float(costs[:, -1].sum())
+    budget = least + share * (most - least) + 1e-5
+    chosen = spend(errors, costs, budget)
+    assert float(costs[range(6), chosen].sum()) <= budget
+    assert all(errors[i, c] <= errors[i, 0] for i, c in enumerate(chosen))
+    if share == 1.0:
+        assert chosen == errors.argmin(1).tolist()

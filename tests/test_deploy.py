@@ -1,0 +1,124 @@
+"""From a budget to files: sizes, what is read back, and bad budgets."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import with_adapter
+from transformers import PreTrainedTokenizerBase
+
+from lib import deploy as module
+from lib.artifacts import verified
+from lib.coa import CoaLora
+from lib.configuration import KINDS, LEVELS, Configuration, Level
+from lib.deploy import deploy_packed, load_deployed
+from lib.errors import UserError
+from lib.packing import PackedLinear
+from lib.surrogate import numbers
+from lib.switchable import Switchable
+from lib.tasks import held_out_loss, sensors
+
+pytestmark = pytest.mark.usefixtures("float32")
+# Two blocks of width 64 and 49,152 rows of embedding: 3.3 MB in 8 bits.
+LOW, HIGH = Level(2, 2, "bf16", 64, 256), Level(8, 8, "bf16", 16, 256)
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_directory: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter and a front of three plans for the tiny model."""
+    root = tmp_path_factory.mktemp("data")
+    base = Switchable.load(tiny_directory)
+    plans = [Configuration.uniform(base.layers, level) for level in (LOW, Level(), HIGH)]
+    root.joinpath("fronts").mkdir()
+    root.joinpath("fronts/sensors.json").write_text(json.dumps({
+        "base_hash": base.fingerprint, "front": [
+            {"bits": p.bits, "loss": loss, "levels": " ".join(map(str, numbers(p).tolist()))}
+            for p, loss in zip(plans, (9.0, 5.0, 4.0), strict=True)]}))
+    coa = CoaLora(with_adapter(base.model, target_modules=list(KINDS)), base)
+    torch.nn.init.normal_(coa.network.network[-1].weight, std=0.1)
+    coa.save_pretrained(root / "adapters/sensors_coa")
+    return root
+
+
+def size(folder: Path) -> int:
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+
+
+def run(folder: Path, model: str, budget: float, out: Path) -> module.Deployed:
+    return deploy_packed("sensors", budget, out, examples=2, model=model, folder=folder)
+
+
+@pytest.mark.parametrize("budget", [6.0, 7.6, 8.5])
+def test_the_size_stays_under_the_budget_and_near_the_prediction(
+        folder: Path, tiny_directory: str, tmp_path: Path, budget: float) -> None:
+    done = run(folder, tiny_directory, budget, tmp_path / "out")
+    assert done.actual_mb == pytest.approx(size(tmp_path / "out") / 1e6)
+    assert done.actual_mb <= done.predicted_mb <= budget
+    assert done.predicted_mb - done.actual_mb < 0.16
+    verified(tmp_path / "out")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_larger_budget_buys_a_lower_loss(folder: Path, tiny_directory: str,
+                                           tmp_path: Path) -> None:
+    done = [run(folder, tiny_directory, b, tmp_path / f"{b}") for b in (6.0, 8.5)]
+    # At 6 MB only the 4-bit embedding fits; at 8.5 the better of the two is taken.
+    assert (done[0].embedding, done[0].considered, done[1].considered) == ("4 bits", 3, 6)
+    assert done[1].loss <= done[0].loss
+
+
+def test_what_is_read_back_is_what_was_measured(
+        folder: Path, tiny_directory: str, tmp_path: Path,
+        tokenizer: PreTrainedTokenizerBase) -> None:
+    done = run(folder, tiny_directory, 8.5, tmp_path / "out")
+    held = sensors("validation", 48)
+    small, plain = (load_deployed(tmp_path / "out", packed_layers=p) for p in (True, False))
+    assert sum(isinstance(m, PackedLinear) for m in small.modules()) == 14
+    assert not any(isinstance(m, PackedLinear) for m in plain.modules())
+    for model in (small, plain):
+        # The adapter is stored in float16.
+        assert held_out_loss(model, tokenizer, held) == pytest.approx(done.loss, rel=1e-3)
+
+
+@pytest.mark.parametrize(("budget", "words"), [
+    (1.0, "below the smallest known plan: give .* MB more"),
+    (100.0, "nothing need be quantised")])
+def test_budgets_out_of_reach(folder: Path, tiny_directory: str, tmp_path: Path,
+                              budget: float, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        run(folder, tiny_directory, budget, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_missing_size_is_enough(folder: Path, tiny_directory: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        run(folder, tiny_directory, 1.0, tmp_path / "out")
+    more = float(str(error.value).split("give ")[1].split()[0])
+    assert run(folder, tiny_directory, 1.0 + more, tmp_path / "out").plan.levels[0] == LOW
+    with pytest.raises(UserError, match="MB more"):
+        run(folder, tiny_directory, 0.8 + more, tmp_path / "other")
+
+
+def test_a_place_that_is_taken_and_an_unknown_task(folder: Path, tiny_directory: str,
+                                                   tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="exists: choose a new folder"):
+        run(folder, tiny_directory, 6.0, tmp_path / "out")
+    assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
+    with pytest.raises(UserError, match="unknown task 'poems': use one of sensors, movies"):
+        deploy_packed("poems", 80, tmp_path / "new")
+
+
+def test_a_front_of_another_base(folder: Path, tiny_directory: str, tmp_path: Path) -> None:
+    other = json.loads((folder / "fronts/sensors.json").read_text()) | {"base_hash": "0"}
+    (tmp_path / "fronts").mkdir()
+    (tmp_path / "fronts/sensors.json").write_text(json.dumps(other))
+    with pytest.raises(UserError, match="front of another base"):
+        run(tmp_path, tiny_directory, 6.0, tmp_path / "out")
+
+
+def test_level_numbers_are_places_in_the_grid(folder: Path) -> None:
+    rows = json.loads((folder / "fronts/sensors.json").read_text())["front"]
+    assert [LEVELS[int(row["levels"].split()[0])] for row in rows] == [LOW, Level(), HIGH]
