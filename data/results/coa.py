@@ -21,6 +21,7 @@ from make import RESULTS, run_pieces, score_row, training_row
 
 from lib.artifacts import BUILD, read_json
 from lib.base_model import load_tokenizer
+from lib.compare import MAIN
 from lib.configuration import LEVELS, Configuration, Layers
 from lib.errors import UserError, require
 from lib.joint import train_over
@@ -36,8 +37,6 @@ TASKS: dict[str, Callable[..., list[Record]]] = {"sensors": sensors, "movies": m
 SEEDS = (0, 1, 2)
 SETTINGS = dataclasses.replace(PROFILES["reference"].train, mode="lora", accumulate=2)
 BUDGETS, AT_RANDOM = (2.5, 3.0, 3.5, 4.0), (3.25, 4.5)
-# The test plans that have dedicated adapters to compare with.
-MAIN = (*(f"greedy {b:g}" for b in BUDGETS), *(f"random {b:g}" for b in AT_RANDOM))
 # A film's verdict has one word, a machine's answer some forty tokens.
 NEW_TOKENS = {"sensors": 56, "movies": 12}
 
@@ -66,6 +65,7 @@ def make_plans(task: str) -> dict[str, Any]:
         budget = 2.45 + 0.48 * i
         tests[f"more greedy {budget:.2f}"] = greedy_plan(base.layers, budget, levels, errors)
         tests[f"more random {budget:.2f}"] = random_plan(base.layers, budget, rng)
+    require(tuple(tests)[:len(MAIN)] == MAIN, "the main plans have other names")
     require(not set(tests.values()) & set(training), "a test plan is in the training set")
     return {"sensitivities": felt.tolist(), "training": [*map(text, training)],
             "tests": {name: text(plan) for name, plan in tests.items()}}
@@ -129,8 +129,8 @@ def joint(task: str, method: str, seed: int) -> dict[str, Any]:
     settings = dataclasses.replace(SETTINGS, seed=seed)
     run, coa = train_over(base, TASKS[task]("train"), training, settings, method=method,
                           say_every=10)
-    if coa and seed == 0:
-        coa.save_pretrained(BUILD / "coa" / task)
+    if seed == 0:  # what the notebooks and `deploy` start from
+        run.model.save_pretrained(BUILD / "coa" / f"{task}_{method}")
     return _row(run, settings, training) | {
         "plans": measure(base, run.model, task, tests, training)}
 

@@ -1,0 +1,105 @@
+"""Two ways of adapting at the same plans, seeds and examples, from stored results.
+
+Reads what `python data/results/coa.py` wrote.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lib.artifacts import ROOT, read_json
+from lib.errors import require
+from lib.measure import paired_interval
+
+STORED = ROOT / "data" / "results" / "coa"
+# Made once for all plans; the others once for each plan.
+JOINT = ("coa", "lora")
+# The greedy plans at the paper's budgets, two random ones, and twenty more between.
+MAIN = ("greedy 2.5", "greedy 3", "greedy 3.5", "greedy 4", "random 3.25", "random 4.5")
+
+
+@dataclass(frozen=True)
+class Compared:
+    """How one way stands to another, with a 95 % interval.
+
+    Attributes:
+        value: of losses, the geometric mean of their ratios (below 1: the
+            first is better); of scores, the mean difference in points (above
+            0: the first is better).
+    """
+
+    value: float
+    low: float
+    high: float
+    seeds: int
+    plans: int
+
+    def __str__(self) -> str:
+        return (f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}] "
+                f"({self.seeds} seeds, {self.plans} plans)")
+
+
+def rows(task: str, method: str, plan: str, stored: Path = STORED) -> dict[int, dict[str, Any]]:
+    """{seed: what was measured} of a method at a plan; empty where nothing is stored."""
+    middle = "" if method in JOINT else f"-{plan.replace(' ', '-')}"
+    found = {}
+    for file in stored.glob(f"{task}-{method}{middle}-*.json"):
+        if seed := re.fullmatch(rf"{task}-{method}{re.escape(middle)}-(\d+)", file.stem):
+            measured = read_json(file)["result"]["plans"]
+            if plan in measured:
+                found[int(seed[1])] = measured[plan]
+    return found
+
+
+def pairs(task: str, one: str, other: str, plans: Sequence[str], stored: Path = STORED
+          ) -> list[list[tuple[dict[str, Any], dict[str, Any]]]]:
+    """Rows of both by seed and plan, of the seeds that both have at all plans."""
+    both = [(rows(task, one, plan, stored), rows(task, other, plan, stored)) for plan in plans]
+    seeds = sorted(set.intersection(*({*a} & {*b} for a, b in both))) if both else []
+    for a, b in both:
+        for seed in seeds:
+            require(a[seed]["plan"] == b[seed]["plan"],
+                    f"{task}: {one} and {other} were measured at different plans: run them again")
+    return [[(a[seed], b[seed]) for a, b in both] for seed in seeds]
+
+
+def compare_losses(task: str, one: str, other: str, plans: Sequence[str] = MAIN,
+                   stored: Path = STORED) -> Compared | None:
+    """Ratio of held-out losses; None where no seed has all plans.
+
+    Logarithms are averaged, so a plan that few bits have broken counts no more
+    than another. Seeds, plans and groups of ten examples are drawn anew.
+    """
+    found = pairs(task, one, other, plans, stored)
+    if not found:
+        return None
+    count = min(len(a["losses"]) for row in found for a, _ in row)
+    logs = torch.tensor([[[a["losses"][:count], b["losses"][:count]] for a, b in row]
+                         for row in found], dtype=torch.float64).log()
+    mean, low, high = paired_interval(logs[:, :, 0] - logs[:, :, 1])
+    ratios = torch.tensor([mean, low, high]).exp().tolist()
+    return Compared(*ratios, seeds=len(found), plans=len(plans))
+
+
+def compare_scores(task: str, one: str, other: str, plans: Sequence[str] = MAIN,
+                   stored: Path = STORED) -> Compared | None:
+    """Difference of scores in points, at plans where both answer and either errs."""
+    found, kept = pairs(task, one, other, plans, stored), []
+    for plan in range(len(plans) if found else 0):
+        column = [row[plan] for row in found]
+        if all("score" in x for pair in column for x in pair) and not all(
+                x["score"]["share"] in (0, 1) for pair in column for x in pair):
+            kept.append(torch.stack([_hits(a) - _hits(b) for a, b in column]))
+    if not kept:
+        return None
+    return Compared(*(100 * x for x in paired_interval(torch.stack(kept, 1))),
+                    seeds=len(found), plans=len(kept))
+
+
+def _hits(row: dict[str, Any]) -> Tensor:
+    return torch.tensor([int(hit) for hit in row["score"]["hits"]], dtype=torch.float64)
