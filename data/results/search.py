@@ -1,0 +1,118 @@
+"""Searches on the frozen CoA-LoRA adapter: each piece is a method with a seed.
+
+`python data/results/search.py` makes the pieces that are missing; with names,
+those; `python data/results/search.py front` keeps the best plans of all
+searches for `python -m lib deploy`. Every evaluation is in a journal, so a
+run that is cut goes on where it stopped.
+"""
+
+import functools
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from coa import COA, SEEDS, plans_of, text
+from make import ADAPTERS, RESULTS, run_pieces
+
+from lib.artifacts import BUILD, read_json, sha256, write_json
+from lib.base_model import load_tokenizer
+from lib.bench_search import HELD, at_random, nsga2
+from lib.coa import CoaLora
+from lib.configuration import LEVELS, Configuration
+from lib.errors import UserError
+from lib.pareto import hypervolume, kept, segment
+from lib.search import Found, Journal, reference_point, search
+from lib.surrogate import Features, numbers
+from lib.switchable import Switchable
+from lib.tasks import held_out_loss, sensors
+
+OUT, FRONT = RESULTS / "search", RESULTS.parent / "fronts" / "sensors.json"
+ADAPTER = ADAPTERS / "sensors_coa"
+METHODS, ALL_SEEDS, EVALUATIONS = ("ours", "random", "nsga2"), (*SEEDS, 3, 4), 60
+JOURNAL = BUILD / "search" / "sensors.jsonl"
+
+
+@functools.cache
+def problem() -> tuple[Switchable, Features, Callable[[torch.Tensor], float], Journal]:
+    """Model, features, the loss of a plan on the fixed held-out batch, journal."""
+    base = Switchable.load(cache_mb=1500)
+    coa = CoaLora.from_pretrained(base, ADAPTER)
+    tokenizer, held = load_tokenizer(), sensors("validation", HELD)
+    felt = torch.tensor(read_json(COA / "sensors-plans.json")["result"]["sensitivities"])
+
+    def evaluate(plan: torch.Tensor) -> float:
+        base.switch(Configuration(base.layers, tuple(LEVELS[i] for i in plan.tolist())))
+        return held_out_loss(coa.model, tokenizer, held)
+
+    key = f"{base.fingerprint[:12]} {sha256(ADAPTER / 'manifest.json')[:12]} {HELD}"
+    return base, Features.of(base, felt), evaluate, Journal(JOURNAL, key)
+
+
+def start() -> Found:
+    """The training set's plans, evaluated: where every method begins."""
+    base, features, evaluate, journal = problem()
+    plans = torch.stack([numbers(p) for p in plans_of("sensors", base.layers)[0]])
+    return Found.at(plans, features, evaluate, journal)
+
+
+def piece(method: str, seed: int) -> dict[str, Any]:
+    """One method from the starting set, its hypervolume after each evaluation."""
+    base, features, evaluate, journal = problem()
+    first = start()
+    options = {"evaluations": EVALUATIONS, "seed": seed, "journal": journal}
+    found = {
+        "ours": lambda: search(first, features, evaluate, **options),
+        "random": lambda: at_random(first, features, evaluate, base.layers, **options),
+        "nsga2": lambda: nsga2(first, features, evaluate, **options),
+    }[method]()
+    reference = reference_point(first.points)
+    volumes = [hypervolume(found.points[:i], reference)
+               for i in range(len(first.plans), len(found.plans) + 1)]
+    return {"reference": [float(reference[0]), math.exp(float(reference[1]))],
+            "start": len(first.plans), "hypervolume": volumes[-1], "without_search": volumes[0],
+            "hypervolumes": [round(v, 6) for v in volumes],
+            "raw_hypervolume": _raw(found, reference), "raw_without": _raw(first, reference),
+            "segments": len(segment(found.points[:, 0]).unique()),
+            "points": [[round(b, 4), round(math.exp(y), 5)] for b, y in found.points.tolist()]}
+
+
+def _raw(found: Found, reference: torch.Tensor) -> float:
+    """Hypervolume with the loss itself instead of its logarithm."""
+    points = found.points.clone()
+    points[:, 1] = points[:, 1].exp()
+    return hypervolume(points, torch.stack([reference[0], reference[1].exp()]))
+
+
+def keep_front() -> None:
+    """Store the plans that are best in their segment among all that were evaluated."""
+    base, features, _, journal = problem()
+    plans = torch.tensor([*journal.known])
+    losses = torch.tensor([*journal.known.values()], dtype=torch.float64)
+    points = torch.stack([features.bits(plans), losses], 1)
+    rows = sorted(kept(points), key=lambda i: float(points[i, 0]))
+    write_json(FRONT, {
+        "command": "python data/results/search.py front", "base_hash": base.fingerprint,
+        "adapter": sha256(ADAPTER / "manifest.json"), "evaluated": len(plans), "front": [
+            {"bits": round(float(points[i, 0]), 4), "loss": float(losses[i]),
+             "levels": text(Configuration(base.layers, tuple(
+                 LEVELS[n] for n in plans[i].tolist())))} for i in rows]})
+    print(f"{FRONT.name}: {len(rows)} of {len(plans)} plans")
+
+
+PIECES = {f"{method}-{seed}": functools.partial(piece, method, seed)
+          for seed in ALL_SEEDS for method in METHODS}
+
+if __name__ == "__main__":
+    try:
+        if sys.argv[1:] == ["front"]:
+            keep_front()
+        else:
+            run_pieces(sys.argv[1:], PIECES, results=OUT, script="search.py")
+    except UserError as error:
+        sys.exit(f"error: {error}")
