@@ -65,23 +65,27 @@ def switching() -> dict[str, Any]:
 
 @torch.inference_mode()
 def _latency(folder: Path, plan: Configuration) -> list[float]:
-    """Forward passes of one token: materialised adapter over plain adapter, less one."""
+    """Forward passes of one token: materialised adapter over plain adapter, less one.
+
+    The two take turns, and the median of 20 passes counts: other programs
+    disturb any single one.
+    """
     base = Switchable.load()
     base.switch(plan)
     model = PeftModel.from_pretrained(base.model, str(folder / "plain"), "plain")
     model.load_adapter(str(folder / "plan"), "plan")
-    ids = torch.tensor([[5]])
+    step = functools.partial(model, input_ids=torch.tensor([[5]]))
 
-    def steps() -> None:
-        for _ in range(12):
-            model(input_ids=ids)
+    def ratio() -> float:
+        taken: dict[str, list[float]] = {"plan": [], "plain": []}
+        for turn in range(20):
+            for name in sorted(taken, reverse=bool(turn % 2)):
+                model.set_adapter(name)
+                step()
+                taken[name].append(_seconds(step))
+        return statistics.median(taken["plan"]) / statistics.median(taken["plain"])
 
-    def timed(name: str) -> float:
-        model.set_adapter(name)
-        steps()
-        return _seconds(steps)
-
-    return [timed("plan") / timed("plain") - 1 for _ in range(REPEATS)]
+    return [ratio() - 1 for _ in range(REPEATS)]
 
 
 @torch.inference_mode()

@@ -83,11 +83,12 @@ def level_errors(base: Switchable) -> Tensor:
     level together; the errors are scaled back to the layers.
     """
     samples, energy = [], []
+    count = min(SAMPLE, *(size // 64 * 64 for size in base.layers.sizes))
     for index in range(len(base.layers.sizes)):
         weight = base.weight(index).reshape(-1)
         energy.append(weight.square().sum())
         blocks = weight[: weight.numel() // 64 * 64].view(-1, 64)
-        part = blocks[:: max(1, weight.numel() // SAMPLE)].reshape(-1)[:SAMPLE]
+        part = blocks[:: weight.numel() // count].reshape(-1)[:count]
         samples.append(part / part.square().mean().sqrt())
     stacked = torch.stack(samples)
     relative = [(rounded(stacked, level, base.grid) - stacked).square().mean(1)

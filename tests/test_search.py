@@ -7,9 +7,11 @@ import random
 import pytest
 import torch
 
-from lib.configuration import LEVELS
+from lib.bench_search import at_random, nsga2
+from lib.configuration import LEVELS, Layers
 from lib.errors import UserError
 from lib.pareto import hypervolume
+from lib.plans import random_plan
 from lib.search import (
     FIELDS,
     STRIDES,
@@ -21,7 +23,8 @@ from lib.search import (
     reference_point,
     search,
 )
-from lib.surrogate import Features, Surrogate
+from lib.surrogate import Features, Surrogate, numbers
+from lib.switchable import Switchable
 
 LAYERS = 8
 
@@ -190,3 +193,50 @@ def test_a_batch_holds_different_plans(features):
     batch = propose(start, features, surrogate, reference_point(start.points), count=5,
                     rng=random.Random(0))
     assert len({tuple(p.tolist()) for p in batch}) == 5
+
+
+def test_nsga2_has_the_same_start_and_number_of_evaluations(features, tmp_path):
+    start, asked = start_of(features), []
+
+    def evaluate(plan):
+        asked.append(tuple(plan.tolist()))
+        return loss_of(features)(plan)
+
+    journal = Journal(tmp_path / "j.jsonl", "a")
+    for plan, (_, log) in zip(start.plans, start.points, strict=True):
+        journal.known[tuple(plan.tolist())] = float(log.exp())
+    found = nsga2(start, features, evaluate, evaluations=12, seed=0, journal=journal)
+    assert torch.equal(found.plans[:30].unique(dim=0), start.plans.unique(dim=0))
+    assert len(found.plans) == 42 and len(asked) <= 15
+    assert bool(((found.plans >= 0) & (found.plans < len(LEVELS))).all())
+    # Children are made of the parents' fields.
+    assert not {tuple(p.tolist()) for p in found.plans[30:]} <= {
+        tuple(p.tolist()) for p in start.plans}
+
+
+def test_random_plans_are_spread_over_the_budgets(tiny):
+    layers = Layers.of(tiny)
+    bits = torch.tensor([level.bits_per_parameter for level in LEVELS], dtype=torch.float64)
+    sizes = torch.tensor(layers.sizes, dtype=torch.float64)
+    flat = Features(torch.ones(14, 432, dtype=torch.float64),
+                    bits * (sizes / sizes.sum())[:, None], torch.ones(14, 1).double())
+    start = Found.at(torch.zeros(1, 14, dtype=torch.long), flat, lambda plan: 1.0, Journal())
+    found = at_random(start, flat, lambda plan: 2.0, layers, evaluations=30, seed=0,
+                      journal=Journal())
+    assert len(found.plans) == 31
+    assert found.points[1:, 0].min() < 3 and found.points[1:, 0].max() > 6
+
+
+def test_features_add_up_and_know_the_bits(tiny):
+    base = Switchable(tiny, dtype=torch.float32)
+    features = Features.of(base, torch.ones(14))
+    plan = random_plan(base.layers, 4.0, random.Random(0))
+    row = numbers(plan)
+    assert float(features.bits(row[None])) == pytest.approx(plan.bits)
+    sums = features.sums(row[None])[0]
+    assert float(sums[1:8].sum()) == pytest.approx(float(sums[0]))  # by kind
+    assert float(sums[8:].sum()) == pytest.approx(float(sums[0]))  # by depth
+    # A layer's noise is its squared error, here of all its weights.
+    whole = torch.stack([(base.weight(3, level) - base.weight(3)).square().sum()
+                         for level in (LEVELS[0], LEVELS[200], LEVELS[431])])
+    assert torch.allclose(features.noise[3, [0, 200, 431]].float(), whole, rtol=0.2)
