@@ -122,13 +122,14 @@ class CoaLora:
         self.config.save_pretrained(str(part))
         make_portable(part, self.base.name)
 
-    def save_pretrained(self, out: Path | str, **_: Any) -> None:
+    def save_pretrained(self, out: Path | str, *, dtype: torch.dtype = torch.float32,
+                        **_: Any) -> None:
         """A and B as peft saves them, and theta beside them: one artifact."""
         network = self.network
         with writing(Path(out), base=self.base.name, base_hash=self.base.fingerprint,
                      grid=self.base.grid, width=network.width,
                      hidden=network.hidden) as part:
-            self._write(part, self.factors())
+            self._write(part, self.factors(dtype=dtype))
             save_file(network.state_dict(), part / "coa.safetensors")
 
     @classmethod

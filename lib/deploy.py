@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from lib.artifacts import ROOT, read_json, require_free, writing
+from lib.artifacts import MANIFEST, ROOT, read_json, require_free, sha256, writing
 from lib.base_model import best_dtype, load_tokenizer, quiet
 from lib.coa import CoaLora
 from lib.configuration import LEVELS, Configuration, Level
@@ -35,15 +35,17 @@ EMBEDDINGS = {"8 bits": Level(8, 8, "bf16", 64, 256), "4 bits": Level(4, 4, "bf1
 EMBEDDING = "model.embed_tokens.weight"
 
 
-def known_plans(file: Path, base: Switchable) -> list[tuple[Configuration, float]]:
+def known_plans(file: Path, base: Switchable, adapter: Path
+                ) -> list[tuple[Configuration, float]]:
     """The front that a search found: configurations with their held-out loss.
 
     Raises:
-        UserError: no such file, or a front of another base.
+        UserError: no such file, or a front of another base or adapter.
     """
     found = read_json(file)
-    require(found.get("base_hash") == base.fingerprint,
-            f"{file} is the front of another base: search anew")
+    for what, ours in (("base_hash", base.fingerprint), ("adapter", sha256(adapter / MANIFEST))):
+        require(found.get(what) == ours, f"{file} is the front of another "
+                f"{what.split('_')[0]}: search anew")
     return [(Configuration(base.layers, tuple(LEVELS[int(i)] for i in row["levels"].split())),
              row["loss"]) for row in found["front"]]
 
@@ -91,8 +93,9 @@ def deploy_packed(task: str, budget_mb: float, out: Path, *, examples: int = 32,
     require_free(out)
     quiet()
     base = Switchable.load(model)
-    plans = known_plans(folder / "fronts" / f"{task}.json", base)
-    coa = CoaLora.from_pretrained(base, folder / "adapters" / f"{task}_coa")
+    adapter = folder / "adapters" / f"{task}_coa"
+    coa = CoaLora.from_pretrained(base, adapter)
+    plans = known_plans(folder / "fronts" / f"{task}.json", base, adapter)
     with writing(out, task=task, budget_mb=budget_mb) as part:
         coa.materialise(plans[0][0], part / "adapter", dtype=torch.float16)
         load_tokenizer(base.name).save_pretrained(part)

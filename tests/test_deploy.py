@@ -1,6 +1,7 @@
 """From a budget to files: sizes, what is read back, and bad budgets."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from conftest import with_adapter
 from transformers import PreTrainedTokenizerBase
 
 from lib import deploy as module
-from lib.artifacts import verified
+from lib.artifacts import sha256, verified
 from lib.coa import CoaLora
 from lib.configuration import KINDS, LEVELS, Configuration, Level
 from lib.deploy import deploy_packed, load_deployed
@@ -30,14 +31,15 @@ def folder(tiny_directory: str, tmp_path_factory: pytest.TempPathFactory) -> Pat
     root = tmp_path_factory.mktemp("data")
     base = Switchable.load(tiny_directory)
     plans = [Configuration.uniform(base.layers, level) for level in (LOW, Level(), HIGH)]
-    root.joinpath("fronts").mkdir()
-    root.joinpath("fronts/sensors.json").write_text(json.dumps({
-        "base_hash": base.fingerprint, "front": [
-            {"bits": p.bits, "loss": loss, "levels": " ".join(map(str, numbers(p).tolist()))}
-            for p, loss in zip(plans, (9.0, 5.0, 4.0), strict=True)]}))
     coa = CoaLora(with_adapter(base.model, target_modules=list(KINDS)), base)
     torch.nn.init.normal_(coa.network.network[-1].weight, std=0.1)
     coa.save_pretrained(root / "adapters/sensors_coa")
+    root.joinpath("fronts").mkdir()
+    root.joinpath("fronts/sensors.json").write_text(json.dumps({
+        "base_hash": base.fingerprint,
+        "adapter": sha256(root / "adapters/sensors_coa/manifest.json"), "front": [
+            {"bits": p.bits, "loss": loss, "levels": " ".join(map(str, numbers(p).tolist()))}
+            for p, loss in zip(plans, (9.0, 5.0, 4.0), strict=True)]}))
     return root
 
 
@@ -111,12 +113,15 @@ def test_a_place_that_is_taken_and_an_unknown_task(folder: Path, tiny_directory:
         deploy_packed("poems", 80, tmp_path / "new")
 
 
-def test_a_front_of_another_base(folder: Path, tiny_directory: str, tmp_path: Path) -> None:
-    other = json.loads((folder / "fronts/sensors.json").read_text()) | {"base_hash": "0"}
-    (tmp_path / "fronts").mkdir()
-    (tmp_path / "fronts/sensors.json").write_text(json.dumps(other))
-    with pytest.raises(UserError, match="front of another base"):
-        run(tmp_path, tiny_directory, 6.0, tmp_path / "out")
+@pytest.mark.parametrize(("key", "words"), [("base_hash", "another base"),
+                                           ("adapter", "another adapter")])
+def test_a_front_of_something_else(folder: Path, tiny_directory: str, tmp_path: Path,
+                                   key: str, words: str) -> None:
+    other = json.loads((folder / "fronts/sensors.json").read_text()) | {key: "0"}
+    shutil.copytree(folder, tmp_path / "data")
+    (tmp_path / "data/fronts/sensors.json").write_text(json.dumps(other))
+    with pytest.raises(UserError, match=f"front of {words}"):
+        run(tmp_path / "data", tiny_directory, 6.0, tmp_path / "out")
 
 
 def test_level_numbers_are_places_in_the_grid(folder: Path) -> None:

@@ -19,9 +19,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from make import RESULTS, run_pieces, score_row, training_row
+from make import ADAPTERS, RESULTS, run_pieces, score_row, training_row
 
-from lib.artifacts import BUILD, read_json
+from lib.artifacts import read_json
 from lib.base_model import load_tokenizer
 from lib.compare import MAIN
 from lib.configuration import LEVELS, Configuration, Layers
@@ -133,10 +133,10 @@ def joint(task: str, method: str, seed: int) -> dict[str, Any]:
     base = Switchable.load()
     training, tests = plans_of(task, base.layers)
     settings = dataclasses.replace(SETTINGS, seed=seed)
-    run, _ = train_over(base, TASKS[task]("train"), training, settings, method=method,
-                        say_every=10)
-    if seed == 0:  # what the notebooks and `deploy` start from
-        run.model.save_pretrained(BUILD / "coa" / f"{task}_{method}")
+    run, coa = train_over(base, TASKS[task]("train"), training, settings, method=method,
+                          say_every=10)
+    if coa and seed == 0:  # what the notebooks and `deploy` start from
+        coa.save_pretrained(ADAPTERS / f"{task}_coa", dtype=torch.float16)
     return _row(run, settings, training) | {
         "plans": measure(base, run.model, task, tests, training)}
 
