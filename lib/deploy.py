@@ -14,9 +14,9 @@ import torch
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from lib.artifacts import MANIFEST, ROOT, read_json, require_free, sha256, writing
+from lib.artifacts import MANIFEST, ROOT, read_json, require_free, sha256, verified, writing
 from lib.base_model import best_dtype, load_tokenizer, quiet
 from lib.coa import CoaLora
 from lib.configuration import LEVELS, Configuration, Level
@@ -112,7 +112,7 @@ def deploy_packed(task: str, budget_mb: float, out: Path, *, examples: int = 32,
         save_file(rest, part / "rest.safetensors", {"embedding": json.dumps(
             EMBEDDINGS[name].as_list())})
         predicted = fixed + plan.bytes + sum(t.nbytes for t in rest.values())
-        score = keyword_score(load_deployed(part, packed_layers=False),
+        score = keyword_score(_read(part, packed_layers=False),
                               load_tokenizer(base.name), TASKS[task]("test", examples))
         facts = {"loss": loss, "score": str(score), "embedding": name}
         (part / "deployed.json").write_text(json.dumps(facts), encoding="utf-8")
@@ -165,7 +165,7 @@ def _rest(base: Switchable, level: Level) -> dict[str, torch.Tensor]:
     return rest | {name: state[name].float() for name in state if "norm" in name}
 
 
-def load_deployed(directory: Path, *, packed_layers: bool = True) -> PreTrainedModel | PeftModel:
+def load_deployed(directory: Path, *, packed_layers: bool = True) -> PeftModel:
     """The model of a directory that `deploy_packed` wrote, with its adapter.
 
     Args:
@@ -173,9 +173,13 @@ def load_deployed(directory: Path, *, packed_layers: bool = True) -> PreTrainedM
             unpack them once.
 
     Raises:
-        UserError: a missing or damaged file.
+        UserError: no such directory, a missing or damaged file.
     """
-    directory = Path(directory)
+    verified(directory)
+    return _read(Path(directory), packed_layers=packed_layers)
+
+
+def _read(directory: Path, *, packed_layers: bool) -> PeftModel:
     config = AutoConfig.from_pretrained(directory)
     model = AutoModelForCausalLM.from_config(config, dtype=best_dtype()).eval()
     tensors = load_file(directory / "rest.safetensors")

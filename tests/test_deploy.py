@@ -124,6 +124,16 @@ def test_a_front_of_something_else(folder: Path, tiny_directory: str, tmp_path: 
         run(tmp_path / "data", tiny_directory, 6.0, tmp_path / "out")
 
 
+def test_damaged_files_are_named(folder: Path, tiny_directory: str, tmp_path: Path) -> None:
+    run(folder, tiny_directory, 8.5, tmp_path / "out")
+    file = tmp_path / "out/rest.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match="rest.safetensors is missing or damaged"):
+        load_deployed(tmp_path / "out")
+    with pytest.raises(UserError, match="no artifact of this course"):
+        load_deployed(tmp_path)
+
+
 def test_level_numbers_are_places_in_the_grid(folder: Path) -> None:
     rows = json.loads((folder / "fronts/sensors.json").read_text())["front"]
     assert [LEVELS[int(row["levels"].split()[0])] for row in rows] == [LOW, Level(), HIGH]
