@@ -50,7 +50,7 @@ def parser() -> Parser:
 
     deploy = commands.add_parser("deploy", help="from a budget of bytes to files that run")
     deploy.add_argument("--task", default="sensors", help="sensors (default) or movies")
-    deploy.add_argument("--format", default="packed", choices=("packed",))
+    deploy.add_argument("--format", default="packed", choices=("packed", "gguf"))
     deploy.add_argument("--budget-mb", type=float, required=True, metavar="MB",
                         help="of all files, MB (10^6 bytes)")
     deploy.add_argument("--out", required=True, type=Path, metavar="DIR")
@@ -129,7 +129,17 @@ def command_export(args: argparse.Namespace) -> None:
 def command_deploy(args: argparse.Namespace) -> None:
     """Write the best known configuration under a budget."""
     from lib.deploy import deploy_packed
+    from lib.deploy_gguf import deploy_gguf
 
+    if args.format == "gguf":
+        made = deploy_gguf(args.task, args.budget_mb, args.out)
+        types = ", ".join(f"{n} in {kind}" for kind, n in made.types.items() if n)
+        scores = "; ".join(f"{way} {score}" for way, score in made.scores.items())
+        print(f"{args.out}: {made.actual_mb:.1f} MB ({made.predicted_mb:.1f} predicted, "
+              f"{args.budget_mb:g} allowed), {made.bits:.2f} bits a weight: {types}\n"
+              f"chosen: the adapter {made.way}; scores: {scores}\n"
+              f"start it with `python -m lib serve {args.out}`")
+        return
     done = deploy_packed(args.task, args.budget_mb, args.out)
     print(f"{args.out}: {done.actual_mb:.1f} MB ({done.predicted_mb:.1f} predicted, "
           f"{args.budget_mb:g} allowed), score {done.score}, held-out loss {done.loss:.4f}\n"

@@ -75,12 +75,13 @@ class Deployed:
 HEADERS = 150_000
 
 
-def deploy_packed(task: str, budget_mb: float, out: Path, *, examples: int = 32,
+def deploy_packed(task: str, budget_mb: float, out: Path, *, examples: int = 32, held: int = 48,
                   model: str = EMBEDDED, folder: Path = ROOT / "data") -> Deployed:
     """Write the best known plan under the budget as one artifact.
 
     Args:
         examples: test answers that are scored, by the files as they are read back.
+        held: validation examples whose loss decides how the embedding is stored.
         folder: has `adapters/TASK_coa` and `fronts/TASK.json`.
 
     Raises:
@@ -88,9 +89,7 @@ def deploy_packed(task: str, budget_mb: float, out: Path, *, examples: int = 32,
             smallest known plan or above the model in 16 bits; nothing is written.
     """
     require(task in TASKS, f"unknown task {task!r}: use one of {', '.join(TASKS)}")
-    require(not out.exists() or (out.is_dir() and not any(out.iterdir())),
-            f"{out} exists: choose a new folder")
-    require_free(out)
+    require_new(out)
     quiet()
     base = Switchable.load(model)
     adapter = folder / "adapters" / f"{task}_coa"
@@ -100,11 +99,12 @@ def deploy_packed(task: str, budget_mb: float, out: Path, *, examples: int = 32,
         coa.materialise(plans[0][0], part / "adapter", dtype=torch.float16)
         load_tokenizer(base.name).save_pretrained(part)
         base.model.config.save_pretrained(part)
-        fixed = _size(part) + HEADERS
+        fixed = folder_size(part) + HEADERS
         plain = (2 * base.model.num_parameters() + fixed) / MB
         require(budget_mb < plain, f"{budget_mb:g} MB hold the model in 16 bits with its adapter "
                 f"({plain:.0f} MB): nothing need be quantised")
-        chosen, considered = _choose(task, base, coa, plans, budget_mb * MB - fixed)
+        chosen, considered = _choose(
+            TASKS[task]("validation", held), base, coa, plans, budget_mb * MB - fixed)
         plan, name, loss = chosen
         coa.materialise(plan, part / "adapter", dtype=torch.float16)
         save_packed(base, plan, part / "layers.safetensors")
@@ -116,10 +116,10 @@ def deploy_packed(task: str, budget_mb: float, out: Path, *, examples: int = 32,
                               load_tokenizer(base.name), TASKS[task]("test", examples))
         facts = {"loss": loss, "score": str(score), "embedding": name}
         (part / "deployed.json").write_text(json.dumps(facts), encoding="utf-8")
-    return Deployed(plan, name, predicted / MB, _size(out) / MB, loss, str(score), considered)
+    return Deployed(plan, name, predicted / MB, folder_size(out) / MB, loss, str(score), considered)
 
 
-def _choose(task: str, base: Switchable, coa: CoaLora,
+def _choose(held: list[Record], base: Switchable, coa: CoaLora,
             plans: list[tuple[Configuration, float]], room: float
             ) -> tuple[tuple[Configuration, str, float], int]:
     """The plan and embedding of least held-out loss that fit into `room` bytes."""
@@ -131,7 +131,7 @@ def _choose(task: str, base: Switchable, coa: CoaLora,
     fits = [(loss, plan, name) for plan, loss in plans for name, size in sizes.items()
             if plan.bytes + size <= room]
     # Known losses are with the plain embedding: the best plan of each is measured with it.
-    held, measured = TASKS[task]("validation", 48), []
+    measured = []
     for name in dict.fromkeys(name for *_, name in fits):
         plan = min((loss, i) for i, (loss, _, n) in enumerate(fits) if n == name)
         measured.append((_loss_with(base, coa, fits[plan[1]][1], name, held),
@@ -202,7 +202,15 @@ def _about(file: Path) -> dict[str, str]:
         return reader.metadata()
 
 
-def _size(folder: Path) -> int:
+def require_new(out: Path) -> None:
+    """UserError unless the place is free: what is there is not replaced."""
+    require(not out.exists() or (out.is_dir() and not any(out.iterdir())),
+            f"{out} exists: choose a new folder")
+    require_free(out)
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes of all files."""
     return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
 
 

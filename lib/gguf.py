@@ -111,7 +111,8 @@ def save_adapter(adapter: Path | str, out: Path, config: PretrainedConfig, *,
 
 def export(out: Path, *, kind: str = "Q8_0", route: str = "dequantized",
            merged: Path | None = None, adapters: Mapping[str, Path] | None = None,
-           model: str = EMBEDDED, weights: PreTrainedModel | None = None) -> None:
+           model: str = EMBEDDED, weights: PreTrainedModel | None = None,
+           plan: Mapping[str, str] | None = None) -> None:
     """Write what `python -m lib serve` serves: a model file, adapters beside it.
 
     Args:
@@ -121,7 +122,9 @@ def export(out: Path, *, kind: str = "Q8_0", route: str = "dequantized",
             "dequantized", the one that QLoRA adapters were trained on.
         merged: an adapter to fold in before quantising.
         adapters: adapters to keep beside the model, by name.
-        weights: what `merge` made of `merged` by this route, if it is there already.
+        weights: what `merge` made of `merged` by this route, or the base, if
+            it is there already.
+        plan: types of single modules, as in `save_model`.
     """
     require(route in ROUTES[:2], f"unknown route {route!r}: use {' or '.join(ROUTES[:2])}")
     known(kind)
@@ -133,13 +136,13 @@ def export(out: Path, *, kind: str = "Q8_0", route: str = "dequantized",
     if merged:
         weights = weights or merge(merged, route=route, model=model)
     else:
-        weights = (dequantized_base(model) if route == "dequantized"
-                   else load_model(model, dtype=torch.float32))
+        weights = weights or (dequantized_base(model) if route == "dequantized"
+                              else load_model(model, dtype=torch.float32))
     base = f"{model} {route}" + (f" + {merged.name}" if merged else "")
     files = {name: f"{name}.gguf" for name in adapters or {}}
     with writing(out, name=merged.name if merged else "base", model="model.gguf",
                  adapters=files, kind=kind, base=base) as part:
-        save_model(weights, part / "model.gguf", kind=kind, base=base)
+        save_model(weights, part / "model.gguf", kind=kind, plan=plan, base=base)
         for name, adapter in (adapters or {}).items():
             save_adapter(adapter, part / files[name], weights.config, base=base)
         opened(part / "model.gguf", {n: part / file for n, file in files.items()})

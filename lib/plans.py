@@ -87,14 +87,18 @@ def squared_error(weight: torch.Tensor, level: Level, grid: str = "nf") -> float
     return float((rounded(weight, level, grid) - weight).square().sum())
 
 
-def sensitivities(base: Switchable, records: Sequence[Record]) -> torch.Tensor:
+def sensitivities(base: Switchable, records: Sequence[Record], *, more: Sequence[str] = ()
+                  ) -> torch.Tensor:
     """(layers,): mean squared gradient of an example's loss by a layer's weights, per weight.
 
     Noise of energy e, spread evenly over n weights, moves the loss by about
     |g| sqrt(e / n); the square of that is sensitivity times energy.
+
+    Args:
+        more: further modules, whose numbers come after the layers'.
     """
     tokenizer = load_tokenizer(base.name)
-    weights = [base.model.get_submodule(name).weight for name in base.layers.names]
+    weights = [base.model.get_submodule(name).weight for name in (*base.layers.names, *more)]
     total = torch.zeros(len(weights))
     for weight in weights:
         weight.requires_grad_(True)

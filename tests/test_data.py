@@ -13,8 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
+from lib.artifacts import read_json, sha256, verified
+from lib.configuration import LEVELS
+from lib.pareto import kept
 from lib.tasks import Record, keyword_hit, read_jsonl, sensors
 
 DATA = ROOT / "data"
@@ -309,3 +313,16 @@ def test_a_line_of_the_users_own_validates(tmp_path: Path) -> None:
     copied = tmp_path / "mine.jsonl"
     copied.write_bytes((DATA / "sensors" / "validation.jsonl").read_bytes())
     assert read_jsonl(copied) == sensors("validation")
+
+
+def test_the_front_belongs_to_the_shipped_adapter() -> None:
+    found = read_json(ROOT / "data/fronts/sensors.json")
+    adapter = ROOT / "data/adapters/sensors_coa"
+    verified(adapter)
+    assert found["adapter"] == sha256(adapter / "manifest.json")
+    rows = [[int(i) for i in row["levels"].split()] for row in found["front"]]
+    assert all(len(row) == 210 and max(row) < len(LEVELS) for row in rows)
+    points = torch.tensor([[row["bits"], row["loss"]] for row in found["front"]],
+                          dtype=torch.float64)
+    assert kept(points) == list(range(len(points)))
+    assert points[0, 0] < 2.5 and points[-1, 0] > 6.5

@@ -1,0 +1,146 @@
+"""From a budget of bytes to a server's files: a type for each tensor of a GGUF file."""
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from lib.artifacts import ROOT
+from lib.base_model import quiet
+from lib.bundle import Reader
+from lib.client import ask_all, question
+from lib.configuration import KINDS
+from lib.deploy import MB, TASKS, folder_size, require_new
+from lib.embedded import EMBEDDED, embedded_gguf
+from lib.errors import require
+from lib.gguf import export
+from lib.merge import dequantized_base, merge
+from lib.plans import sensitivities, spend
+from lib.quantize import rounded
+from lib.serve import running
+from lib.switchable import Switchable
+from lib.tasks import Score, keyword_hit
+
+# What decodes fast and saves space, bits a weight ascending.
+CHOICES = {"Q4_0": 4.5, "Q4_1": 5.0, "Q5_0": 5.5, "Q5_1": 6.0, "Q8_0": 8.5}
+HEAD = "model.embed_tokens"
+SAMPLE = 1 << 14
+# Our template and names beside the embedded file's own metadata.
+MARGIN = 100_000
+
+
+@dataclass(frozen=True)
+class DeployedGguf:
+    """What was written, and why.
+
+    Attributes:
+        way: "folded", the adapter added before quantising, or "beside".
+        types: how many matrices have each type.
+        bits: bits a weight of all that is written, tokenizer included.
+        scores: test answers of each way through the server.
+    """
+
+    way: str
+    types: dict[str, int]
+    predicted_mb: float
+    actual_mb: float
+    bits: float
+    scores: dict[str, Score]
+
+
+def type_plan(weights: PreTrainedModel, felt: dict[str, float], budget: float
+              ) -> tuple[dict[str, str], float]:
+    """({module: type}, bytes): types under the budget by the error that the loss feels.
+
+    Args:
+        felt: sensitivity of each matrix, the tied embedding among them.
+        budget: bytes for all matrices.
+
+    Raises:
+        UserError: a budget below the smallest type everywhere.
+    """
+    state, names = weights.state_dict(), list(felt)
+    sizes = torch.tensor([state[f"{name}.weight"].numel() for name in names])
+    costs = sizes[:, None] * torch.tensor([*CHOICES.values()]) / 8
+    least = float(costs[:, 0].sum())
+    require(budget >= least, "the budget is below the smallest file: "
+            f"give {(least - budget) / MB + 0.1:.1f} MB more")
+    errors = torch.tensor([[_error(state[f"{name}.weight"], kind) * felt[name]
+                            for kind in CHOICES] for name in names])
+    chosen = spend(errors, costs, budget)
+    return ({name: [*CHOICES][i] for name, i in zip(names, chosen, strict=True)},
+            float(costs[range(len(names)), chosen].sum()))
+
+
+def _error(weight: torch.Tensor, kind: str) -> float:
+    """Squared error of a type on whole rows of a sample, scaled to the matrix."""
+    rows = weight[:: max(1, weight.numel() // SAMPLE)][:64].float()
+    return float((rounded(rows, kind) - rows).square().sum()) * weight.numel() / rows.numel()
+
+
+def deploy_gguf(task: str, budget_mb: float, out: Path, *, examples: int = 48,
+                model: str = EMBEDDED, folder: Path = ROOT / "data") -> DeployedGguf:
+    """Write what `python -m lib serve` serves, the better of two ways under the budget.
+
+    Raises:
+        UserError: an unknown task, a place that is taken, a budget below the
+            smallest file or above the model in 16 bits; nothing is written.
+    """
+    require(task in TASKS, f"unknown task {task!r}: use one of {', '.join(TASKS)}")
+    require_new(out)
+    quiet()
+    adapter = folder / "adapters" / f"{task}_qlora"
+    base = Switchable.load(model)
+    felt = sensitivities(base, TASKS[task]("train", 8), more=(HEAD,))
+    plain = 2 * base.model.num_parameters() / MB
+    require(budget_mb < plain, f"{budget_mb:g} MB hold the model in 16 bits "
+            f"({plain:.0f} MB): nothing need be quantised")
+    names = (*base.layers.names, HEAD)
+    shares = dict(zip(names, felt.tolist(), strict=True))
+    ways = {"folded": (merge(adapter, model=model, route="dequantized"), {}),
+            "beside": (dequantized_base(model), {task: adapter})}
+    made, scores = {}, {}
+    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        for way, (weights, beside) in ways.items():
+            fixed = _metadata() + (_lora_bytes(adapter) if beside else 0) + _norms(weights)
+            plan, size = type_plan(weights, shares, budget_mb * MB - fixed)
+            export(scratch / way, plan=plan, weights=weights, model=model,
+                   merged=None if beside else adapter, adapters=beside)
+            made[way] = (plan, (size + fixed) / MB)
+            scores[way] = _served_score(scratch / way, task, task if beside else "", examples)
+        best = max(scores, key=lambda way: scores[way].share)
+        (scratch / best).rename(out)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    plan, predicted = made[best]
+    types = {kind: [*plan.values()].count(kind) for kind in CHOICES}
+    return DeployedGguf(best, types, predicted, folder_size(out) / MB,
+                        8 * folder_size(out) / base.model.num_parameters(), scores)
+
+
+def _metadata() -> int:
+    with embedded_gguf() as path:
+        return int(Reader(path).data_offset) + MARGIN
+
+
+def _lora_bytes(adapter: Path) -> int:
+    return (adapter / "adapter_model.safetensors").stat().st_size + MARGIN
+
+
+def _norms(weights: PreTrainedModel) -> int:
+    return sum(4 * t.numel() for name, t in weights.state_dict().items()
+               if name.split(".")[-2] not in (*KINDS, "embed_tokens", "lm_head"))
+
+
+def _served_score(path: Path, task: str, name: str, examples: int) -> Score:
+    records = TASKS[task]("test", examples)
+    with running(path) as served:
+        answers = ask_all(served.url, [question(r["instruction"], model=name)
+                                       for r in records])
+    return Score(tuple(keyword_hit(a.text, r["expected_keyword"])
+                       for a, r in zip(answers, records, strict=True)),
+                 tuple(a.text for a in answers))
