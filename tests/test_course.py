@@ -1,11 +1,17 @@
 """Running notebooks: executed copies, pages, kept outputs, errors in one line."""
 
+import base64
+import io
 import json
 
+import matplotlib.pyplot as plt
 import nbformat
+import numpy as np
 import pytest
+from PIL import Image
 
 from lib import course, measure
+from lib.course import smaller
 from lib.errors import UserError
 
 FAST = "import os\nPROFILE = os.environ.get('COURSE_PROFILE', 'laptop')"
@@ -104,3 +110,19 @@ def test_measurements_are_kept_as_they_come(folders):
     assert [(r["name"], r["value"]) for r in stored["measured"]] == [("score", 0.75), ("time", 3)]
     assert stored["versions"]["torch"] and stored["profile"]["name"] == "smoke"
     assert "<td>0.75" in course._table(stored["measured"])
+
+
+def test_stored_figures_have_few_colours_and_look_the_same() -> None:
+    figure, axes = plt.subplots(figsize=(7, 3.6), dpi=80)
+    axes.plot(range(50), [x ** 0.5 for x in range(50)])
+    axes.imshow(np.random.default_rng(0).random((7, 30)), extent=(0, 20, 0, 4), aspect="auto")
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    plt.close(figure)
+    plain = base64.b64encode(file.getvalue()).decode()
+    less = smaller(plain)
+    assert len(less) < 0.8 * len(plain)
+    before, after = (np.asarray(Image.open(io.BytesIO(base64.b64decode(p))).convert("RGB"),
+                                dtype=float) for p in (plain, less))
+    assert before.shape == after.shape and abs(before - after).mean() < 2
+    assert len(smaller(less)) <= len(less)

@@ -99,7 +99,7 @@ def keep_front() -> None:
     write_json(FRONT, {
         "command": "python data/results/search.py front", "base_hash": base.fingerprint,
         "adapter": sha256(ADAPTER / "manifest.json"), "evaluated": len(plans), "front": [
-            {"bits": round(float(points[i, 0]), 4), "loss": float(losses[i]),
+            {"bits": float(points[i, 0]), "loss": float(losses[i]),
              "levels": text(Configuration(base.layers, tuple(
                  LEVELS[n] for n in plans[i].tolist())))} for i in rows]})
     print(f"{FRONT.name}: {len(rows)} of {len(plans)} plans")
