@@ -19,12 +19,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lib.artifacts import MANIFEST, ROOT, read_json, require_free, sha256, verified, writing
 from lib.base_model import best_dtype, load_tokenizer, quiet
 from lib.coa import CoaLora
-from lib.configuration import LEVELS, Configuration, Level
+from lib.configuration import Configuration, Level
 from lib.embedded import EMBEDDED
 from lib.errors import require
 from lib.lora import load_adapter
 from lib.packing import load_packed, packed, save_packed, unpack, unpacked
 from lib.quantize import dequantize, quantize
+from lib.surrogate import plan_of
 from lib.switchable import Switchable
 from lib.tasks import Record, held_out_loss, keyword_score, movies, sensors
 
@@ -46,8 +47,8 @@ def known_plans(file: Path, base: Switchable, adapter: Path
     for what, ours in (("base_hash", base.fingerprint), ("adapter", sha256(adapter / MANIFEST))):
         require(found.get(what) == ours, f"{file} is the front of another "
                 f"{what.split('_')[0]}: search anew")
-    return [(Configuration(base.layers, tuple(LEVELS[int(i)] for i in row["levels"].split())),
-             row["loss"]) for row in found["front"]]
+    return [(plan_of(base.layers, map(int, row["levels"].split())), row["loss"])
+            for row in found["front"]]
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,7 @@ def deploy_packed(task: str, budget_mb: float, out: Path, *, examples: int = 32,
         UserError: an unknown task, a place that is taken, a budget below the
             smallest known plan or above the model in 16 bits; nothing is written.
     """
-    require(task in TASKS, f"unknown task {task!r}: use one of {', '.join(TASKS)}")
-    require_new(out)
+    require_new(task, out)
     quiet()
     base = Switchable.load(model)
     adapter = folder / "adapters" / f"{task}_coa"
@@ -202,8 +202,9 @@ def _about(file: Path) -> dict[str, str]:
         return reader.metadata()
 
 
-def require_new(out: Path) -> None:
-    """UserError unless the place is free: what is there is not replaced."""
+def require_new(task: str, out: Path) -> None:
+    """UserError unless the task is known and the place free: what is there stays."""
+    require(task in TASKS, f"unknown task {task!r}: use one of {', '.join(TASKS)}")
     require(not out.exists() or (out.is_dir() and not any(out.iterdir())),
             f"{out} exists: choose a new folder")
     require_free(out)

@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from lib.plans import sensitivities, spend
 from lib.quantize import rounded
 from lib.serve import running
 from lib.switchable import Switchable
-from lib.tasks import Score, keyword_hit
+from lib.tasks import Record, Score, keyword_hit
 
 # What decodes fast and saves space, bits a weight ascending.
 CHOICES = {"Q4_0": 4.5, "Q4_1": 5.0, "Q5_0": 5.5, "Q5_1": 6.0, "Q8_0": 8.5}
@@ -89,8 +90,7 @@ def deploy_gguf(task: str, budget_mb: float, out: Path, *, examples: int = 48,
         UserError: an unknown task, a place that is taken, a budget below the
             smallest file or above the model in 16 bits; nothing is written.
     """
-    require(task in TASKS, f"unknown task {task!r}: use one of {', '.join(TASKS)}")
-    require_new(out)
+    require_new(task, out)
     quiet()
     adapter = folder / "adapters" / f"{task}_qlora"
     base = Switchable.load(model)
@@ -111,7 +111,8 @@ def deploy_gguf(task: str, budget_mb: float, out: Path, *, examples: int = 48,
             export(scratch / way, plan=plan, weights=weights, model=model,
                    merged=None if beside else adapter, adapters=beside)
             made[way] = (plan, (size + fixed) / MB)
-            scores[way] = _served_score(scratch / way, task, task if beside else "", examples)
+            scores[way] = served_score(
+                scratch / way, TASKS[task]("test", examples), task if beside else "")
         best = max(scores, key=lambda way: scores[way].share)
         (scratch / best).rename(out)
     finally:
@@ -136,8 +137,8 @@ def _norms(weights: PreTrainedModel) -> int:
                if name.split(".")[-2] not in (*KINDS, "embed_tokens", "lm_head"))
 
 
-def _served_score(path: Path, task: str, name: str, examples: int) -> Score:
-    records = TASKS[task]("test", examples)
+def served_score(path: Path, records: Sequence[Record], name: str = "") -> Score:
+    """Keyword score of a server's answers, by the adapter of this name if any."""
     with running(path) as served:
         answers = ask_all(served.url, [question(r["instruction"], model=name)
                                        for r in records])

@@ -135,8 +135,8 @@ def propose(found: Found, features: Features, surrogate: Surrogate, reference: T
     """
     points, rows = found.points, kept(found.points)
     passed = []
+    acquire = _Acquisition(features, surrogate, points, reference)
     for row in rng.sample(rows, min(STARTS, len(rows))):
-        acquire = _Acquisition(features, surrogate, points, reference)
         passed += climb(found.plans[row], acquire)
     known = {tuple(plan.tolist()) for plan in found.plans}
     passed = [plan for plan in dict.fromkeys(tuple(p.tolist()) for p in passed)

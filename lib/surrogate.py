@@ -4,8 +4,8 @@ The 1,050 fields of a configuration are not its inputs: their effect is. A level
 costs a layer some squared error; the loss feels it by the layer's sensitivity.
 """
 
-import functools
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, DotProduct, Matern, WhiteKernel
 from torch import Tensor
 
-from lib.configuration import KINDS, LEVELS, Configuration, place
+from lib.configuration import KINDS, LEVELS, Configuration, Layers, place
 from lib.quantize import rounded
 from lib.switchable import Switchable
 
@@ -23,16 +23,17 @@ SAMPLE = 1 << 12
 DEPTHS = 6
 
 
-@functools.cache
-def level_numbers() -> dict[object, int]:
-    """Where each level stands in LEVELS."""
-    return {level: i for i, level in enumerate(LEVELS)}
+NUMBERS = {level: i for i, level in enumerate(LEVELS)}
 
 
 def numbers(plan: Configuration) -> Tensor:
     """(layers,) numbers of the plan's levels in LEVELS."""
-    known = level_numbers()
-    return torch.tensor([known[level] for level in plan.levels])
+    return torch.tensor([NUMBERS[level] for level in plan.levels])
+
+
+def plan_of(layers: Layers, levels: Iterable[int]) -> Configuration:
+    """The plan that has these `numbers`."""
+    return Configuration(layers, tuple(LEVELS[i] for i in levels))
 
 
 @dataclass(frozen=True)

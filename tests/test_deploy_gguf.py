@@ -15,7 +15,7 @@ from lib.bundle import open_bundle
 from lib.configuration import KINDS, block_linears
 from lib.deploy_gguf import CHOICES, HEAD, deploy_gguf, type_plan
 from lib.errors import UserError
-from lib.tasks import Score
+from lib.tasks import Record, Score
 
 pytestmark = pytest.mark.usefixtures("float32")
 
@@ -52,12 +52,12 @@ def test_the_better_way_is_kept_under_the_budget(
         better: str) -> None:
     asked = []
 
-    def scored(path: Path, task: str, name: str, examples: int) -> Score:
-        asked.append((path.name, name, examples))
+    def scored(path: Path, records: list[Record], name: str) -> Score:
+        asked.append((path.name, name, len(records)))
         open_bundle(path)  # what a server checks before it starts
         return Score((path.name == better,), ("",))
 
-    monkeypatch.setattr(module, "_served_score", scored)
+    monkeypatch.setattr(module, "served_score", scored)
     out = tmp_path / "out"
     done = deploy_gguf("sensors", 5.2, out, model=tiny_directory, folder=folder)
     assert asked == [("folded", "", 48), ("beside", "sensors", 48)]

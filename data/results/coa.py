@@ -24,18 +24,18 @@ from make import ADAPTERS, RESULTS, run_pieces, score_row, training_row
 from lib.artifacts import read_json
 from lib.base_model import load_tokenizer
 from lib.compare import MAIN
-from lib.configuration import LEVELS, Configuration, Layers
+from lib.configuration import Configuration, Layers
+from lib.deploy import TASKS
 from lib.errors import UserError, require
 from lib.joint import train_over
 from lib.plans import error_table, greedy_plan, random_plan, sensitivities, starting_set
 from lib.profiles import PROFILES, TrainSettings
-from lib.surrogate import Features, numbers
+from lib.surrogate import Features, numbers, plan_of
 from lib.switchable import Switchable
-from lib.tasks import Record, held_out_loss, keyword_score, movies, sensors
+from lib.tasks import held_out_loss, keyword_score
 from lib.train import TrainResult
 
 COA = RESULTS / "coa"
-TASKS: dict[str, Callable[..., list[Record]]] = {"sensors": sensors, "movies": movies}
 SEEDS = (0, 1, 2)
 SETTINGS = dataclasses.replace(PROFILES["reference"].train, mode="lora", accumulate=2)
 # A plan in use takes 212 MB; more is kept only where memory is not short.
@@ -89,7 +89,7 @@ def plans_of(task: str, layers: Layers) -> tuple[list[Configuration], dict[str, 
     stored = read_json(COA / f"{task}-plans.json")["result"]
 
     def plan(row: str) -> Configuration:
-        return Configuration(layers, tuple(LEVELS[int(i)] for i in row.split()))
+        return plan_of(layers, map(int, row.split()))
 
     return [*map(plan, stored["training"])], {n: plan(r) for n, r in stored["tests"].items()}
 

@@ -28,6 +28,7 @@ from lib.base_model import best_dtype, load_model, load_tokenizer, machine, tiny
 from lib.bench import run_bench
 from lib.bench_serving import read_bandwidth, weight_bytes
 from lib.client import ask_all, question
+from lib.deploy_gguf import served_score
 from lib.errors import UserError, require
 from lib.gguf import export
 from lib.gguf import save_model as gguf_model
@@ -43,7 +44,7 @@ from lib.merge import (
 from lib.parity import compare
 from lib.profiles import PROFILES, TrainSettings
 from lib.serve import running
-from lib.tasks import Record, Score, held_out_loss, keyword_hit, keyword_score, movies, sensors
+from lib.tasks import Record, Score, held_out_loss, keyword_score, movies, sensors
 from lib.train import TrainResult, train
 
 RESULTS = ROOT / "data" / "results"
@@ -215,12 +216,7 @@ def edge() -> dict[str, Any]:
     rows, records = {}, sensors("test")
     for kind in ("F16", "Q8_0", "Q4_1", "Q8_0_lora"):
         name = "sensors" if kind.endswith("_lora") else ""
-        with running(edge_files() / kind) as served:
-            answers = ask_all(served.url, [question(r["instruction"], model=name)
-                                           for r in records])
-        hits = tuple(keyword_hit(a.text, r["expected_keyword"])
-                     for a, r in zip(answers, records, strict=True))
-        rows[kind] = {"test": score_row(Score(hits, tuple(a.text for a in answers))),
+        rows[kind] = {"test": score_row(served_score(edge_files() / kind, records, name)),
                       "mb": size_mb(WORK / "edge" / kind / "model.gguf")}
         print(f"  {kind} {rows[kind]['test']['share']:.1%}", flush=True)
     return rows

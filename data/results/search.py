@@ -24,11 +24,10 @@ from lib.artifacts import BUILD, read_json, sha256, write_json
 from lib.base_model import load_tokenizer
 from lib.bench_search import HELD, at_random, nsga2
 from lib.coa import CoaLora
-from lib.configuration import LEVELS, Configuration
 from lib.errors import UserError
 from lib.pareto import hypervolume, kept, segment
 from lib.search import Found, Journal, reference_point, search
-from lib.surrogate import Features, numbers
+from lib.surrogate import Features, numbers, plan_of
 from lib.switchable import Switchable
 from lib.tasks import held_out_loss, sensors
 
@@ -47,7 +46,7 @@ def problem() -> tuple[Switchable, Features, Callable[[torch.Tensor], float], Jo
     felt = torch.tensor(read_json(COA / "sensors-plans.json")["result"]["sensitivities"])
 
     def evaluate(plan: torch.Tensor) -> float:
-        base.switch(Configuration(base.layers, tuple(LEVELS[i] for i in plan.tolist())))
+        base.switch(plan_of(base.layers, plan.tolist()))
         return held_out_loss(coa.model, tokenizer, held)
 
     key = f"{base.fingerprint[:12]} {sha256(ADAPTER / 'manifest.json')[:12]} {HELD}"
@@ -100,8 +99,7 @@ def keep_front() -> None:
         "command": "python data/results/search.py front", "base_hash": base.fingerprint,
         "adapter": sha256(ADAPTER / "manifest.json"), "evaluated": len(plans), "front": [
             {"bits": float(points[i, 0]), "loss": float(losses[i]),
-             "levels": text(Configuration(base.layers, tuple(
-                 LEVELS[n] for n in plans[i].tolist())))} for i in rows]})
+             "levels": text(plan_of(base.layers, plans[i].tolist()))} for i in rows]})
     print(f"{FRONT.name}: {len(rows)} of {len(plans)} plans")
 
 
