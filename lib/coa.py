@@ -1,9 +1,13 @@
 """CoA-LoRA: one adapter for every configuration (Ye, Tang, Ngai, arXiv 2509.25214).
 
 A small network U_theta reads how a layer is stored and gives an r x r matrix:
-dW = (alpha / r) B (I + U) A. With U = 0, as at the start, this is LoRA.
+dW = (alpha / r) B (I + U) A. With U = 0 this is LoRA.
+
+Ours has a part that is not learned: components that only layers of some bits
+own. U takes them out of all other layers.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,8 @@ NAME = "default"
 # U is a tenth of what the network says. Adam moves each of its weights by the
 # learning rate, whatever the gradient; so U moves at a pace that suits A and B.
 PACE = 0.1
+# Bits to the share of the rank that only layers of these bits own.
+OWNED = {2: 1 / 4, 3: 1 / 8}
 
 
 class MixingNetwork(nn.Module):
@@ -31,11 +37,24 @@ class MixingNetwork(nn.Module):
 
     Reads the five fields of a level, the block's position and the layer's
     kind. All layers go through it at once: (layers, 7) to (layers, r, r).
+
+    U = pace * network(level, block, kind) + diag(gates(bits) - 1), where a gate
+    is 0 for a component that layers of other bits own, and 1 for the rest.
+
+    Args:
+        owned: bits to the share of the rank; without, all gates are 1.
     """
 
-    def __init__(self, layers: Layers, rank: int, *, width: int = 8, hidden: int = 128) -> None:
+    def __init__(self, layers: Layers, rank: int, *, width: int = 8, hidden: int = 128,
+                 owned: Mapping[int, float] | None = None) -> None:
         super().__init__()
         self.rank, self.width, self.hidden = rank, width, hidden
+        self.owned = _components(rank, owned or {})
+        gates = torch.ones(1 + len(GRID["bits"]), rank)  # the last row: not quantised
+        for bits, rows in self.owned.items():
+            gates[:, rows] = 0
+            gates[GRID["bits"].index(bits), rows] = 1
+        self.register_buffer("gates", gates, persistent=False)
         places = [place(name) for name in layers.names]
         positions = sorted({block for block, _ in places})
         sizes = [*(len(values) for values in GRID.values()), len(positions), len(KINDS)]
@@ -53,7 +72,21 @@ class MixingNetwork(nn.Module):
                 zip(configuration.indices, self.places, strict=True)]
         index = torch.tensor(rows, device=self.network[1].weight.device)
         read = torch.cat([e(index[:, i]) for i, e in enumerate(self.embeddings)], 1)
-        return PACE * self.network(read).view(-1, self.rank, self.rank)
+        learned = PACE * self.network(read).view(-1, self.rank, self.rank)
+        return learned + torch.diag_embed(self.gates[index[:, 0]] - 1)
+
+    def unquantised(self) -> Tensor:
+        """(layers, r, r): what nobody owns, unmixed."""
+        return torch.diag(self.gates[-1] - 1).expand(len(self.places), -1, -1)
+
+
+def _components(rank: int, owned: Mapping[int, float]) -> dict[int, list[int]]:
+    """Which components the layers of these bits own, counted from the last."""
+    found, end = {}, rank
+    for bits, share in owned.items():
+        count = round(rank * share)
+        found[bits], end = [*range(end - count, end)], end - count
+    return {bits: rows for bits, rows in found.items() if rows}
 
 
 class _Mixed(nn.Module):
@@ -102,7 +135,8 @@ class CoaLora:
 
     def _refresh(self, *_: Any) -> None:
         configuration = self.base.configuration
-        self.mixers = None if configuration is None else self.network(configuration)
+        self.mixers = (self.network.unquantised() if configuration is None
+                       else self.network(configuration))
 
     def factors(self, configuration: Configuration | None = None, *,
                 dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -127,8 +161,9 @@ class CoaLora:
         """A and B as peft saves them, and theta beside them: one artifact."""
         network = self.network
         with writing(Path(out), base=self.base.name, base_hash=self.base.fingerprint,
-                     grid=self.base.grid, width=network.width,
-                     hidden=network.hidden) as part:
+                     grid=self.base.grid, width=network.width, hidden=network.hidden,
+                     owned={bits: len(rows) / network.rank
+                            for bits, rows in network.owned.items()}) as part:
             self._write(part, self.factors(dtype=dtype))
             save_file(network.state_dict(), part / "coa.safetensors")
 
@@ -150,10 +185,12 @@ class CoaLora:
                     f"{str(theirs)[:8]}, this one is {ours[:8]}")
         rank = read_json(directory / "adapter_config.json").get("r")
         try:
-            network = MixingNetwork(base.layers, rank, width=saved["width"],
-                                    hidden=saved["hidden"])
+            network = MixingNetwork(
+                base.layers, rank, width=saved["width"], hidden=saved["hidden"],
+                owned={int(bits): share for bits, share in saved.get("owned", {}).items()})
             network.load_state_dict(load_file(theta))
-        except (SafetensorError, RuntimeError, KeyError, TypeError) as error:
+        except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError,
+                AttributeError) as error:
             raise UserError(f"{theta} does not fit an adapter of rank {rank} "
                             f"({' '.join(str(error).split())[:160]}): make it again") from None
         return cls(load_adapter(base.model, directory), base, network)

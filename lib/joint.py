@@ -12,43 +12,50 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import TrainerCallback
 
 from lib.base_model import load_tokenizer, quiet
-from lib.coa import NAME, CoaLora
+from lib.coa import OWNED, CoaLora, MixingNetwork
 from lib.configuration import KINDS, Configuration
+from lib.correction import input_roots, start_from_error, start_owned
 from lib.errors import require
 from lib.profiles import TrainSettings, seed_everything
 from lib.switchable import Switchable
 from lib.tasks import Record
 from lib.train import TrainResult, make_trainer, run_trainer
 
-METHODS = ("lora", "lq", "coa")
+METHODS = ("lora", "lq", "coa", "paper")
 # Below it, nats, the gradient of the loss itself is followed again.
 LEAST_LOSS = 0.02
+# Examples whose activations weigh the errors that an adapter starts from.
+WEIGHED_BY = 32
 
 
-def schedule(count: int, steps: int, seed: int) -> list[int]:
-    """Which configuration each step uses: shuffled rounds, so that all get their turn."""
+def schedule(count: int, parts: int, seed: int) -> list[int]:
+    """Which configuration each part uses: shuffled rounds, so that all get their turn."""
     rng, order = random.Random(seed), []
-    while len(order) < steps:
+    while len(order) < parts:
         order += rng.sample(range(count), count)
-    return order[:steps]
+    return order[:parts]
 
 
 class _Switching(TrainerCallback):
-    """The next configuration at the start of each optimizer step."""
+    """The next configuration for each part of an optimizer step.
+
+    A step that sees several configurations has a steadier gradient at no cost.
+    """
 
     def __init__(self, base: Switchable, plans: Sequence[Configuration],
                  order: Sequence[int]) -> None:
-        self.base, self.plans, self.order = base, plans, order
+        self.base, self.order = base, iter([plans[i] for i in order])
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.base.switch(self.plans[self.order[state.global_step]])
+        self.base.switch(next(self.order))
+
+    on_substep_end = on_step_begin
 
 
-def _relative(trainer: Any) -> None:
+def _relative(trainer: Any, parts: int) -> None:
     """Descend on the logarithm of the loss: a step's gradient over its loss.
 
     A configuration that few bits have broken has a hundred times the loss of a
@@ -58,8 +65,8 @@ def _relative(trainer: Any) -> None:
 
     def compute(*args: Any, **options: Any) -> torch.Tensor:
         loss = plain(*args, **options)
-        value = loss.detach()
-        return value + (loss - value) / value.clamp(min=LEAST_LOSS)
+        value = loss.detach()  # this part's share of the step's loss
+        return value + (loss - value) / (parts * value).clamp(min=LEAST_LOSS)
 
     trainer.compute_loss = compute
 
@@ -74,11 +81,13 @@ def train_over(base: Switchable, records: Sequence[Record], plans: Sequence[Conf
         base: a fresh switchable model; the adapter is added to it.
         plans: the configurations; one alone gives a dedicated adapter.
         method: "lora", plain; "lq", plain and started from the low-rank part of
-            the first plan's quantisation error (LQ-LoRA, Guo et al. 2023,
-            without its alternation); "coa", with the mixing network.
+            the first plan's quantisation error (in the manner of LQ-LoRA, Guo
+            et al. 2023, without its alternation); "paper", with the mixing
+            network; "coa", with components that are owned, too, and start
+            from such parts.
 
     Returns:
-        The run with its model, and the adapter with its network for "coa".
+        The run with its model, and the adapter with its network if it has one.
 
     Raises:
         UserError: no plans, an unknown method, bad settings or records.
@@ -91,32 +100,22 @@ def train_over(base: Switchable, records: Sequence[Record], plans: Sequence[Conf
             "this base has an adapter already: load a fresh one")
     quiet()
     seed_everything(settings.seed)
+    roots = input_roots(base, records[:WEIGHED_BY]) if method in ("lq", "coa") else []
     with tempfile.TemporaryDirectory() as work:
         trainer = make_trainer(base.model, load_tokenizer(), records, settings,
                                work=Path(work), say_every=say_every)
         trainer.args.save_strategy = "no"
-        coa = CoaLora(trainer.model, base) if method == "coa" else None
-        if method == "lq":
-            start_from_error(trainer.model, base, plans[0])
+        coa = None
+        if method in ("coa", "paper"):
+            network = MixingNetwork(base.layers, settings.rank,
+                                    owned=OWNED if method == "coa" else {})
+            coa = CoaLora(trainer.model, base, network)
+            start_owned(coa, roots)
+        elif method == "lq":
+            start_from_error(trainer.model, base, plans[0], roots)
         if len(plans) > 1:
-            _relative(trainer)
-        order = schedule(len(plans), settings.steps, settings.seed)
+            _relative(trainer, settings.accumulate)
+        order = schedule(len(plans), settings.steps * settings.accumulate, settings.seed)
         for callback in (_Switching(base, plans, order), *callbacks):
             trainer.add_callback(callback)
         return run_trainer(trainer, settings), coa
-
-
-@torch.no_grad()
-def start_from_error(model: PeftModel, base: Switchable, plan: Configuration) -> None:
-    """Set A and B to the best rank-r part of W - Q(W), by singular value decomposition.
-
-    (alpha / r) B A = U_r S_r V_r^T, with the root of S_r on either side.
-    """
-    for index, (name, level) in enumerate(zip(plan.layers.names, plan.levels, strict=True)):
-        layer = model.get_submodule(f"base_model.model.{name}")
-        error = base.weight(index) - base.weight(index, level)
-        rank, scale = layer.r[NAME], layer.scaling[NAME]
-        left, values, right = torch.linalg.svd(error, full_matrices=False)
-        root = (values[:rank] / scale).sqrt()
-        layer.lora_B[NAME].weight.copy_(left[:, :rank] * root)
-        layer.lora_A[NAME].weight.copy_(root[:, None] * right[:rank])

@@ -19,14 +19,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib.artifacts import read_json, writing
-from lib.coa import NAME, CoaLora, MixingNetwork
-from lib.configuration import KINDS, LEVELS, Configuration, Layers, Level
+from lib.coa import NAME, OWNED, CoaLora, MixingNetwork
+from lib.configuration import GRID, KINDS, LEVELS, Configuration, Layers, Level
+from lib.correction import input_roots, low_rank, start_from_error, start_owned
 from lib.errors import UserError
 from lib.fused import fused
 from lib.gguf import save_adapter
-from lib.joint import LEAST_LOSS, _relative, schedule, start_from_error, train_over
+from lib.joint import LEAST_LOSS, METHODS, _relative, schedule, train_over
 from lib.lora import count_trainable, load_adapter
-from lib.plans import random_plan
+from lib.plans import best_levels, random_plan
 from lib.profiles import TrainSettings
 from lib.quantize import rounded
 from lib.switchable import Switchable
@@ -280,7 +281,7 @@ def test_without_a_configuration_it_is_plain(make_tiny: Callable[[], PreTrainedM
     logits(coa.model)
     base.restore()
     plain = logits(with_adapter(make_tiny(), target_modules=list(KINDS)))
-    assert torch.equal(logits(coa.model), plain) and coa.mixers is None
+    assert torch.equal(logits(coa.model), plain) and not coa.mixers.any()
 
 
 def test_generate_uses_the_configuration_of_now(make_tiny: Callable[[], PreTrainedModel],
@@ -449,13 +450,13 @@ def quick(cheap_tokenizer: None, tokenizer: PreTrainedTokenizerBase,
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("method", ["lora", "lq", "coa"])
+@pytest.mark.parametrize("method", METHODS)
 def test_each_method_trains(make_tiny: Callable[[], PreTrainedModel], method: str,
                             tokenizer: PreTrainedTokenizerBase) -> None:
     original = state(make_tiny())
     base, run, coa = trained(make_tiny(), tokenizer, method)
     assert len(run.losses) == 6
-    assert (coa is not None) == (method == "coa")
+    assert (coa is not None) == (method in ("coa", "paper"))
     base.restore()
     for name, tensor in state(base.model).items():
         plain = name.replace(".base_layer", "")
@@ -490,18 +491,99 @@ def test_each_step_uses_its_configuration(make_tiny: Callable[[], PreTrainedMode
     assert seen == [plans[i] for i in schedule(3, 6, SETTINGS.seed)]
 
 
-def test_started_from_the_error_it_is_nearer(base: Switchable) -> None:
-    plan = Configuration.uniform(base.layers, Level(2))
+@pytest.mark.usefixtures("quick")
+def test_each_part_of_a_step_uses_its_configuration(
+        make_tiny: Callable[[], PreTrainedModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    switch = Switchable.switch
+    monkeypatch.setattr(Switchable, "switch",
+                        lambda self, plan: (seen.append(plan), switch(self, plan))[1])
+    base = Switchable(make_tiny(), dtype=torch.float32)
+    plans = [some_plan(base, seed, 3.5) for seed in range(3)]
+    train_over(base, sensors("train", 8), plans,
+               dataclasses.replace(SETTINGS, accumulate=2, steps=4), method="lora")
+    assert seen == [plans[i] for i in schedule(3, 8, SETTINGS.seed)]
+
+
+# Components that layers of some bits own, and what an adapter starts from
+
+
+def test_owned_components_serve_their_own_bits(base: Switchable) -> None:
+    network = MixingNetwork(base.layers, 16, owned=OWNED)
+    assert network.owned == {2: [12, 13, 14, 15], 3: [10, 11]}
+    for bits in GRID["bits"]:
+        plan = Configuration.uniform(base.layers, Level(bits))
+        kept = (torch.eye(16) + network(plan)).diagonal(dim1=1, dim2=2)
+        shut = [i for other, rows in network.owned.items() if other != bits for i in rows]
+        assert torch.equal(kept[0].nonzero()[:, 0],
+                           torch.tensor([i for i in range(16) if i not in shut]))
+    plain = torch.eye(16) + network.unquantised()
+    assert plain.diagonal(dim1=1, dim2=2).sum() == 10 * len(base.layers.names)
+    # A rank too small to share has no owners.
+    assert not MixingNetwork(base.layers, 2, owned={3: 1 / 8}).owned
+
+
+def test_without_a_configuration_nothing_is_corrected(base: Switchable) -> None:
+    """The original weights have no error: what was made for one must be shut."""
+    before = logits(base.model)
+    model = with_adapter(base.model, target_modules=list(KINDS), r=16)
+    for layer in model.modules():
+        if hasattr(layer, "lora_B"):
+            layer.lora_B[NAME].weight.data.zero_()
+    coa = CoaLora(model, base, MixingNetwork(base.layers, 16, owned=OWNED))
+    start_owned(coa, [torch.eye(m.in_features) for m in coa.places.values()])
+    assert torch.equal(logits(coa.model), before)
+    base.switch(Configuration.uniform(base.layers, Level(8)))
+    with_it = logits(coa.model)
+    with coa.model.disable_adapter():
+        assert torch.equal(logits(coa.model), with_it)
+
+
+def test_low_rank_is_the_best_of_its_rank() -> None:
+    generator = torch.Generator().manual_seed(0)
+    error = torch.randn(40, 30, generator=generator)
+    inputs = torch.randn(500, 30, generator=generator) * torch.logspace(0, -2, 30)
+    values, vectors = torch.linalg.eigh(inputs.T @ inputs / 500)
+    root = vectors @ values.sqrt().diag() @ vectors.T
+    felt = torch.linalg.svdvals(error @ root).square()
+    for rank in (1, 4, 12):
+        b, a = low_rank(error, root, rank)
+        assert b.shape == (40, rank) and a.shape == (rank, 30)
+        torch.testing.assert_close(b.norm(dim=0), a.norm(dim=1))
+        left = ((error - b @ a) @ root).square().sum()
+        torch.testing.assert_close(left, felt[rank:].sum(), rtol=0.02, atol=0)
+
+
+def test_input_roots_are_those_of_the_inputs(base: Switchable, cheap_tokenizer: None,
+                                             tokenizer: PreTrainedTokenizerBase,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lib.correction.load_tokenizer", lambda *_: tokenizer)
+    seen, index = [], base.layers.names.index("model.layers.1.mlp.down_proj")
+    hook = base.model.get_submodule(base.layers.names[index]).register_forward_hook(
+        lambda _, inputs, __: seen.append(inputs[0].flatten(0, -2)))
+    roots = input_roots(base, sensors("train", 3))
+    hook.remove()
+    assert len(roots) == len(base.layers.names) and len(seen) == 3
+    expected = sum(x.T @ x / len(x) for x in seen)
+    torch.testing.assert_close(roots[index] @ roots[index], expected, rtol=0.02,
+                               atol=3e-3 * float(expected.diagonal().mean()))
+
+
+def test_started_from_the_error_it_is_nearer(base: Switchable, tokenizer: PreTrainedTokenizerBase,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lib.correction.load_tokenizer", lambda *_: tokenizer)
+    plan = Configuration.uniform(base.layers, best_levels()[0])
+    roots = input_roots(base, sensors("train", 4))
     original = logits(base.model)
     base.switch(plan)
     before = (logits(base.model) - original).square().mean()
     model = with_adapter(base.model, target_modules=list(KINDS), r=32, lora_alpha=64)
-    start_from_error(model, base, plan)
+    start_from_error(model, base, plan, roots)
     for index, name in enumerate(base.layers.names):
         layer = model.get_submodule(f"base_model.model.{name}")
         error = base.weight(index) - base.weight(index, plan.levels[index])
         update = 2.0 * layer.lora_B[NAME].weight @ layer.lora_A[NAME].weight
-        assert (update - error).norm() < 0.6 * error.norm()
+        assert ((update - error) @ roots[index]).norm() < 0.6 * (error @ roots[index]).norm()
     assert (logits(model) - original).square().mean() < 0.5 * before
 
 
@@ -534,12 +616,14 @@ def test_many_plans_descend_on_the_logarithm() -> None:
         def compute_loss(self, scale: float) -> Tensor:
             return scale * weight.square().sum()
 
-    trainer = Trainer()
-    _relative(trainer)
-    for scale in (1.0, 100.0):
-        loss = trainer.compute_loss(scale)
-        assert float(loss.detach()) == pytest.approx(9 * scale)  # what is logged stays
-        (found,) = torch.autograd.grad(loss, weight)
-        assert float(found) == pytest.approx(2 / 3)  # d log(s w^2) / dw = 2 / w
-    (found,) = torch.autograd.grad(trainer.compute_loss(LEAST_LOSS / 18), weight)
-    assert float(found) == pytest.approx(6 / 18)  # below it, the loss's own over the bound
+    for parts in (1, 2):
+        trainer = Trainer()
+        _relative(trainer, parts)
+        for scale in (1.0, 100.0):
+            loss = trainer.compute_loss(scale / parts)
+            assert float(loss.detach()) == pytest.approx(9 * scale / parts)  # as logged
+            (found,) = torch.autograd.grad(loss, weight)
+            # d log(s w^2) / dw = 2 / w, and a step is the mean of its parts.
+            assert float(found) == pytest.approx(2 / 3 / parts)
+        (found,) = torch.autograd.grad(trainer.compute_loss(LEAST_LOSS / 18 / parts), weight)
+        assert float(found) == pytest.approx(6 / 18 / parts)  # below: the loss's own, scaled

@@ -11,6 +11,7 @@ import json
 import random
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -134,12 +135,14 @@ def joint(task: str, method: str, seed: int) -> dict[str, Any]:
     """One adapter over the training set, at all test plans."""
     base = Switchable.load(cache_mb=CACHE_MB)
     training, tests = plans_of(task, base.layers)
-    settings = dataclasses.replace(SETTINGS, seed=seed)
+    settings, begun = dataclasses.replace(SETTINGS, seed=seed), time.monotonic()
     run, coa = train_over(base, TASKS[task]("train"), training, settings, method=method,
                           say_every=10)
-    if coa and seed == 0:  # what the notebooks and `deploy` start from
+    whole = time.monotonic() - begun
+    if method == "coa" and seed == 0:  # what the notebooks and `deploy` start from
         coa.save_pretrained(ADAPTERS / f"{task}_coa", dtype=torch.float16)
     return _row(run, settings, training) | {
+        "with_start_s": round(whole, 1),
         "plans": measure(base, run.model, task, tests, training)}
 
 
@@ -181,6 +184,7 @@ def pieces() -> dict[str, Callable[[], dict[str, Any]]]:
         if seed == 0:
             for task in TASKS:
                 every[f"{task}-base"] = lambda t=task: untrained(t)
+                every[f"{task}-paper-0"] = lambda t=task: joint(t, "paper", 0)
                 for name in MAIN[:len(BUDGETS)]:
                     every[f"{task}-lq-{name.replace(' ', '-')}-0"] = (
                         lambda t=task, n=name: dedicated(t, "lq", 0, n))

@@ -1,0 +1,103 @@
+"""What an adapter's first values can undo of a quantisation error.
+
+An error is nearly of full rank, but a task's activations fill few directions:
+weighed by them, a few components hold most of what the layer's output feels.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from lib.base_model import load_tokenizer
+from lib.coa import NAME, CoaLora
+from lib.configuration import Configuration
+from lib.plans import best_levels
+from lib.switchable import Switchable
+from lib.tasks import Record, encode
+
+# Share of the mean variance that every direction of the inputs gets at least.
+DAMPING = 1e-3
+SPARE, SWEEPS = 8, 3
+
+
+@torch.no_grad()
+def input_roots(base: Switchable, records: Sequence[Record]) -> list[Tensor]:
+    """R^(1/2) of each layer, R = mean of x x^T over its inputs; (in, in), float32.
+
+    The inputs are those of the model as it is, on the records' tokens.
+    """
+    tokenizer, moments = load_tokenizer(base.name), [0.0] * len(base.layers.names)
+    device = base.model.device
+
+    def keep(index: int, x: Tensor) -> None:
+        x = x.detach().flatten(0, -2).float()
+        moments[index] = moments[index] + x.T @ x / len(x)
+
+    hooks = [base.model.get_submodule(name).register_forward_hook(
+        lambda _, inputs, __, i=index: keep(i, inputs[0]))
+        for index, name in enumerate(base.layers.names)]
+    try:
+        for record in records:
+            base.model.model(input_ids=torch.tensor([encode(tokenizer, record)[0]], device=device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [_root(moment.cpu()) for moment in moments]
+
+
+def _root(moment: Tensor) -> Tensor:
+    """Symmetric square root, with a floor under the small directions."""
+    values, vectors = torch.linalg.eigh(
+        moment + DAMPING * moment.diagonal().mean() * torch.eye(len(moment)))
+    return (vectors * values.clamp(min=1e-8 * float(values[-1])).sqrt()) @ vectors.T
+
+
+def low_rank(error: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """(B, A) of the given rank that minimise |(E - B A) R^(1/2)|_F.
+
+    The best rank-r part of E R^(1/2), taken back through R^(-1/2) (QERA,
+    Zhang et al. 2025, theorem 1). Row i of A and column i of B have the same norm,
+    so that Adam moves both alike.
+    """
+    # Drawn from the global generator, which the training seeds.
+    left, values, right = torch.svd_lowrank(
+        error @ root, q=min(rank + SPARE, *error.shape), niter=SWEEPS)
+    b = left[:, :rank] * values[:rank]
+    a = torch.linalg.solve(root, right[:, :rank]).T
+    even = (b.norm(dim=0) / a.norm(dim=1).clamp(min=1e-12)).sqrt().clamp(min=1e-12)
+    return b / even, a * even[:, None]
+
+
+def _set(layer: torch.nn.Module, rows: Iterable[int], b: Tensor, a: Tensor) -> None:
+    """Make some components (alpha / r) B A the given product."""
+    rows, part = list(rows), layer.scaling[NAME] ** -0.5
+    original = getattr(layer.lora_A[NAME], "parametrizations", None)
+    weight = original.weight.original if original else layer.lora_A[NAME].weight
+    weight.data[rows] = (part * a).to(weight)
+    layer.lora_B[NAME].weight.data[:, rows] = (part * b).to(weight)
+
+
+@torch.no_grad()
+def start_from_error(model: torch.nn.Module, base: Switchable, plan: Configuration,
+                     roots: Sequence[Tensor]) -> None:
+    """All of an adapter starts from the low-rank part of one plan's error W - Q(W)."""
+    for index, (name, level) in enumerate(zip(plan.layers.names, plan.levels, strict=True)):
+        layer = model.get_submodule(f"base_model.model.{name}")
+        error = base.weight(index) - base.weight(index, level)
+        _set(layer, range(layer.r[NAME]), *low_rank(error, roots[index], layer.r[NAME]))
+
+
+@torch.no_grad()
+def start_owned(coa: CoaLora, roots: Sequence[Tensor]) -> None:
+    """Each component that layers of b bits own starts from their mean error.
+
+    The mean is over the levels of b bits that greedy plans use: their errors
+    have much in common, those of other bits next to nothing.
+    """
+    base, levels = coa.base, best_levels(coa.base.grid)
+    for bits, rows in coa.network.owned.items():
+        same = [level for level in levels if level.bits == bits]
+        for index, layer in enumerate(coa.places.values()):
+            mean = sum(base.weight(index, level) for level in same) / len(same)
+            _set(layer, rows, *low_rank(base.weight(index) - mean, roots[index], len(rows)))
