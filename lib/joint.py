@@ -7,7 +7,7 @@ steps, step, optimizer) is the same, so a difference has one cause.
 
 import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from lib.switchable import Switchable
 from lib.tasks import Record
 from lib.train import TrainResult, make_trainer, run_trainer
 
+Renew = Callable[[CoaLora | None, list[Configuration]], list[Configuration]]
 METHODS = ("lora", "lq", "coa", "paper")
 # Below it, nats, the gradient of the loss itself is followed again.
 LEAST_LOSS = 0.02
@@ -31,28 +32,28 @@ LEAST_LOSS = 0.02
 WEIGHED_BY = 32
 
 
-def schedule(count: int, parts: int, seed: int) -> list[int]:
-    """Which configuration each part uses: shuffled rounds, so that all get their turn."""
-    rng, order = random.Random(seed), []
-    while len(order) < parts:
-        order += rng.sample(range(count), count)
-    return order[:parts]
-
-
 class _Switching(TrainerCallback):
     """The next configuration for each part of an optimizer step.
 
-    A step that sees several configurations has a steadier gradient at no cost.
+    Shuffled rounds, so that all get their turn. A step that sees several
+    configurations has a steadier gradient at no cost.
     """
 
-    def __init__(self, base: Switchable, plans: Sequence[Configuration],
-                 order: Sequence[int]) -> None:
-        self.base, self.order = base, iter([plans[i] for i in order])
+    def __init__(self, base: Switchable, plans: Sequence[Configuration], seed: int,
+                 renew: Callable[[list[Configuration]], list[Configuration]],
+                 renew_at: Container[int]) -> None:
+        self.base, self.plans, self.rng = base, list(plans), random.Random(seed)
+        self.renew, self.renew_at = renew, renew_at
+        self.left: list[Configuration] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.base.switch(next(self.order))
+        if state.global_step in self.renew_at:
+            self.plans, self.left = self.renew(self.plans), []
+        self.on_substep_end(args, state, control)
 
-    on_substep_end = on_step_begin
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.left = self.left or self.rng.sample(self.plans, len(self.plans))
+        self.base.switch(self.left.pop(0))
 
 
 def _relative(trainer: Any, parts: int) -> None:
@@ -73,6 +74,7 @@ def _relative(trainer: Any, parts: int) -> None:
 
 def train_over(base: Switchable, records: Sequence[Record], plans: Sequence[Configuration],
                settings: TrainSettings, *, method: str = "coa", say_every: int = 0,
+               renew: Renew | None = None, renew_at: Container[int] = (),
                callbacks: Sequence[TrainerCallback] = ()
                ) -> tuple[TrainResult, CoaLora | None]:
     """Train one adapter on a base that is at another configuration in each step.
@@ -85,6 +87,8 @@ def train_over(base: Switchable, records: Sequence[Record], plans: Sequence[Conf
             et al. 2023, without its alternation); "paper", with the mixing
             network; "coa", with components that are owned, too, and start
             from such parts.
+        renew: makes the next plans from the adapter and the plans, as
+            `lib.alternate.renewed` does, before the steps `renew_at`.
 
     Returns:
         The run with its model, and the adapter with its network if it has one.
@@ -115,7 +119,8 @@ def train_over(base: Switchable, records: Sequence[Record], plans: Sequence[Conf
             start_from_error(trainer.model, base, plans[0], roots)
         if len(plans) > 1:
             _relative(trainer, settings.accumulate)
-        order = schedule(len(plans), settings.steps * settings.accumulate, settings.seed)
-        for callback in (_Switching(base, plans, order), *callbacks):
+        switching = _Switching(base, plans, settings.seed,
+                               lambda now: renew(coa, now) if renew else now, renew_at)
+        for callback in (switching, *callbacks):
             trainer.add_callback(callback)
         return run_trainer(trainer, settings), coa

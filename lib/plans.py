@@ -16,7 +16,7 @@ from lib.tasks import Record, answer_loss, encode, pad_right
 # Where the paper's budgets start and end, bits a weight.
 BUDGETS = (2.25, 7.25)
 TOLERANCE = 0.05
-SAMPLE = 1 << 14
+SAMPLE = 1 << 12
 
 
 def random_plan(layers: Layers, budget: float, rng: random.Random) -> Configuration:
@@ -119,22 +119,33 @@ def error_table(base: Switchable, felt: torch.Tensor | None = None
                 ) -> tuple[tuple[Level, ...], torch.Tensor]:
     """Levels worth choosing from, and each layer's squared error at each, (layers, levels).
 
-    The error is taken on a sample of whole blocks and scaled to the layer.
-
     Args:
         felt: (layers,) of `sensitivities`: then the error counts as the loss
             feels it, and plans are far better at few bits.
     """
     levels = best_levels(base.grid)
-    rows = []
-    for index, size in enumerate(base.layers.sizes):
-        weight = base.weight(index).reshape(-1)
-        step = max(1, size // SAMPLE)
-        part = weight[: size // 64 * 64].view(-1, 64)[::step].reshape(-1)
-        rows.append([squared_error(part, level, base.grid) * size / part.numel()
-                     for level in levels])
-    table = torch.tensor(rows)
+    table = level_errors(base, levels)
     return levels, table if felt is None else table * felt[:, None]
+
+
+def level_errors(base: Switchable, levels: Sequence[Level]) -> torch.Tensor:
+    """(layers, levels): squared error of each layer at each level, from a sample of blocks.
+
+    Samples of all layers, each over its own root mean square, go through a
+    level together; the errors are scaled back to the layers.
+    """
+    samples, energy = [], []
+    count = min(SAMPLE, *(size // 64 * 64 for size in base.layers.sizes))
+    for index in range(len(base.layers.sizes)):
+        weight = base.weight(index).reshape(-1)
+        energy.append(weight.square().sum())
+        blocks = weight[: weight.numel() // 64 * 64].view(-1, 64)
+        part = blocks[:: weight.numel() // count].reshape(-1)[:count]
+        samples.append(part / part.square().mean().sqrt())
+    stacked = torch.stack(samples)
+    relative = [(rounded(stacked, level, base.grid) - stacked).square().mean(1)
+                for level in levels]
+    return torch.stack(relative, 1) * torch.stack(energy)[:, None]
 
 
 def greedy_plan(layers: Layers, budget: float, levels: Sequence[Level],

@@ -18,14 +18,17 @@ from torch import Tensor
 
 from lib.configuration import GRID
 from lib.errors import UserError, require
-from lib.pareto import expected_improvement, kept, require_reference
-from lib.surrogate import Features, Surrogate
+from lib.pareto import HIGH, LOW, SEGMENTS, expected_improvement, kept, require_reference, segment
+from lib.plans import best_levels, spend
+from lib.surrogate import NUMBERS, Features, Surrogate
 
 Evaluate = Callable[[Tensor], float]
 # A level's number is made of its fields' places, as itertools.product counts.
 FIELDS = tuple(len(values) for values in GRID.values())
 STRIDES = tuple(math.prod(FIELDS[i + 1:]) for i in range(len(FIELDS)))
 STARTS, STEPS, TOGETHER = 8, 6, 32
+# Of a round's plans, how many go to segments where there is none yet.
+COVER = 2
 
 
 class Journal:
@@ -131,7 +134,7 @@ def propose(found: Found, features: Features, surrogate: Surrogate, reference: T
 
     The climbs start from kept plans, drawn at random. A plan that is chosen
     counts at its expected loss when the next one is (kriging believer), so a
-    batch spreads out.
+    batch spreads out. The first ones are for segments that are empty.
     """
     points, rows = found.points, kept(found.points)
     passed = []
@@ -139,19 +142,30 @@ def propose(found: Found, features: Features, surrogate: Surrogate, reference: T
     for row in rng.sample(rows, min(STARTS, len(rows))):
         passed += climb(found.plans[row], acquire)
     known = {tuple(plan.tolist()) for plan in found.plans}
-    passed = [plan for plan in dict.fromkeys(tuple(p.tolist()) for p in passed)
-              if plan not in known]
-    require(passed, "no plan that improves on the known ones was found")
-    pool = torch.tensor(passed)
+    new = [plan for plan in dict.fromkeys(
+        tuple(p.tolist()) for p in passed + fillers(features, points)) if plan not in known]
+    require(new, "no plan that improves on the known ones was found")
+    pool = torch.tensor(new)
     bits, (mean, spread) = features.bits(pool), surrogate.predict(features.sums(pool))
     chosen: list[int] = []
-    for _ in range(min(count, len(pool))):
+    for turn in range(min(count, len(pool))):
         gain = expected_improvement(bits, mean, spread, points, reference)
+        if turn < COVER:  # gains are far below 1e9: what fills a segment comes first
+            gain += 1e9 * ~torch.isin(segment(bits), segment(points[:, 0]))
         gain[chosen] = -1.0
         best = int(gain.argmax())
         chosen.append(best)
         points = torch.cat([points, torch.stack([bits[best], mean[best]])[None]])
     return pool[chosen]
+
+
+def fillers(features: Features, points: Tensor) -> list[Tensor]:
+    """For each segment without a point, the plan whose noise is least by greedy spending."""
+    columns = torch.tensor([NUMBERS[level] for level in best_levels()])
+    empty = set(range(SEGMENTS)) - set(segment(points[:, 0]).tolist())
+    noise, cost = features.noise[:, columns], features.cost[:, columns]
+    middles = (LOW + (i + 0.5) * (HIGH - LOW) / SEGMENTS for i in sorted(empty))
+    return [columns[spend(noise, cost, middle)] for middle in middles]
 
 
 class _Acquisition:

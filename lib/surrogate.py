@@ -16,10 +16,9 @@ from sklearn.gaussian_process.kernels import ConstantKernel, DotProduct, Matern,
 from torch import Tensor
 
 from lib.configuration import KINDS, LEVELS, Configuration, Layers, place
-from lib.quantize import rounded
+from lib.plans import level_errors
 from lib.switchable import Switchable
 
-SAMPLE = 1 << 12
 DEPTHS = 6
 
 
@@ -63,7 +62,7 @@ class Features:
             row[[0, 1 + KINDS.index(kind), 1 + len(KINDS) + block * DEPTHS // depth]] = 1
         sizes = torch.tensor(base.layers.sizes, dtype=torch.float64)
         bits = torch.tensor([level.bits_per_parameter for level in LEVELS], dtype=torch.float64)
-        return cls((sensitivity[:, None] * level_errors(base)).double(),
+        return cls((sensitivity[:, None] * level_errors(base, LEVELS)).double(),
                    bits * (sizes / sizes.sum())[:, None], groups[:, groups.any(0)].double())
 
     def sums(self, plans: Tensor) -> Tensor:
@@ -75,26 +74,6 @@ class Features:
         """(n, layers) level numbers to (n,) bits a weight, exact."""
         rows = torch.arange(self.cost.shape[0])
         return self.cost[rows, plans].sum(1)
-
-
-def level_errors(base: Switchable) -> Tensor:
-    """(layers, 432): squared error of each layer at each level, from a sample of weights.
-
-    Samples of all layers, each over its own root mean square, go through a
-    level together; the errors are scaled back to the layers.
-    """
-    samples, energy = [], []
-    count = min(SAMPLE, *(size // 64 * 64 for size in base.layers.sizes))
-    for index in range(len(base.layers.sizes)):
-        weight = base.weight(index).reshape(-1)
-        energy.append(weight.square().sum())
-        blocks = weight[: weight.numel() // 64 * 64].view(-1, 64)
-        part = blocks[:: weight.numel() // count].reshape(-1)[:count]
-        samples.append(part / part.square().mean().sqrt())
-    stacked = torch.stack(samples)
-    relative = [(rounded(stacked, level, base.grid) - stacked).square().mean(1)
-                for level in LEVELS]
-    return torch.stack(relative, 1) * torch.stack(energy)[:, None]
 
 
 class Surrogate:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lib.alternate import renewed
 from lib.artifacts import read_json, writing
 from lib.coa import NAME, OWNED, CoaLora, MixingNetwork
 from lib.configuration import GRID, KINDS, LEVELS, Configuration, Layers, Level
@@ -25,11 +26,12 @@ from lib.correction import input_roots, low_rank, start_from_error, start_owned
 from lib.errors import UserError
 from lib.fused import fused
 from lib.gguf import save_adapter
-from lib.joint import LEAST_LOSS, METHODS, _relative, schedule, train_over
+from lib.joint import LEAST_LOSS, METHODS, _relative, train_over
 from lib.lora import count_trainable, load_adapter
 from lib.plans import best_levels, random_plan
 from lib.profiles import TrainSettings
 from lib.quantize import rounded
+from lib.surrogate import Features
 from lib.switchable import Switchable
 from lib.tasks import sensors
 from lib.train import TrainResult
@@ -426,13 +428,6 @@ def test_nothing_here_is_slow_by_mistake(base: Switchable) -> None:
 # Training over configurations
 
 
-def test_schedule_gives_every_configuration_its_turn() -> None:
-    order = schedule(5, 12, seed=3)
-    assert len(order) == 12
-    assert sorted(order[:5]) == sorted(order[5:10]) == list(range(5))
-    assert order == schedule(5, 12, seed=3) != schedule(5, 12, seed=4)
-
-
 SETTINGS = TrainSettings(steps=6, batch_size=2, rank=4, learning_rate=1e-2, warmup=0.0)
 
 
@@ -478,31 +473,54 @@ def test_the_same_seed_gives_the_same_adapter(make_tiny: Callable[[], PreTrained
         first.network.parameters(), second.network.parameters(), strict=True))
 
 
-@pytest.mark.usefixtures("quick")
-def test_each_step_uses_its_configuration(make_tiny: Callable[[], PreTrainedModel],
-                                          tokenizer: PreTrainedTokenizerBase,
-                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    switch = Switchable.switch
+def switched(monkeypatch: pytest.MonkeyPatch) -> list[Configuration]:
+    """Every configuration that a model is switched to, as it happens."""
+    seen, switch = [], Switchable.switch
     monkeypatch.setattr(Switchable, "switch",
                         lambda self, plan: (seen.append(plan), switch(self, plan))[1])
-    base, _, _ = trained(make_tiny(), tokenizer, "coa")
-    plans = [some_plan(base, seed, 3.5) for seed in range(3)]
-    assert seen == [plans[i] for i in schedule(3, 6, SETTINGS.seed)]
+    return seen
 
 
 @pytest.mark.usefixtures("quick")
-def test_each_part_of_a_step_uses_its_configuration(
-        make_tiny: Callable[[], PreTrainedModel], monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    switch = Switchable.switch
-    monkeypatch.setattr(Switchable, "switch",
-                        lambda self, plan: (seen.append(plan), switch(self, plan))[1])
-    base = Switchable(make_tiny(), dtype=torch.float32)
-    plans = [some_plan(base, seed, 3.5) for seed in range(3)]
-    train_over(base, sensors("train", 8), plans,
-               dataclasses.replace(SETTINGS, accumulate=2, steps=4), method="lora")
-    assert seen == [plans[i] for i in schedule(3, 8, SETTINGS.seed)]
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_each_part_of_a_step_uses_the_next_configuration(
+        make_tiny: Callable[[], PreTrainedModel], monkeypatch: pytest.MonkeyPatch,
+        accumulate: int) -> None:
+    seen, orders = switched(monkeypatch), []
+    plans = [some_plan(Switchable(make_tiny()), seed, 3.5) for seed in range(3)]
+    for seed in (0, 0, 1):
+        train_over(Switchable(make_tiny(), dtype=torch.float32), sensors("train", 12), plans,
+                   dataclasses.replace(SETTINGS, accumulate=accumulate, seed=seed), method="lora")
+        orders.append([plans.index(plan) for plan in seen])
+        seen.clear()
+    assert len(orders[0]) == 6 * accumulate
+    for order in orders:  # all get their turn in each round
+        assert all(sorted(order[i:i + 3]) == [0, 1, 2] for i in range(0, len(order), 3))
+    assert orders[0] == orders[1] != orders[2]
+
+
+@pytest.mark.usefixtures("quick")
+def test_plans_are_renewed_by_a_search_with_the_adapter_of_now(
+        make_tiny: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerBase,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lib.alternate.load_tokenizer", lambda *_: tokenizer)
+    base, held, sets = Switchable(make_tiny(), dtype=torch.float32), sensors("validation", 3), []
+    features = Features.of(base, torch.ones(len(base.layers.names)))
+    plans = [some_plan(base, seed, 3.0 + seed) for seed in range(4)]
+
+    def renew(coa: CoaLora, now: list[Configuration]) -> list[Configuration]:
+        sets.append((now, renewed(coa, now, features=features, held=held, evaluations=5)))
+        assert coa.model.training
+        return sets[-1][1]
+
+    seen = switched(monkeypatch)
+    train_over(base, sensors("train", 12), plans, SETTINGS, renew=renew, renew_at=(2, 4))
+    (first, second), (third, last) = sets
+    assert first == plans and third == second and set(last) - set(plans)
+    # Two steps; nine evaluations; two steps; an evaluation of each plan and five more.
+    trained_on = [*seen[:2], *seen[11:13], *seen[-2:]]
+    assert set(trained_on[:2]) <= set(plans) and set(trained_on[2:4]) <= set(second)
+    assert set(trained_on[4:]) <= set(last)
 
 
 # Components that layers of some bits own, and what an adapter starts from

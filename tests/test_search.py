@@ -10,14 +10,16 @@ import torch
 from lib.bench_search import at_random, nsga2
 from lib.configuration import LEVELS, Layers
 from lib.errors import UserError
-from lib.pareto import hypervolume
+from lib.pareto import SEGMENTS, hypervolume, segment
 from lib.plans import random_plan
 from lib.search import (
+    COVER,
     FIELDS,
     STRIDES,
     Found,
     Journal,
     climb,
+    fillers,
     neighbours,
     propose,
     reference_point,
@@ -240,3 +242,21 @@ def test_features_add_up_and_know_the_bits(tiny):
     whole = torch.stack([(base.weight(3, level) - base.weight(3)).square().sum()
                          for level in (LEVELS[0], LEVELS[200], LEVELS[431])])
     assert torch.allclose(features.noise[3, [0, 200, 431]].float(), whole, rtol=0.2)
+
+
+def test_empty_segments_are_filled_first():
+    layers = 120
+    bits = torch.tensor([level.bits_per_parameter for level in LEVELS], dtype=torch.float64)
+    shares = torch.rand(layers, generator=torch.Generator().manual_seed(0)).double() + 0.01
+    features = Features(shares[:, None] * 4.0 ** -bits, (bits / layers).expand(layers, -1),
+                        torch.ones(layers, 1).double())
+    plans = torch.randint(len(LEVELS), (20, layers), generator=torch.Generator().manual_seed(0))
+    found = Found.at(plans, features, loss_of(features), Journal())
+    taken = set(segment(found.points[:, 0]).tolist())
+    made = torch.stack(fillers(features, found.points))
+    assert sorted(segment(features.bits(made)).tolist()) == [
+        i for i in range(SEGMENTS) if i not in taken]
+    surrogate = Surrogate(starts=1).fit(features.sums(found.plans), found.points[:, 1])
+    new = propose(found, features, surrogate, reference_point(found.points), count=5,
+                  rng=random.Random(0))
+    assert len(set(segment(features.bits(new)[:COVER]).tolist()) - taken) == COVER
