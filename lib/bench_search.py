@@ -35,7 +35,7 @@ from lib.tasks import held_out_loss, sensors
 
 REPEATS, EVALUATED = 5, 300
 # Examples of the held-out batch that a search looks at: the same for all plans.
-HELD = 32
+HELD = 24
 STORED = ROOT / "data" / "results" / "search"
 
 

@@ -1,5 +1,6 @@
 """From a budget of bytes to a server's files: a type for each tensor of a GGUF file."""
 
+import copy
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ from lib.deploy import MB, TASKS, folder_size, require_new
 from lib.embedded import EMBEDDED, embedded_gguf
 from lib.errors import require
 from lib.gguf import export
-from lib.merge import dequantized_base, merge
+from lib.lora import load_adapter
+from lib.merge import dequantized_base
 from lib.plans import sensitivities, spend
 from lib.quantize import rounded
 from lib.serve import running
@@ -29,6 +31,8 @@ from lib.tasks import Record, Score, keyword_hit
 CHOICES = {"Q4_0": 4.5, "Q4_1": 5.0, "Q5_0": 5.5, "Q5_1": 6.0, "Q8_0": 8.5}
 HEAD = "model.embed_tokens"
 SAMPLE = 1 << 14
+# Examples whose gradients weigh the matrices' errors.
+FELT = 4
 # Our template and names beside the embedded file's own metadata.
 MARGIN = 100_000
 
@@ -82,7 +86,7 @@ def _error(weight: torch.Tensor, kind: str) -> float:
     return float((rounded(rows, kind) - rows).square().sum()) * weight.numel() / rows.numel()
 
 
-def deploy_gguf(task: str, budget_mb: float, out: Path, *, examples: int = 48,
+def deploy_gguf(task: str, budget_mb: float, out: Path, *, examples: int = 32,
                 model: str = EMBEDDED, folder: Path = ROOT / "data") -> DeployedGguf:
     """Write what `python -m lib serve` serves, the better of two ways under the budget.
 
@@ -94,14 +98,15 @@ def deploy_gguf(task: str, budget_mb: float, out: Path, *, examples: int = 48,
     quiet()
     adapter = folder / "adapters" / f"{task}_qlora"
     base = Switchable.load(model)
-    felt = sensitivities(base, TASKS[task]("train", 8), more=(HEAD,))
+    felt = sensitivities(base, TASKS[task]("train", FELT), more=(HEAD,))
     plain = 2 * base.model.num_parameters() / MB
     require(budget_mb < plain, f"{budget_mb:g} MB hold the model in 16 bits "
             f"({plain:.0f} MB): nothing need be quantised")
     names = (*base.layers.names, HEAD)
     shares = dict(zip(names, felt.tolist(), strict=True))
-    ways = {"folded": (merge(adapter, model=model, route="dequantized"), {}),
-            "beside": (dequantized_base(model), {task: adapter})}
+    quantised = dequantized_base(model)
+    folded = load_adapter(copy.deepcopy(quantised), adapter).merge_and_unload().eval()
+    ways = {"folded": (folded, {}), "beside": (quantised, {task: adapter})}
     made, scores = {}, {}
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:

@@ -26,7 +26,7 @@ Evaluate = Callable[[Tensor], float]
 # A level's number is made of its fields' places, as itertools.product counts.
 FIELDS = tuple(len(values) for values in GRID.values())
 STRIDES = tuple(math.prod(FIELDS[i + 1:]) for i in range(len(FIELDS)))
-STARTS, STEPS, TOGETHER = 8, 6, 32
+STARTS, STEPS, TOGETHER = 5, 6, 32
 # Of a round's plans, how many go to segments where there is none yet.
 COVER = 2
 

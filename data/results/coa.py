@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from make import ADAPTERS, RESULTS, run_pieces, score_row, training_row
 
+from lib.alternate import renewed
 from lib.artifacts import read_json
 from lib.base_model import load_tokenizer
 from lib.compare import MAIN
@@ -41,6 +42,8 @@ SEEDS = (0, 1, 2)
 SETTINGS = dataclasses.replace(PROFILES["reference"].train, mode="lora", accumulate=2)
 # A plan in use takes 212 MB; more is kept only where memory is not short.
 CACHE_MB = 256
+# Search and training in turn: before these steps, so many evaluations on so many examples.
+RENEW_AT, EVALUATIONS, HELD = (34, 67), 20, 24
 BUDGETS, AT_RANDOM = (2.5, 3.0, 3.5, 4.0), (4.5, 6.0)
 # A film's verdict has one word, a machine's answer some forty tokens.
 NEW_TOKENS = {"sensors": 56, "movies": 12}
@@ -132,12 +135,22 @@ def digest(plans: Sequence[Configuration]) -> str:
 
 
 def joint(task: str, method: str, seed: int) -> dict[str, Any]:
-    """One adapter over the training set, at all test plans."""
+    """One adapter over the training set, at all test plans.
+
+    Methods are those of `train_over`, and "alternated": "coa" with a search
+    between its steps.
+    """
     base = Switchable.load(cache_mb=CACHE_MB)
     training, tests = plans_of(task, base.layers)
     settings, begun = dataclasses.replace(SETTINGS, seed=seed), time.monotonic()
-    run, coa = train_over(base, TASKS[task]("train"), training, settings, method=method,
-                          say_every=10)
+    turns = {}
+    if method == "alternated":
+        felt = torch.tensor(read_json(COA / f"{task}-plans.json")["result"]["sensitivities"])
+        turns = {"renew_at": RENEW_AT, "renew": functools.partial(
+            renewed, features=Features.of(base, felt), seed=seed, evaluations=EVALUATIONS,
+            held=TASKS[task]("validation", HELD))}
+    run, coa = train_over(base, TASKS[task]("train"), training, settings, say_every=10,
+                          method="coa" if turns else method, **turns)
     whole = time.monotonic() - begun
     if method == "coa" and seed == 0:  # what the notebooks and `deploy` start from
         coa.save_pretrained(ADAPTERS / f"{task}_coa", dtype=torch.float16)
@@ -184,7 +197,8 @@ def pieces() -> dict[str, Callable[[], dict[str, Any]]]:
         if seed == 0:
             for task in TASKS:
                 every[f"{task}-base"] = lambda t=task: untrained(t)
-                every[f"{task}-paper-0"] = lambda t=task: joint(t, "paper", 0)
+                for method in ("alternated", "paper"):
+                    every[f"{task}-{method}-0"] = lambda t=task, m=method: joint(t, m, 0)
                 for name in MAIN[:len(BUDGETS)]:
                     every[f"{task}-lq-{name.replace(' ', '-')}-0"] = (
                         lambda t=task, n=name: dedicated(t, "lq", 0, n))

@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from coa import COA, SEEDS, plans_of, text
 from make import ADAPTERS, RESULTS, run_pieces
 
+from lib.alternate import loss_with
 from lib.artifacts import BUILD, read_json, sha256, write_json
-from lib.base_model import load_tokenizer
 from lib.bench_search import HELD, at_random, nsga2
 from lib.coa import CoaLora
 from lib.errors import UserError
@@ -29,7 +29,7 @@ from lib.pareto import hypervolume, kept, segment
 from lib.search import Found, Journal, reference_point, search
 from lib.surrogate import Features, numbers, plan_of
 from lib.switchable import Switchable
-from lib.tasks import held_out_loss, sensors
+from lib.tasks import sensors
 
 OUT, FRONT = RESULTS / "search", RESULTS.parent / "fronts" / "sensors.json"
 ADAPTER = ADAPTERS / "sensors_coa"
@@ -42,13 +42,9 @@ def problem() -> tuple[Switchable, Features, Callable[[torch.Tensor], float], Jo
     """Model, features, the loss of a plan on the fixed held-out batch, journal."""
     base = Switchable.load(cache_mb=1500)
     coa = CoaLora.from_pretrained(base, ADAPTER)
-    tokenizer, held = load_tokenizer(), sensors("validation", HELD)
     felt = torch.tensor(read_json(COA / "sensors-plans.json")["result"]["sensitivities"])
 
-    def evaluate(plan: torch.Tensor) -> float:
-        base.switch(plan_of(base.layers, plan.tolist()))
-        return held_out_loss(coa.model, tokenizer, held)
-
+    evaluate = loss_with(coa, sensors("validation", HELD))
     key = f"{base.fingerprint[:12]} {sha256(ADAPTER / 'manifest.json')[:12]} {HELD}"
     return base, Features.of(base, felt), evaluate, Journal(JOURNAL, key)
 
