@@ -34,32 +34,36 @@ from lib.tasks import sensors
 OUT, FRONT = RESULTS / "search", RESULTS.parent / "fronts" / "sensors.json"
 ADAPTER = ADAPTERS / "sensors_coa"
 METHODS, ALL_SEEDS, EVALUATIONS = ("ours", "random", "nsga2"), (*SEEDS, 3, 4), 60
-JOURNAL = BUILD / "search" / "sensors.jsonl"
+JOURNALS = BUILD / "search"
 
 
 @functools.cache
-def problem() -> tuple[Switchable, Features, Callable[[torch.Tensor], float], Journal]:
-    """Model, features, the loss of a plan on the fixed held-out batch, journal."""
+def problem() -> tuple[Switchable, Features, Callable[[torch.Tensor], float], str]:
+    """Model, features, the loss of a plan on the fixed held-out batch, the journals' key."""
     base = Switchable.load(cache_mb=1500)
     coa = CoaLora.from_pretrained(base, ADAPTER)
     felt = torch.tensor(read_json(COA / "sensors-plans.json")["result"]["sensitivities"])
 
     evaluate = loss_with(coa, sensors("validation", HELD))
     key = f"{base.fingerprint[:12]} {sha256(ADAPTER / 'manifest.json')[:12]} {HELD}"
-    return base, Features.of(base, felt), evaluate, Journal(JOURNAL, key)
+    return base, Features.of(base, felt), evaluate, key
 
 
-def start() -> Found:
-    """The training set's plans, evaluated: where every method begins."""
-    base, features, evaluate, journal = problem()
-    plans = torch.stack([numbers(p) for p in plans_of("sensors", base.layers)[0]])
-    return Found.at(plans, features, evaluate, journal)
+def start(own: Journal) -> Found:
+    """The training set's plans, evaluated: where every method begins. `own` learns them, too."""
+    base, features, evaluate, key = problem()
+    plans, journal = plans_of("sensors", base.layers)[0], Journal(JOURNALS / "start.jsonl", key)
+    found = Found.at(torch.stack([*map(numbers, plans)]), features, evaluate, journal)
+    own.known |= journal.known
+    return found
 
 
 def piece(method: str, seed: int) -> dict[str, Any]:
     """One method from the starting set, its hypervolume after each evaluation."""
-    base, features, evaluate, journal = problem()
-    first = start()
+    base, features, evaluate, key = problem()
+    # A journal each, so that two searches can run side by side.
+    journal = Journal(JOURNALS / f"{method}-{seed}.jsonl", key)
+    first = start(journal)
     options = {"evaluations": EVALUATIONS, "seed": seed, "journal": journal}
     found = {
         "ours": lambda: search(first, features, evaluate, **options),
@@ -86,9 +90,12 @@ def _raw(found: Found, reference: torch.Tensor) -> float:
 
 def keep_front() -> None:
     """Store the plans that are best in their segment among all that were evaluated."""
-    base, features, _, journal = problem()
-    plans = torch.tensor([*journal.known])
-    losses = torch.tensor([*journal.known.values()], dtype=torch.float64)
+    base, features, _, key = problem()
+    known = {}
+    for file in sorted(JOURNALS.glob("*.jsonl")):
+        known |= Journal(file, key).known
+    plans = torch.tensor([*known])
+    losses = torch.tensor([*known.values()], dtype=torch.float64)
     points = torch.stack([features.bits(plans), losses], 1)
     rows = sorted(kept(points), key=lambda i: float(points[i, 0]))
     write_json(FRONT, {
