@@ -19,11 +19,13 @@ from lib.tasks import Record, encode
 # Share of the mean variance that every direction of the inputs gets at least.
 DAMPING = 1e-3
 SPARE, SWEEPS = 8, 3
+# Examples that the inputs are taken from.
+WEIGHED_BY = 32
 
 
 @torch.no_grad()
 def input_roots(base: Switchable, records: Sequence[Record]) -> list[Tensor]:
-    """R^(1/2) of each layer, R = mean of x x^T over its inputs; (in, in), float32.
+    """L of each layer with L L^T = R, the mean of x x^T over its inputs; (in, in), float32.
 
     The inputs are those of the model as it is, on the records' tokens.
     """
@@ -47,24 +49,24 @@ def input_roots(base: Switchable, records: Sequence[Record]) -> list[Tensor]:
 
 
 def _root(moment: Tensor) -> Tensor:
-    """Symmetric square root, with a floor under the small directions."""
-    values, vectors = torch.linalg.eigh(
-        moment + DAMPING * moment.diagonal().mean() * torch.eye(len(moment)))
-    return (vectors * values.clamp(min=1e-8 * float(values[-1])).sqrt()) @ vectors.T
+    """Lower triangular root (Cholesky), with a floor under the small directions."""
+    floor = DAMPING * moment.diagonal().mean() + 1e-12
+    return torch.linalg.cholesky(moment + floor * torch.eye(len(moment)))
 
 
 def low_rank(error: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """(B, A) of the given rank that minimise |(E - B A) R^(1/2)|_F.
+    """(B, A) of the given rank that minimise |(E - B A) L|_F, with L of `input_roots`.
 
-    The best rank-r part of E R^(1/2), taken back through R^(-1/2) (QERA,
-    Zhang et al. 2025, theorem 1). Row i of A and column i of B have the same norm,
-    so that Adam moves both alike.
+    That is the error of the layer's outputs. The best rank-r part of E L is taken
+    back through L (QERA, Zhang et al. 2025, with the symmetric root). Row i of
+    A and column i of B have the same norm, so that Adam moves both alike.
     """
     # Drawn from the global generator, which the training seeds.
     left, values, right = torch.svd_lowrank(
         error @ root, q=min(rank + SPARE, *error.shape), niter=SWEEPS)
     b = left[:, :rank] * values[:rank]
-    a = torch.linalg.solve(root, right[:, :rank]).T
+    # V^T L^(-1)
+    a = torch.linalg.solve_triangular(root, right[:, :rank].T, upper=False, left=False)
     even = (b.norm(dim=0) / a.norm(dim=1).clamp(min=1e-12)).sqrt().clamp(min=1e-12)
     return b / even, a * even[:, None]
 

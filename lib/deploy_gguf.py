@@ -8,18 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from lib.artifacts import ROOT
+from lib.artifacts import MANIFEST, ROOT, read_json, sha256, write_json, writing
 from lib.base_model import quiet
 from lib.bundle import Reader
 from lib.client import ask_all, question
 from lib.configuration import KINDS
+from lib.correction import WEIGHED_BY, input_roots, low_rank
 from lib.deploy import MB, TASKS, folder_size, require_new
 from lib.embedded import EMBEDDED, embedded_gguf
 from lib.errors import require
 from lib.gguf import export
-from lib.lora import load_adapter
+from lib.lora import adapter_factors, load_adapter
 from lib.merge import dequantized_base
 from lib.plans import sensitivities, spend
 from lib.quantize import rounded
@@ -42,7 +44,8 @@ class DeployedGguf:
     """What was written, and why.
 
     Attributes:
-        way: "folded", the adapter added before quantising, or "beside".
+        way: "folded", the adapter added before quantising, or "beside", the
+            adapter made anew for the base's rounded weights.
         types: how many matrices have each type.
         bits: bits a weight of all that is written, tokenizer included.
         scores: test answers of each way through the server.
@@ -90,6 +93,8 @@ def deploy_gguf(task: str, budget_mb: float, out: Path, *, examples: int = 32,
                 model: str = EMBEDDED, folder: Path = ROOT / "data") -> DeployedGguf:
     """Write what `python -m lib serve` serves, the better of two ways under the budget.
 
+    The adapter must have one layer for each linear of the blocks.
+
     Raises:
         UserError: an unknown task, a place that is taken, a budget below the
             smallest file or above the model in 16 bits; nothing is written.
@@ -106,13 +111,18 @@ def deploy_gguf(task: str, budget_mb: float, out: Path, *, examples: int = 32,
     shares = dict(zip(names, felt.tolist(), strict=True))
     quantised = dequantized_base(model)
     folded = load_adapter(copy.deepcopy(quantised), adapter).merge_and_unload().eval()
-    ways = {"folded": (folded, {}), "beside": (quantised, {task: adapter})}
+    roots = dict(zip(base.layers.names, input_roots(base, TASKS[task]("train", WEIGHED_BY)),
+                     strict=True))
+    ways = {"folded": folded, "beside": quantised}
     made, scores = {}, {}
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        for way, (weights, beside) in ways.items():
+        for way, weights in ways.items():
+            beside = {task: scratch / "adapter" / task} if way == "beside" else {}
             fixed = _metadata() + (_lora_bytes(adapter) if beside else 0) + _norms(weights)
             plan, size = type_plan(weights, shares, budget_mb * MB - fixed)
+            for new in beside.values():
+                correct(adapter, new, weights, plan, roots)
             export(scratch / way, plan=plan, weights=weights, model=model,
                    merged=None if beside else adapter, adapters=beside)
             made[way] = (plan, (size + fixed) / MB)
@@ -126,6 +136,28 @@ def deploy_gguf(task: str, budget_mb: float, out: Path, *, examples: int = 32,
     types = {kind: [*plan.values()].count(kind) for kind in CHOICES}
     return DeployedGguf(best, types, predicted, folder_size(out) / MB,
                         8 * folder_size(out) / base.model.num_parameters(), scores)
+
+
+@torch.no_grad()
+def correct(adapter: Path, out: Path, weights: PreTrainedModel, plan: dict[str, str],
+            roots: dict[str, torch.Tensor]) -> None:
+    """Make an adapter anew for its base as the file will hold it, Q(W) instead of W.
+
+    Its product becomes the low-rank part of W + dW - Q(W) that a layer's
+    outputs feel: the rank stays, and takes up some of the rounding, too.
+    """
+    tensors = {}
+    for module, (a, b, scale) in adapter_factors(adapter).items():
+        weight = weights.get_submodule(module).weight.float()
+        error = weight + scale * b @ a - rounded(weight, plan[module])
+        b, a = low_rank(error, roots[module], a.shape[0])
+        tensors[f"base_model.model.{module}.lora_A.weight"] = a.half().contiguous()
+        tensors[f"base_model.model.{module}.lora_B.weight"] = b.half().contiguous()
+    config = read_json(adapter / "adapter_config.json")
+    with writing(out, made_from=sha256(adapter / MANIFEST)) as part:
+        save_file(tensors, part / "adapter_model.safetensors")
+        write_json(part / "adapter_config.json",
+                   config | {"lora_alpha": config["r"], "use_rslora": False})
 
 
 def _metadata() -> int:

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from lib.base_model import load_tokenizer, quiet
 from lib.coa import OWNED, CoaLora, MixingNetwork
 from lib.configuration import KINDS, Configuration
-from lib.correction import input_roots, start_from_error, start_owned
+from lib.correction import WEIGHED_BY, input_roots, start_from_error, start_owned
 from lib.errors import require
 from lib.profiles import TrainSettings, seed_everything
 from lib.switchable import Switchable
@@ -28,8 +28,6 @@ Renew = Callable[[CoaLora | None, list[Configuration]], list[Configuration]]
 METHODS = ("lora", "lq", "coa", "paper")
 # Below it, nats, the gradient of the loss itself is followed again.
 LEAST_LOSS = 0.02
-# Examples whose activations weigh the errors that an adapter starts from.
-WEIGHED_BY = 32
 
 
 class _Switching(TrainerCallback):

@@ -60,7 +60,7 @@ def test_the_better_way_is_kept_under_the_budget(
     monkeypatch.setattr(module, "served_score", scored)
     out = tmp_path / "out"
     done = deploy_gguf("sensors", 5.2, out, model=tiny_directory, folder=folder)
-    assert asked == [("folded", "", 48), ("beside", "sensors", 48)]
+    assert asked == [("folded", "", 32), ("beside", "sensors", 32)]
     assert done.way == better
     assert done.actual_mb <= done.predicted_mb <= 5.2
     assert done.predicted_mb - done.actual_mb < 0.5
