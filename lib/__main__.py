@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import math
 import sys
 import time
 from pathlib import Path
@@ -53,6 +54,10 @@ def parser() -> Parser:
     deploy.add_argument("--format", default="packed", choices=("packed", "gguf"))
     deploy.add_argument("--budget-mb", type=float, required=True, metavar="MB",
                         help="of all files, MB (10^6 bytes)")
+    deploy.add_argument("--memory-mb", type=float, default=math.inf, metavar="MB",
+                        help="limit of the memory in use, measured here")
+    deploy.add_argument("--token-ms", type=float, default=math.inf, metavar="MS",
+                        help="limit of the time to decode a token, measured here")
     deploy.add_argument("--out", required=True, type=Path, metavar="DIR")
 
     serve = commands.add_parser("serve", help="serve a model on this machine")
@@ -127,24 +132,22 @@ def command_export(args: argparse.Namespace) -> None:
 
 
 def command_deploy(args: argparse.Namespace) -> None:
-    """Write the best known configuration under a budget."""
+    """Write the best known configuration under a budget, and measured limits if asked."""
     from lib.deploy import deploy_packed
     from lib.deploy_gguf import deploy_gguf
+    from lib.limits import Cost, deploy_within
 
+    way = deploy_gguf if args.format == "gguf" else deploy_packed
+    limits = Cost(args.memory_mb, args.token_ms)
+    if limits == Cost():
+        made = way(args.task, args.budget_mb, args.out)
+    else:
+        made, found = deploy_within(way, args.task, args.budget_mb, args.out, limits)
+        print(f"measured here: {found}")
+    print(f"{args.out}: {made.actual_mb:.1f} MB ({made.predicted_mb:.1f} predicted, "
+          f"{args.budget_mb:g} allowed)\n{made}")
     if args.format == "gguf":
-        made = deploy_gguf(args.task, args.budget_mb, args.out)
-        types = ", ".join(f"{n} in {kind}" for kind, n in made.types.items() if n)
-        scores = "; ".join(f"{way} {score}" for way, score in made.scores.items())
-        print(f"{args.out}: {made.actual_mb:.1f} MB ({made.predicted_mb:.1f} predicted, "
-              f"{args.budget_mb:g} allowed), {made.bits:.2f} bits a weight: {types}\n"
-              f"chosen: the adapter {made.way}; scores: {scores}\n"
-              f"start it with `python -m lib serve {args.out}`")
-        return
-    done = deploy_packed(args.task, args.budget_mb, args.out)
-    print(f"{args.out}: {done.actual_mb:.1f} MB ({done.predicted_mb:.1f} predicted, "
-          f"{args.budget_mb:g} allowed), score {done.score}, held-out loss {done.loss:.4f}\n"
-          f"chosen: {done.plan}, embedding in {done.embedding}; the least held-out loss "
-          f"of {done.considered} known plans that fit")
+        print(f"start it with `python -m lib serve {args.out}`")
 
 
 def command_serve(args: argparse.Namespace) -> None:

@@ -29,7 +29,7 @@ NAME = "default"
 # learning rate, whatever the gradient; so U moves at a pace that suits A and B.
 PACE = 0.1
 # Bits to the share of the rank that only layers of these bits own.
-OWNED = {2: 1 / 4, 3: 1 / 8}
+OWNED = {2: 1 / 4}
 
 
 class MixingNetwork(nn.Module):

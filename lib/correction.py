@@ -96,9 +96,18 @@ def start_owned(coa: CoaLora, roots: Sequence[Tensor]) -> None:
 
     The mean is over the levels of b bits that greedy plans use: their errors
     have much in common, those of other bits next to nothing.
+
+    The rows of A that nobody owns grow by sqrt(r / their number): B starts at
+    zero, so a step moves B A by the sum of |a|^2 over them, and they learn the
+    task as fast as all r would.
     """
     base, levels = coa.base, best_levels(coa.base.grid)
-    for bits, rows in coa.network.owned.items():
+    rank, owned = coa.network.rank, coa.network.owned
+    shared = [i for i in range(rank) if not any(i in rows for rows in owned.values())]
+    for layer in coa.places.values():
+        layer.lora_A[NAME].parametrizations.weight.original.data[shared] *= (
+            rank / len(shared)) ** 0.5
+    for bits, rows in owned.items():
         same = [level for level in levels if level.bits == bits]
         for index, layer in enumerate(coa.places.values()):
             mean = sum(base.weight(index, level) for level in same) / len(same)

@@ -71,6 +71,11 @@ class Deployed:
     score: str
     considered: int
 
+    def __str__(self) -> str:
+        return (f"score {self.score}, held-out loss {self.loss:.4f}\nchosen: {self.plan}, "
+                f"embedding in {self.embedding}; the least held-out loss of "
+                f"{self.considered} known plans that fit")
+
 
 # Names, places and shapes of 840 tensors, and the configuration as JSON.
 HEADERS = 150_000

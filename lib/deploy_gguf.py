@@ -58,6 +58,12 @@ class DeployedGguf:
     bits: float
     scores: dict[str, Score]
 
+    def __str__(self) -> str:
+        types = ", ".join(f"{n} in {kind}" for kind, n in self.types.items() if n)
+        scores = "; ".join(f"{way} {score}" for way, score in self.scores.items())
+        return (f"{self.bits:.2f} bits a weight: {types}\nchosen: the adapter {self.way}; "
+                f"scores: {scores}")
+
 
 def type_plan(weights: PreTrainedModel, felt: dict[str, float], budget: float
               ) -> tuple[dict[str, str], float]:

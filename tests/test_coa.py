@@ -527,7 +527,7 @@ def test_plans_are_renewed_by_a_search_with_the_adapter_of_now(
 
 
 def test_owned_components_serve_their_own_bits(base: Switchable) -> None:
-    network = MixingNetwork(base.layers, 16, owned=OWNED)
+    network = MixingNetwork(base.layers, 16, owned={2: 1 / 4, 3: 1 / 8})
     assert network.owned == {2: [12, 13, 14, 15], 3: [10, 11]}
     for bits in GRID["bits"]:
         plan = Configuration.uniform(base.layers, Level(bits))
@@ -549,7 +549,12 @@ def test_without_a_configuration_nothing_is_corrected(base: Switchable) -> None:
         if hasattr(layer, "lora_B"):
             layer.lora_B[NAME].weight.data.zero_()
     coa = CoaLora(model, base, MixingNetwork(base.layers, 16, owned=OWNED))
+    old = coa.places[base.layers.names[3]].lora_A[NAME].parametrizations.weight.original.clone()
     start_owned(coa, [torch.eye(m.in_features) for m in coa.places.values()])
+    new = coa.places[base.layers.names[3]].lora_A[NAME].parametrizations.weight.original
+    # Twelve rows that move as far as sixteen; the other four are an error's.
+    torch.testing.assert_close(new[:12].square().sum(), old[:12].square().sum() * 16 / 12)
+    assert not torch.equal(new[12:], old[12:])
     assert torch.equal(logits(coa.model), before)
     base.switch(Configuration.uniform(base.layers, Level(8)))
     with_it = logits(coa.model)
