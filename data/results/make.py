@@ -2,11 +2,12 @@
 
 `python data/results/make.py` makes every piece that is missing, in order, so
 a run that was cut goes on where it stopped; with names, it makes those again.
-`python data/results/make.py readme` puts the table into the README.
+`python data/results/make.py readme` puts the tables into the README.
 """
 
 import dataclasses
 import functools
+import math
 import statistics
 import sys
 import time
@@ -21,7 +22,14 @@ import xllamacpp
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+sys.path.append(str(HERE))  # so that this file can also be loaded from elsewhere
+
+from ledger import SEEDS, claims_table
+from outliers import outliers
+from page import page
+from sevenb import sizes
 
 from lib.artifacts import BUILD, ROOT, read_json, size_mb, versions, write_json, writing
 from lib.base_model import best_dtype, load_model, load_tokenizer, machine, tiny_model
@@ -42,7 +50,7 @@ from lib.merge import (
     save_nf4,
 )
 from lib.parity import compare
-from lib.profiles import PROFILES, TrainSettings
+from lib.profiles import MODES, PROFILES, TrainSettings
 from lib.serve import running
 from lib.tasks import Record, Score, held_out_loss, keyword_score, movies, sensors
 from lib.train import TrainResult, train
@@ -54,8 +62,10 @@ REFERENCE = PROFILES["reference"].train
 # The sweeps compare many settings, so each run is short; the loss decides.
 SWEEP = dataclasses.replace(REFERENCE, mode="lora", steps=30, batch_size=8)
 FULL_RATE = 1e-4
+SIZES = (100, 300, 1000, 1600, 5000)
 Task = Callable[[str], list[Record]]
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
+BEGIN_CLAIMS, END_CLAIMS = "<!-- claims -->", "<!-- end of claims -->"
 
 
 def score_row(score: Score) -> dict[str, Any]:
@@ -90,25 +100,46 @@ def training_row(result: TrainResult, settings: TrainSettings) -> dict[str, Any]
 
 def mode(name: str, task: Task = sensors) -> dict[str, Any]:
     """Train one of the three modes on all data, ship its adapter, score it."""
-    settings = dataclasses.replace(
-        REFERENCE, mode=name,
-        learning_rate=FULL_RATE if name == "full" else REFERENCE.learning_rate)
-    out = WORK / f"{task.__name__}_{name}"
-    result = train(task("train"), settings, out=out, say_every=10)
+    return trained(f"{task.__name__}_{name}", task, shelf=ADAPTERS, mode=name)
+
+
+def trained(name: str, task: Task = sensors, *, shelf: Path = WORK / "shipped",
+            examples: int | None = None, **changes: Any) -> dict[str, Any]:
+    """Train with some settings changed, put the adapter on the shelf, score it."""
+    rate = FULL_RATE if changes["mode"] == "full" else REFERENCE.learning_rate
+    settings = dataclasses.replace(REFERENCE, learning_rate=rate, **changes)
+    out = WORK / name
+    result = train(task("train")[:examples], settings, out=out, say_every=10)
     row = training_row(result, settings) | {"saved_mb": size_mb(out)}
-    if name == "full":
+    if settings.mode == "full":
         model = result.model
     else:
         # What is scored is the shipped float16 adapter, folded into the base
         # it was trained on: the same sums, without unpacking 4 bits each time.
-        ship(out, ADAPTERS / out.name)
-        route = "dequantized" if name == "qlora" else "original"
-        model = merge(ADAPTERS / out.name, route=route)
+        ship(out, shelf / name)
+        route = "dequantized" if settings.mode == "qlora" else "original"
+        model = merge(shelf / name, route=route)
     # In the machine's fast dtype, as it would be served.
     model.to(best_dtype())
     validation = held_out_loss(model, load_tokenizer(), task("validation"))
     splits = ("test", "test_phrasings") if task is sensors else ("test",)
     return row | score_tests(model, splits, task=task) | {"validation_loss": validation}
+
+
+def variants() -> dict[str, dict[str, Any]]:
+    """{piece: what it changes}: further seeds (T14), target sets and ranks (T5), sizes (T6).
+
+    Up to 1,600 examples the steps are the same, so few examples are seen often;
+    of 5,000 each is seen once. Alpha stays twice the rank.
+    """
+    return ({f"{mode}_{seed}": {"mode": mode, "seed": seed}
+             for seed in SEEDS[1:] for mode in MODES}
+            | {f"targets_{name}": {"mode": "lora", "targets": name}
+               for name in ("minimal", "standard")}
+            | {f"rank_{rank}": {"mode": "lora", "rank": rank, "alpha": 2 * rank}
+               for rank in (4, 64)}
+            | {f"curve_{size}": {"mode": "lora", "examples": size, "steps": max(
+                REFERENCE.steps, math.ceil(size / REFERENCE.batch_size))} for size in SIZES})
 
 
 def ship(source: Path, target: Path) -> None:
@@ -143,9 +174,9 @@ def _sweep_row(settings: TrainSettings) -> dict[str, Any]:
     return training_row(result, settings) | {"validation_loss": loss}
 
 
-def sweeps() -> dict[str, Any]:
+def sweeps(seed: int = 0) -> dict[str, Any]:
     """Claims T5 (modules), T7 (learning rates) and T8 (alpha), one at a time."""
-    vary = functools.partial(dataclasses.replace, SWEEP)
+    vary = functools.partial(dataclasses.replace, SWEEP, seed=seed)
     return {
         "targets": sweep({t: vary(targets=t) for t in ("minimal", "standard", "aggressive")}),
         "learning_rate": sweep(
@@ -154,6 +185,26 @@ def sweeps() -> dict[str, Any]:
                for r in (3e-5, 1e-4, 3e-4, 1e-3)}),
         "alpha": sweep({f"alpha {a}": vary(alpha=a) for a in (8, 32, 128)}),
     }
+
+
+def alpha() -> dict[str, Any]:
+    """Claim T8 at other ranks: alpha = 2 r, one alpha for all ranks, rsLoRA's scaling.
+
+    At rank 16 the three are one: rsLoRA's alpha of 8 over the root of 16 is 32 over 16.
+    """
+    vary = functools.partial(dataclasses.replace, SWEEP)
+    return {f"rank {rank}": sweep({
+        "alpha 2r": vary(rank=rank, alpha=2 * rank), "alpha 32": vary(rank=rank),
+        "rslora 8": vary(rank=rank, alpha=8, rslora=True)}) for rank in (4, 64)}
+
+
+@functools.cache
+def merged_files() -> Path:
+    """The QLoRA adapter, merged into the base that it was trained on, as files."""
+    directory = WORK / "dequantized"
+    if not (directory / "manifest.json").is_file():
+        save_model(merge(ADAPTERS / "sensors_qlora", route="dequantized"), directory)
+    return directory
 
 
 def pipeline() -> dict[str, Any]:
@@ -204,11 +255,9 @@ def parity() -> dict[str, Any]:
 
 def runtimes() -> dict[str, Any]:
     """Whole-test score of the ways in transformers that `pipeline` lacks."""
-    directory = WORK / "dequantized"
-    if not (directory / "manifest.json").is_file():
-        save_model(merge(ADAPTERS / "sensors_qlora", route="dequantized"), directory)
-    return {"float32": score_tests(load_saved(directory, dtype=torch.float32), ("test",)),
-            "dynamic_int8": score_tests(load_dynamic_int8(directory), ("test",))}
+    model = load_saved(merged_files(), dtype=torch.float32)
+    return {"float32": score_tests(model, ("test",)),
+            "dynamic_int8": score_tests(load_dynamic_int8(merged_files()), ("test",))}
 
 
 def edge() -> dict[str, Any]:
@@ -323,6 +372,13 @@ PIECES: dict[str, Callable[[], dict[str, Any]]] = {
     "switching": lambda: run_bench("switching"),
     "engine": engine,
     "load": load,
+    "sizes": sizes,
+    "page": page,
+    "outliers": lambda: outliers(merged_files()),
+    **{name: functools.partial(trained, f"sensors_{name}", **changes)
+       for name, changes in variants().items()},
+    "alpha": alpha,
+    **{f"sweeps_{seed}": functools.partial(sweeps, seed) for seed in SEEDS[1:]},
 }
 
 
@@ -394,11 +450,14 @@ def _readme_speeds(results: dict[str, Any]) -> list[str]:
 
 
 def write_readme() -> None:
-    """Put the table between the README's markers."""
+    """Put the tables between the README's markers."""
     path = ROOT / "README.md"
-    before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
-    after = rest.partition(END)[2]
-    path.write_text(f"{before}{BEGIN}\n{readme_table()}\n{END}{after}", encoding="utf-8")
+    text = path.read_text(encoding="utf-8")
+    for begin, end, table in ((BEGIN, END, readme_table()),
+                              (BEGIN_CLAIMS, END_CLAIMS, claims_table())):
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}"
+    path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
