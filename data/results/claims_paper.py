@@ -1,0 +1,210 @@
+"""Rules for the paper's claims, P1 to P5: stored runs of coa.py, search.py, `switching`.
+
+A verdict needs all seeds. It is made over the tasks whose runs are all there: of sensors
+at least, of both when the films' are made. Tasks that differ make it "corrected".
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from ledger import (
+    CORRECTED,
+    NOT_YET,
+    REFUTED,
+    REPRODUCED,
+    SEEDS,
+    Found,
+    Interval,
+    Stored,
+    percent,
+    ratio,
+    rule,
+    spread,
+)
+
+from lib.compare import MAIN, Compared, compare_losses, compare_scores
+from lib.errors import require
+from lib.measure import paired_interval
+
+TASKS = ("sensors", "movies")
+# Nats a token; above it a model answers nothing of use, and coa.py does not score it.
+USELESS = 1.0
+# A share of a training run that is as good as nothing.
+NOTHING = 0.01
+METHODS, SEARCHES = ("ours", "random", "nsga2"), (0, 1, 2, 3, 4)
+
+
+def joint(task: str, *methods: str) -> list[str]:
+    """Pieces of adapters that were made for all plans at once."""
+    return [f"coa/{task}-{method}-{seed}" for method in methods for seed in SEEDS]
+
+
+def dedicated(task: str) -> list[str]:
+    """Pieces of adapters that were made for one plan each."""
+    return [f"coa/{task}-dedicated-{plan.replace(' ', '-')}-{seed}"
+            for seed in SEEDS for plan in MAIN]
+
+
+def p1_pieces(task: str) -> list[str]:
+    """What P1 needs of a task."""
+    return [*joint(task, "coa"), f"coa/{task}-base"]
+
+
+def p2_pieces(task: str) -> list[str]:
+    """What P2 needs of a task."""
+    return [*joint(task, "coa"), *dedicated(task)]
+
+
+def p5_pieces(task: str) -> list[str]:
+    """What P5 needs of a task."""
+    return joint(task, "coa", "lora")
+
+
+def ready(at: Stored, pieces: Callable[[str], list[str]]) -> list[str]:
+    """Tasks whose pieces are all there."""
+    return [task for task in TASKS if at.has(*pieces(task))]
+
+
+def over_tasks(verdicts: Sequence[str]) -> str:
+    """One verdict: that of all tasks, or "corrected" where they differ."""
+    return verdicts[0] if len(set(verdicts)) == 1 else CORRECTED
+
+
+def interval(found: Compared) -> Interval:
+    """A stored comparison in the ledger's form."""
+    return Interval(found.value, found.low, found.high)
+
+
+def compared(at: Stored, task: str, one: str, other: str) -> tuple[Interval, Interval | None]:
+    """Loss ratio (below 1: the first is better) and difference of scores in points."""
+    losses = compare_losses(task, one, other, MAIN, at.folder / "coa")
+    scores = compare_scores(task, one, other, MAIN, at.folder / "coa")
+    require(losses, f"{task}: {one} and {other} have no seed in common at all the main plans")
+    return interval(losses), scores and interval(scores)
+
+
+def in_words(task: str, losses: Interval, scores: Interval | None) -> str:
+    """A comparison as a finding says it."""
+    points = f", {scores:+.1f} points" if scores else ", scores at floor or ceiling"
+    return f"{task}: {losses:.2f} times the loss{points}"
+
+
+def over_base(at: Stored, task: str) -> tuple[list[str], dict[str, float], Interval]:
+    """Plans below USELESS, each plan's loss, and the ratio to the bare base's at the main plans."""
+    base = at[f"coa/{task}-base"]["plans"]
+    rows = [at[name]["plans"] for name in joint(task, "coa")]
+    require(all(row[plan]["plan"] == base[plan]["plan"] for row in rows for plan in base),
+            f"{task}: coa and base were measured at different plans: run them again")
+    loss = {plan: sum(row[plan]["loss"] for row in rows) / len(rows) for plan in base}
+    logs = torch.tensor([[[row[plan]["losses"], base[plan]["losses"]] for plan in MAIN]
+                         for row in rows], dtype=torch.float64).log()
+    return ([plan for plan in loss if loss[plan] < USELESS], loss,
+            ratio(logs[:, :, 0] - logs[:, :, 1]))
+
+
+@rule("P1", "One adapter serves any configuration of bits without retraining.",
+      "CoA-LoRA at plans that it never trained on, three seeds: where it is of use at all "
+      "(below 1 nat a token), and its loss over the bare base's at the main plans.",
+      unit="% of the plans", needs=p1_pieces("sensors"), also=p1_pieces("movies"))
+def p1(at: Stored) -> Found:
+    """Reproduced if of use at every plan and better than the bare base; corrected at some."""
+    verdicts, said, useful, every = [], [], 0, 0
+    for task in ready(at, p1_pieces):
+        good, loss, times = over_base(at, task)
+        whole = len(good) == len(loss)
+        verdicts.append(REPRODUCED if whole and times.below(1) else
+                        CORRECTED if good and times.below(1) else REFUTED)
+        kinds = ", ".join(f"{sum(kind in p for p in good)} of {sum(kind in p for p in loss)} {kind}"
+                          for kind in ("greedy", "random"))
+        said.append(f"{task}: of use at {kinds} plans, {times:.2g} times the bare base's loss")
+        useful, every = useful + len(good), every + len(loss)
+    return Found(over_tasks(verdicts), "; ".join(said), 100 * useful / every)
+
+
+@rule("P2", "It matches or beats adapters tuned for each configuration.",
+      "CoA-LoRA against an adapter of its own for each of six plans, same steps, three seeds, "
+      "the same examples.", unit="times the loss",
+      needs=p2_pieces("sensors"), also=p2_pieces("movies"))
+def p2(at: Stored) -> Found:
+    """Refuted if it is clearly worse in loss and in score, corrected if in one of them."""
+    found = {task: compared(at, task, "coa", "dedicated") for task in ready(at, p2_pieces)}
+    verdicts = []
+    for losses, scores in found.values():
+        worse = [losses.above(1), scores.below() if scores else losses.above(1)]
+        verdicts.append(REFUTED if all(worse) else CORRECTED if any(worse) else REPRODUCED)
+    losses = found["sensors"][0]
+    return Found(over_tasks(verdicts), "Against dedicated adapters " + "; ".join(
+        in_words(task, *pair) for task, pair in found.items()), losses.value, losses.ends)
+
+
+@rule("P3", "A new configuration takes no additional time.",
+      "Seconds to build a plan never seen and its adapter, against training one; a token's "
+      "pass with the made adapter against a plain one, in turn.",
+      unit="s", needs=["switching", "lora"],
+      also=["coa/sensors-coa-0", "coa/sensors-lora-0"])
+def p3(at: Stored) -> Found:
+    """Reproduced if a pass costs nothing and a new plan under 1 % of a training run."""
+    row, train = at["switching"], at["lora"]["seconds"]
+    build, fold = spread(row, "new_configuration_s"), spread(row, "materialise_s")
+    late = spread(row, "latency_overhead")
+    free, quick = not late.above(), (build.value + fold.value) / train < NOTHING
+    verdict = REPRODUCED if free and quick else CORRECTED if free or quick else REFUTED
+    pair = [at[n] for n in ("coa/sensors-coa-0", "coa/sensors-lora-0") if at.has(n)]
+    once = ("" if len(pair) < 2 else f"; the one joint training takes "
+            f"{seconds(pair[0]) / seconds(pair[1]):.2f} times a plain one")
+    return Found(verdict, f"Weights of a new plan take {build:.1f} s and its adapter {fold:.2f} s, "
+                 f"training one {train:.0f} s; the time of a pass differs by "
+                 f"{percent(late.value)} [{percent(late.low)}, {percent(late.high)}]{once}",
+                 build.value + fold.value, (build.low + fold.low, build.high + fold.high))
+
+
+def seconds(run: dict[str, Any]) -> float:
+    """Of a training run, with what prepares its start."""
+    return run.get("with_start_s", run["seconds"])
+
+
+@rule("P4", "The set of configurations matters, and the Pareto search improves it.",
+      "Hypervolume after equal evaluations from the same start, five seeds; held-out loss after "
+      "search and training in turn.", unit="hypervolume (bits x nats)",
+      needs=[f"search/{method}-{seed}" for method in METHODS for seed in SEARCHES],
+      also=[f"coa/{task}-alternated-0" for task in TASKS])
+def p4(at: Stored) -> Found:
+    """Reproduced if it beats random plans and NSGA-II; refuted if one beats it, or nothing is won.
+
+    All must begin at one start, so the evaluations are equal and the volumes comparable.
+    """
+    rows = {m: [at[f"search/{m}-{seed}"] for seed in SEARCHES] for m in METHODS}
+    starts = {(r["without_search"], r["start"], len(r["hypervolumes"]), *r["reference"])
+              for some in rows.values() for r in some}
+    if len(starts) > 1:
+        return Found(NOT_YET, "The searches had different starts or lengths: run them again")
+    volume = {m: torch.tensor([r["hypervolume"] for r in some], dtype=torch.float64)
+              for m, some in rows.items()}
+    over = {m: Interval(*paired_interval(volume["ours"] - volume[m])) for m in METHODS[1:]}
+    gain = Interval(*paired_interval(volume["ours"] - rows["ours"][0]["without_search"]))
+    verdict = (REPRODUCED if all(x.above() for x in over.values()) else
+               REFUTED if any(x.below() for x in over.values()) or not gain.above() else CORRECTED)
+    turns = [f"; in turn with training, {in_words(task, *compared(at, task, 'alternated', 'coa'))}"
+             for task in TASKS if at.has(f"coa/{task}-alternated-0", f"coa/{task}-coa-0")]
+    return Found(verdict, f"The search adds {gain:.3f} to {rows['ours'][0]['without_search']:.2f}; "
+                 f"less random plans {over['random']:+.3f}, less NSGA-II {over['nsga2']:+.3f}"
+                 f"{''.join(turns)}", over["random"].value, over["random"].ends)
+
+
+@rule("P5", "Knowledge transfers across configurations: it beats one plain adapter for all.",
+      "CoA-LoRA against Shared-LoRA, the same plans, steps, seeds and examples.",
+      unit="times the loss", needs=p5_pieces("sensors"), also=p5_pieces("movies"))
+def p5(at: Stored) -> Found:
+    """Reproduced if better in loss or score, refuted if worse, corrected on a tie."""
+    found = {task: compared(at, task, "coa", "lora") for task in ready(at, p5_pieces)}
+    verdicts = []
+    for losses, scores in found.values():
+        better = losses.below(1) or bool(scores and scores.above())
+        worse = losses.above(1) or bool(scores and scores.below())
+        # A tie: what transfers, a plain adapter transfers as well.
+        verdicts.append(REPRODUCED if better and not worse else
+                        REFUTED if worse and not better else CORRECTED)
+    losses = found["sensors"][0]
+    return Found(over_tasks(verdicts), "Against Shared-LoRA " + "; ".join(
+        in_words(task, *pair) for task, pair in found.items()), losses.value, losses.ends)

@@ -1,0 +1,433 @@
+"""The ledger of claims: it fits the stored results, and its rules can say every verdict."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+
+from lib.artifacts import read_json
+from lib.compare import MAIN
+
+sys.path.append(str(ROOT / "data" / "results"))
+
+import claims_paper as paper
+import claims_tutorial as tutorial
+import ledger
+import make
+from ledger import (
+    COMPUTED,
+    CORRECTED,
+    NOT_HERE,
+    NOT_YET,
+    REFUTED,
+    REPRODUCED,
+    RULES,
+    SEEDS,
+    Stored,
+)
+
+IDS = [f"T{i}" for i in range(1, 17)] + [f"P{i}" for i in range(1, 6)]
+KEYS = ["id", "source", "claim", "method", "value", "unit", "interval", "finding", "verdict",
+        "evidence", "command"]
+
+
+@pytest.fixture(scope="module")
+def stored() -> list[dict[str, Any]]:
+    return read_json(ledger.CLAIMS)
+
+
+def test_every_claim_stands_there_once(stored):
+    assert [c["id"] for c in stored] == IDS
+    for c in stored:
+        assert list(c) == KEYS
+        assert c["source"] == ("tutorial" if c["id"][0] == "T" else "paper")
+        assert c["verdict"] in ledger.VERDICTS
+        assert c["claim"].endswith(".") and c["method"].endswith(".")
+        assert c["finding"].endswith(".") and "\u2014" not in json.dumps(c, ensure_ascii=False)
+        assert c["interval"] is None or c["interval"][0] <= c["value"] <= c["interval"][1]
+
+
+def test_the_ledger_is_what_the_results_say_now(stored):
+    """Made again by `python data/results/claims.py` when this fails."""
+    assert stored == json.loads(json.dumps(ledger.entries(Stored())))
+
+
+def test_evidence_is_there_and_names_its_command(stored):
+    for c in stored:
+        assert len(c["evidence"]) == len(c["command"])
+        assert c["evidence"] or c["verdict"] == NOT_YET
+        for file, command in zip(c["evidence"], c["command"], strict=True):
+            made = read_json(ROOT / file)
+            assert command == made["command"]
+            script, name = re.fullmatch(r"python (data/results/\w+\.py) (\S+)", command).groups()
+            assert (ROOT / script).is_file() and Path(file).stem == name
+
+
+def test_what_is_missing_has_no_number(stored):
+    for c in stored:
+        if c["verdict"] == NOT_YET:
+            words = re.sub(r"\S*[/_]\S+", "", c["finding"])  # names of pieces
+            assert c["value"] is None and c["interval"] is None
+            assert not re.search(r"\d", words), c["finding"]
+
+
+def test_the_readme_shows_the_ledger():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"{make.BEGIN_CLAIMS}\n{ledger.claims_table()}\n{make.END_CLAIMS}" in readme
+    # The main results come first.
+    assert readme.index(make.BEGIN) < readme.index(make.BEGIN_CLAIMS)
+
+
+def test_rules_name_pieces_that_can_be_made():
+    import coa
+    import search
+
+    known = {*make.PIECES, *(f"coa/{n}" for n in coa.pieces()),
+             *(f"search/{n}" for n in search.PIECES)}
+    for one in RULES.values():
+        assert {*one.needs, *one.also} <= known, one.id
+        assert one.needs and not {*one.needs} & {*one.also}
+    assert (SEEDS, make.SIZES) == (coa.SEEDS, tutorial.SIZES)
+    assert (paper.METHODS, paper.SEARCHES) == (search.METHODS, search.ALL_SEEDS)
+
+
+def put(folder: Path, **files: Any) -> Stored:
+    """Made-up results; two underscores stand for a folder."""
+    for name, result in files.items():
+        path = folder / f"{name.replace('__', '/')}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"command": f"python data/results/x.py {path.stem}",
+                                    "result": result}))
+    return Stored(folder)
+
+
+def judge(name: str, folder: Path, **files: Any) -> dict[str, Any]:
+    return ledger.entry(RULES[name], put(folder, **files))
+
+
+def score(right: int, of: int = 100) -> dict[str, Any]:
+    """The first `right` examples are right."""
+    return {"hits": "1" * right + "0" * (of - right), "share": right / of,
+            "low": max(0, right / of - 0.05), "high": min(1, right / of + 0.05)}
+
+
+def run(right: int, other: int | None = None, **cost: float) -> dict[str, Any]:
+    return {"test": score(right), "test_phrasings": score(right if other is None else other),
+            "peak_mb": 1000, "seconds": 100, "saved_mb": 10, "mb": 10,
+            "settings": {"rank": 16}} | cost
+
+
+def sizes(**changes: Any) -> dict[str, Any]:
+    """What the piece `sizes` would hold if the tutorial were right in all."""
+    row = {"parameters": 6_000_000_000, "packed": 3_540_262_912, "peft": 13_631_488,
+           "adapters": {"minimal": 5_000_000, "standard": 13_631_488, "aggressive": 30_000_000}}
+    memory = {"full, mixed precision": 110, "full, pure bf16": 90, "LoRA": 13, "QLoRA": 3}
+    return {"models": {"Llama-2-7B": row},
+            "memory_gb": {name: {"sum": gb} for name, gb in memory.items()}, "batch_gb": 2.0,
+            "files_gb": {"adapter, float32": 0.1, "adapter, float16": 0.05, "merged": 14.0,
+                         "int8": 7.0, "cache": 1.0},
+            "embedded_mb": {"adapter, float32": 10, "merged": 10, "int8": 10},
+            "devices_gb": {"one": 12, "other": 24},
+            "update": {"A": [16, 8], "B": [8, 16], "before": 64, "after": 32,
+                       "error_without_scale": 0.0, "error_with_scale": 0.0},
+            "optimizers": {"paged": "no", "mb": {"lora": {"32": 100, "8": 25},
+                                                 "full": {"32": 400, "8": 100}}}} | changes
+
+
+def model(adapters: tuple[int, int, int], **changes: int) -> dict[str, Any]:
+    row = sizes()["models"]["Llama-2-7B"] | changes
+    return {"models": {"Llama-2-7B": row | {"adapters": dict(zip(
+        ("minimal", "standard", "aggressive"), adapters, strict=True))}}}
+
+
+@pytest.mark.parametrize(("adapters", "verdict"), [
+    ((5_000_000, 16_000_000, 40_000_000), REPRODUCED),
+    ((8_000_000, 30_000_000, 40_000_000), REFUTED),
+    ((12_000_000, 30_000_000, 40_000_000), CORRECTED)])
+def test_t1(tmp_path, adapters, verdict):
+    assert judge("T1", tmp_path, sizes=sizes(**model(adapters)))["verdict"] == verdict
+
+
+@pytest.mark.parametrize(("changed", "verdict"), [
+    ({}, COMPUTED), ({"full, pure bf16": 50}, CORRECTED), ({"QLoRA": 5}, CORRECTED),
+    ({"LoRA": 17}, REFUTED), ({"full, mixed precision": 70}, REFUTED)])
+def test_t2(tmp_path, changed, verdict):
+    memory = sizes()["memory_gb"] | {name: {"sum": gb} for name, gb in changed.items()}
+    made = judge("T2", tmp_path, sizes=sizes(memory_gb=memory), full=run(1), lora=run(1),
+                 qlora=run(1))
+    assert made["verdict"] == verdict
+
+
+@pytest.mark.parametrize(("bare", "scaled", "verdict"), [
+    (0, 0.5, REPRODUCED), (0.5, 0, CORRECTED), (0.5, 0.5, REFUTED)])
+def test_t3(tmp_path, bare, scaled, verdict):
+    update = sizes()["update"] | {"error_without_scale": bare, "error_with_scale": scaled}
+    made = judge("T3", tmp_path, sizes=sizes(update=update))
+    assert (made["verdict"], made["value"]) == (verdict, 2)
+
+
+@pytest.mark.parametrize(("peft", "packed", "verdict"), [
+    (13_631_488, 3_540_262_912, REPRODUCED), (13_631_488, 1, CORRECTED),
+    (16_777_216, 3_540_262_912, REFUTED)])
+def test_t4(tmp_path, peft, packed, verdict):
+    row = model((1, peft, 3), peft=peft, packed=packed)
+    assert judge("T4", tmp_path, sizes=sizes(**row))["verdict"] == verdict
+
+
+@pytest.mark.parametrize(("minimal", "seconds", "verdict"), [
+    (50, 80, REPRODUCED), (50, 120, CORRECTED), (89, 80, CORRECTED), (89, 120, REFUTED)])
+def test_t5(tmp_path, minimal, seconds, verdict):
+    made = judge("T5", tmp_path, targets_minimal=run(minimal, seconds=seconds),
+                 targets_standard=run(80), lora=run(90))
+    assert made["verdict"] == verdict
+    assert made["finding"].endswith("still to come: rank_4, rank_64.")
+    assert made["interval"][0] <= made["value"] == 90 - minimal <= made["interval"][1]
+
+
+@pytest.mark.parametrize(("curve", "enough", "verdict"), [
+    ((20, 40, 60, 70, 95), 5000, REPRODUCED), ((20, 60, 94, 95, 95), 1000, CORRECTED),
+    ((1, 1, 1, 1, 1), 100, REFUTED)])
+def test_t6(tmp_path, curve, enough, verdict):
+    files = {f"curve_{n}": run(right) for n, right in zip(make.SIZES, curve, strict=True)}
+    made = judge("T6", tmp_path, base={"course": run(2)}, **files)
+    assert (made["verdict"], made["value"]) == (verdict, enough)
+
+
+def rates(lora: list[float | None], full: list[float | None]) -> dict[str, Any]:
+    rows = {f"lora {rate:g}": loss for rate, loss in zip((1e-4, 1e-3, 1e-2), lora, strict=True)}
+    rows |= {f"full {rate:g}": loss for rate, loss in zip(
+        (1e-5, 1e-4, 1e-3), full, strict=True)}
+    return {"learning_rate": {n: {"validation_loss": loss} for n, loss in rows.items()}}
+
+
+@pytest.mark.parametrize(("lora", "full", "verdict"), [
+    ([1, 0.1, 0.5], [1, 0.1, 0.5], REPRODUCED), ([1, 0.1, None], [1, 0.1, 0.5], REPRODUCED),
+    ([1, 0.5, 0.1], [1, 0.1, 0.5], NOT_YET)])
+def test_t7(tmp_path, lora, full, verdict):
+    made = judge("T7", tmp_path, sweeps=rates(lora, full))
+    assert made["verdict"] == verdict
+    if verdict == REPRODUCED:
+        assert (made["value"], made["interval"]) == (pytest.approx(10), pytest.approx([0.1, 1000]))
+        assert "one seed" in made["finding"] and "10.0 times its best" in made["finding"]
+
+
+def test_t7_says_when_the_rates_are_near_or_the_wrong_way_round(tmp_path):
+    rows = {f"{mode} {rate:g}": {"validation_loss": 1 + abs(rate - best)}
+            for mode, best in (("lora", 3), ("full", 1)) for rate in (0.1, 0.5, 1, 3, 9)}
+    assert judge("T7", tmp_path, sweeps={"learning_rate": rows})["verdict"] == CORRECTED
+    swapped = {{"lora": "full", "full": "lora"}[n[:4]] + n[4:]: r for n, r in rows.items()}
+    assert judge("T7", tmp_path, sweeps={"learning_rate": swapped})["verdict"] == REFUTED
+
+
+@pytest.mark.parametrize(("losses", "verdict"), [
+    ((0.2, 0.1, 0.2), REPRODUCED), ((0.2, 0.105, 0.1), REPRODUCED), ((0.3, 0.2, 0.1), CORRECTED),
+    ((0.1, 0.2, 0.15), REFUTED), ((None, 0.1, 0.15), REPRODUCED)])
+def test_t8(tmp_path, losses, verdict):
+    rows = {f"alpha {a}": {"validation_loss": x}
+            for a, x in zip((8, 32, 128), losses, strict=True)}
+    assert judge("T8", tmp_path, sweeps={"alpha": rows})["verdict"] == verdict
+
+
+def test_t8_takes_the_mean_of_its_seeds(tmp_path):
+    def rows(*losses):
+        return {"alpha": {f"alpha {a}": {"validation_loss": x}
+                          for a, x in zip((8, 32, 128), losses, strict=True)}}
+
+    made = judge("T8", tmp_path, sweeps=rows(0.3, 0.2, 0.1), sweeps_1=rows(0.3, 0.1, 0.2),
+                 alpha={"rank 4": {"alpha 2r": {"validation_loss": 0.3},
+                                   "rslora 8": {"validation_loss": 0.2}}})
+    assert (made["verdict"], made["value"]) == (REPRODUCED, 1)
+    assert "2 seeds" in made["finding"] and "at rank 4 alpha = 2 r has 1.50" in made["finding"]
+
+
+@pytest.mark.parametrize(("mb", "verdict"), [(25, REPRODUCED), (99, CORRECTED), (101, REFUTED)])
+def test_t9(tmp_path, mb, verdict):
+    optimizers = {"paged": "", "mb": {"lora": {"32": 100, "8": mb}, "full": {"32": 4, "8": 1}}}
+    made = judge("T9", tmp_path, sizes=sizes(optimizers=optimizers), lora=run(1), full=run(1))
+    assert made["verdict"] == verdict and "CUDA" not in made["finding"]
+
+
+@pytest.mark.parametrize(("changed", "verdict"), [
+    ({}, REPRODUCED), ({"merged": 13.4}, CORRECTED),
+    ({"merged": 13.4, "int8": 6, "adapter, float16": 0.08}, REFUTED)])
+def test_t10(tmp_path, changed, verdict):
+    pipeline = {"dequantized": run(1), "int8": run(1)}
+    made = judge("T10", tmp_path, sizes=sizes(files_gb=sizes()["files_gb"] | changed),
+                 pipeline=pipeline, lora=run(1))
+    assert made["verdict"] == verdict
+
+
+@pytest.mark.parametrize(("without", "inputs", "verdict"), [
+    ([0.2, 0.3, 0.4], 5, REPRODUCED), ([0.09, 0.3, 0.2], 5, CORRECTED),
+    ([0.05, 0.06, 0.07], 5, REFUTED), ([0.1, 0.1, 0.1], 0, REFUTED)])
+def test_t11(tmp_path, without, inputs, verdict):
+    row = {"inputs": 10, "with_outliers": inputs, "products_in_8_bits": 0.98, "error_ratio": 1.5,
+           "weights_in_float": 0, "losses": {"none": without, "6.0": [0.1, 0.1, 0.1]}}
+    assert judge("T11", tmp_path, outliers=row)["verdict"] == verdict
+
+
+@pytest.mark.parametrize(("times", "right", "mb", "verdict"), [
+    (5, 90, 6, CORRECTED), (1, 90, 6, REPRODUCED), (5, 60, 6, REFUTED), (5, 90, 12, REFUTED)])
+def test_t12(tmp_path, times, right, mb, verdict):
+    serving = {"ratio": times, "ratio_spread": [times - 0.5, times + 0.5],
+               "bnb_int8_tokens_per_s": 10, "q8_tokens_per_s": 10 * times}
+    made = judge("T12", tmp_path, serving=serving, edge={"Q8_0": run(90)},
+                 pipeline={"dequantized": run(90), "int8": run(right, mb=mb)})
+    assert made["verdict"] == verdict
+
+
+@pytest.mark.parametrize(("devices", "verdict"), [
+    ({"a": 12, "b": 9}, COMPUTED), ({"a": 12, "b": 7.5}, CORRECTED), ({"a": 4}, REFUTED)])
+def test_t13(tmp_path, devices, verdict):
+    assert judge("T13", tmp_path, sizes=sizes(devices_gb=devices))["verdict"] == verdict
+
+
+@pytest.mark.parametrize(("lora", "phrasings", "cost", "verdict"), [
+    (90, 90, 0.01, REPRODUCED), (90, 90, 0.5, CORRECTED), (70, 90, 0.01, CORRECTED),
+    (90, 70, 0.5, REFUTED), (99, 99, 0.01, REPRODUCED)])
+def test_t14(tmp_path, lora, phrasings, cost, verdict):
+    cheap = {"peak_mb": 1000 * cost, "seconds": 100 * cost, "saved_mb": 10 * cost}
+    files = {name: run(lora, phrasings, **cheap) for name in ("lora", "lora_1", "lora_2")}
+    files |= {name: run(90) for name in ("full", "full_1", "full_2")}
+    made = judge("T14", tmp_path, sizes=sizes(), **files)
+    assert made["verdict"] == verdict
+    assert made["interval"][0] <= made["value"] == 90 - lora <= made["interval"][1]
+    assert "QLoRA" not in made["finding"].partition("still to come")[0]
+
+
+def test_t14_waits_for_its_seeds_and_then_judges(tmp_path):
+    first = judge("T14", tmp_path, sizes=sizes(), full=run(95), lora=run(90))
+    assert first["verdict"] == NOT_YET and first["value"] is None
+    assert first["finding"] == "Still to be made: full_1, full_2, lora_1, lora_2."
+    assert len(first["evidence"]) == 3
+    rest = {f"{mode}_{seed}": run(90) for mode in make.MODES for seed in (1, 2)}
+    whole = judge("T14", tmp_path, qlora=run(80), **rest)
+    assert whole["verdict"] == CORRECTED and "LoRA less QLoRA +3.3" in whole["finding"]
+
+
+@pytest.mark.parametrize(("own", "high", "verdict"), [
+    (500, 20, REPRODUCED), (500, 2000, CORRECTED), (499, 20, REFUTED)])
+def test_t15(tmp_path, own, high, verdict):
+    load = {"requests": 500, "answered": 500, "with_own_adapter": own, "clients": 16}
+    made = judge("T15", tmp_path, load=load,
+                 serving={"swap_ms": 9.0, "swap_ms_spread": [-3, high]})
+    assert made["verdict"] == verdict
+
+
+@pytest.mark.parametrize(("error", "gpu", "fault", "verdict"), [
+    ("TypeError: no", False, True, REFUTED), ("ValueError: no gpu", True, True, NOT_HERE),
+    ("", False, True, CORRECTED), ("", False, False, REPRODUCED)])
+def test_t16(tmp_path, error, gpu, fault, verdict):
+    row = {"error": error, "wants_gpu": gpu}
+    page = {"calls": {"one": row}, "arguments": {"a": row}, "faults": {"f": fault}}
+    made = judge("T16", tmp_path, page=page)
+    assert (made["verdict"], made["value"]) == (verdict, int(verdict == REFUTED))
+
+
+def plans(loss: float, right: int = 32, plan: str = "p", only: tuple[str, ...] = MAIN
+          ) -> dict[str, Any]:
+    """A stored run of coa.py; losses spread a little, so that intervals have a width."""
+    return {"seconds": 100, "plans": {name: {
+        "plan": plan, "loss": loss, "losses": [loss * x for x in (0.9, 1.0, 1.1)],
+        "score": score(right, 64)} for name in only}}
+
+
+def made_by(task: str, method: str, *row: Any) -> dict[str, Any]:
+    if method == "dedicated":
+        return {f"coa__{task}-dedicated-{name.replace(' ', '-')}-{seed}":
+                plans(*row, only=(name,)) for name in MAIN for seed in SEEDS}
+    return {f"coa__{task}-{method}-{seed}": plans(*row) for seed in SEEDS}
+
+
+@pytest.mark.parametrize(("loss", "verdict"), [(0.1, REPRODUCED), (2.0, REFUTED), (5, REFUTED)])
+def test_p1(tmp_path, loss, verdict):
+    made = judge("P1", tmp_path, **{"coa__sensors-base": plans(4.0)},
+                 **made_by("sensors", "coa", loss))
+    assert made["verdict"] == verdict
+    assert made["value"] == (100 if verdict == REPRODUCED else 0)
+
+
+def test_p1_is_corrected_where_some_plans_are_broken(tmp_path):
+    some = {name: plans(3.0 if name == "greedy 2.5" else 0.1)["plans"][name] for name in MAIN}
+    made = judge("P1", tmp_path, **{"coa__sensors-base": plans(4.0)},
+                 **{f"coa__sensors-coa-{seed}": {"plans": some} for seed in SEEDS})
+    assert made["verdict"] == CORRECTED and "3 of 4 greedy, 2 of 2 random" in made["finding"]
+
+
+@pytest.mark.parametrize(("loss", "right", "verdict"), [
+    (0.1, 40, REPRODUCED), (0.1, 10, CORRECTED), (0.4, 40, CORRECTED), (0.4, 10, REFUTED),
+    (0.05, 60, REPRODUCED)])
+def test_p2(tmp_path, loss, right, verdict):
+    made = judge("P2", tmp_path, **made_by("sensors", "coa", loss, right),
+                 **made_by("sensors", "dedicated", 0.1, 40))
+    assert made["verdict"] == verdict and made["value"] == pytest.approx(loss / 0.1)
+
+
+def test_p2_waits_while_files_of_two_runs_are_mixed(tmp_path):
+    made = judge("P2", tmp_path, **made_by("sensors", "coa", 0.1, 40, "new"),
+                 **made_by("sensors", "dedicated", 0.1, 40, "old"))
+    assert made["verdict"] == NOT_YET and "run them again" in made["finding"]
+
+
+@pytest.mark.parametrize(("late", "train", "verdict"), [
+    ([-0.1, 0.1], 1000, REPRODUCED), ([-0.1, 0.1], 10, CORRECTED), ([0.1, 0.2], 1000, CORRECTED),
+    ([0.1, 0.2], 10, REFUTED)])
+def test_p3(tmp_path, late, train, verdict):
+    row = {"new_configuration_s": 1.0, "new_configuration_s_spread": [0.9, 1.1],
+           "materialise_s": 0.1, "materialise_s_spread": [0.1, 0.1],
+           "latency_overhead": 0.15, "latency_overhead_spread": late}
+    made = judge("P3", tmp_path, switching=row, lora=run(1, seconds=train))
+    assert (made["verdict"], made["value"]) == (verdict, 1.1)
+
+
+def searched(**gains: float) -> dict[str, Any]:
+    return {f"search__{method}-{seed}": {
+        "without_search": 30.0, "start": 36, "hypervolumes": [0] * 61, "reference": [8.6, 9.9],
+        "hypervolume": 30.0 + gain * (1 + 0.01 * seed)}
+        for method, gain in gains.items() for seed in paper.SEARCHES}
+
+
+@pytest.mark.parametrize(("ours", "random", "nsga2", "verdict"), [
+    (3, 1, 2, REPRODUCED), (2, 1, 2, CORRECTED), (1, 2, 0.5, REFUTED), (0, 0, 0, REFUTED)])
+def test_p4(tmp_path, ours, random, nsga2, verdict):
+    made = judge("P4", tmp_path, **searched(ours=ours, random=random, nsga2=nsga2))
+    assert made["verdict"] == verdict
+
+
+def test_p4_compares_only_searches_from_one_start(tmp_path):
+    files = searched(ours=3, random=1, nsga2=2)
+    files["search__random-1"] = files["search__random-1"] | {"without_search": 29.0}
+    assert judge("P4", tmp_path, **files)["verdict"] == NOT_YET
+
+
+@pytest.mark.parametrize(("loss", "right", "verdict"), [
+    (0.05, 40, REPRODUCED), (0.1, 60, REPRODUCED), (0.1, 40, CORRECTED), (0.05, 10, CORRECTED),
+    (0.4, 40, REFUTED)])
+def test_p5(tmp_path, loss, right, verdict):
+    made = judge("P5", tmp_path, **made_by("sensors", "coa", loss, right),
+                 **made_by("sensors", "lora", 0.1, 40))
+    assert made["verdict"] == verdict and "movies" in made["finding"].partition("to come")[2]
+
+
+def test_tasks_that_differ_correct_a_claim(tmp_path):
+    files = made_by("sensors", "coa", 0.05) | made_by("sensors", "lora", 0.1)
+    alone = judge("P5", tmp_path, **files)
+    both = judge("P5", tmp_path, **made_by("movies", "coa", 0.4), **made_by("movies", "lora", 0.1))
+    assert (alone["verdict"], both["verdict"]) == (REPRODUCED, CORRECTED)
+    assert "still to come" not in both["finding"] and len(both["evidence"]) == 12
+
+
+def test_every_rule_waits_when_nothing_is_stored(tmp_path):
+    for one in RULES.values():
+        made = ledger.entry(one, Stored(tmp_path))
+        assert (made["verdict"], made["value"], made["evidence"]) == (NOT_YET, None, [])
+
+
+def test_numbers_are_rounded_and_names_shortened():
+    assert ledger.rounded(0.123456) == 0.1235 and ledger.rounded(16_777_216) == 16_777_216
+    assert ledger.listed(list("abc")) == "a, b, c"
+    assert ledger.listed(list("abcdefgh")) == "a, b, ..., h"
