@@ -373,6 +373,13 @@ def test_p2_waits_while_files_of_two_runs_are_mixed(tmp_path):
     assert made["verdict"] == NOT_YET and "run them again" in made["finding"]
 
 
+def test_joint_runs_over_different_plans_are_not_compared(tmp_path):
+    files = made_by("sensors", "coa", 0.05) | made_by("sensors", "lora", 0.1)
+    files["coa__sensors-lora-1"] = plans(0.1) | {"training_plans": "old"}
+    made = judge("P5", tmp_path, **files)
+    assert made["verdict"] == NOT_YET and "trained over different plans" in made["finding"]
+
+
 @pytest.mark.parametrize(("late", "train", "verdict"), [
     ([-0.1, 0.1], 1000, REPRODUCED), ([-0.1, 0.1], 10, CORRECTED), ([0.1, 0.2], 1000, CORRECTED),
     ([0.1, 0.2], 10, REFUTED)])

@@ -66,6 +66,12 @@ def ready(at: Stored, pieces: Callable[[str], list[str]]) -> list[str]:
     return [task for task in TASKS if at.has(*pieces(task))]
 
 
+def require_alike(at: Stored, names: Sequence[str]) -> None:
+    """UserError unless the joint runs were trained over the same plans."""
+    digests = {at[name].get("training_plans") for name in names}
+    require(len(digests) == 1, "joint runs were trained over different plans: run them again")
+
+
 def over_tasks(verdicts: Sequence[str]) -> str:
     """One verdict: that of all tasks, or "corrected" where they differ."""
     return verdicts[0] if len(set(verdicts)) == 1 else CORRECTED
@@ -92,6 +98,7 @@ def in_words(task: str, losses: Interval, scores: Interval | None) -> str:
 
 def over_base(at: Stored, task: str) -> tuple[list[str], dict[str, float], Interval]:
     """Plans below USELESS, each plan's loss, and the ratio to the bare base's at the main plans."""
+    require_alike(at, joint(task, "coa"))
     base = at[f"coa/{task}-base"]["plans"]
     rows = [at[name]["plans"] for name in joint(task, "coa")]
     require(all(row[plan]["plan"] == base[plan]["plan"] for row in rows for plan in base),
@@ -128,9 +135,10 @@ def p1(at: Stored) -> Found:
       needs=p2_pieces("sensors"), also=p2_pieces("movies"))
 def p2(at: Stored) -> Found:
     """Refuted if it is clearly worse in loss and in score, corrected if in one of them."""
-    found = {task: compared(at, task, "coa", "dedicated") for task in ready(at, p2_pieces)}
-    verdicts = []
-    for losses, scores in found.values():
+    found, verdicts = {}, []
+    for task in ready(at, p2_pieces):
+        require_alike(at, joint(task, "coa"))
+        losses, scores = found[task] = compared(at, task, "coa", "dedicated")
         worse = [losses.above(1), scores.below() if scores else losses.above(1)]
         verdicts.append(REFUTED if all(worse) else CORRECTED if any(worse) else REPRODUCED)
     losses = found["sensors"][0]
@@ -197,9 +205,10 @@ def p4(at: Stored) -> Found:
       unit="times the loss", needs=p5_pieces("sensors"), also=p5_pieces("movies"))
 def p5(at: Stored) -> Found:
     """Reproduced if better in loss or score, refuted if worse, corrected on a tie."""
-    found = {task: compared(at, task, "coa", "lora") for task in ready(at, p5_pieces)}
-    verdicts = []
-    for losses, scores in found.values():
+    found, verdicts = {}, []
+    for task in ready(at, p5_pieces):
+        require_alike(at, p5_pieces(task))
+        losses, scores = found[task] = compared(at, task, "coa", "lora")
         better = losses.below(1) or bool(scores and scores.above())
         worse = losses.above(1) or bool(scores and scores.below())
         # A tie: what transfers, a plain adapter transfers as well.
