@@ -1,0 +1,79 @@
+"""Exercises of the notebooks: an attempt is missing, wrong (yours beside expected) or right."""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+Case = tuple[Sequence[Any], Any]
+
+
+def check(attempt: Callable[..., Any], cases: Sequence[Case], tolerance: float = 1e-6) -> None:
+    """Print `right: N cases`, or `not attempted yet` for a NotImplementedError.
+
+    Args:
+        attempt: the learner's function; it gets copies of the arguments.
+        cases: (arguments, expected) each. An `expected` that can be called
+            gets the answer and says what is wrong with it ("" for nothing).
+        tolerance: of floats, relative and absolute.
+
+    Raises:
+        AssertionError: a wrong answer, in one line. Other errors go through.
+    """
+    for arguments, expected in cases:
+        try:
+            answer = attempt(*copy.deepcopy(arguments))
+        except NotImplementedError as error:
+            return print("not attempted yet", *error.args)
+        if said := _judged(answer, expected, tolerance):
+            raise AssertionError(f"{attempt.__name__}{shown(tuple(arguments))}: {said}")
+    print(f"right: {len(cases)} case{'s' * (len(cases) > 1)}")
+
+
+def _judged(answer: Any, expected: Any, tolerance: float) -> str:
+    if answer is None:
+        return "yours None: does it return its result?"
+    try:
+        return expected(answer) if callable(expected) else difference(answer, expected, tolerance)
+    except Exception as error:
+        return f"yours {shown(answer)} has another form than asked for ({shown(str(error))})"
+
+
+def difference(yours: Any, expected: Any, tolerance: float = 1e-6) -> str:
+    """How two values differ, in words; "" if they do not. Parts of a dict go by their names."""
+    both = f"yours {shown(yours)}, expected {shown(expected)}"
+    mine, wanted = ({f"part {i}": part for i, part in enumerate(x)}
+                    if isinstance(x, list | tuple) else x for x in (yours, expected))
+    if isinstance(wanted, dict):
+        if not isinstance(mine, dict) or mine.keys() != wanted.keys():
+            return both
+        said = ((name, difference(mine[name], wanted[name], tolerance)) for name in wanted)
+        return next((f"{name}: {what}" for name, what in said if what), "")
+    if isinstance(wanted, str | bytes) or isinstance(mine, str | bytes | dict):
+        return "" if mine == wanted else both
+    left, right = (torch.as_tensor(x if isinstance(x, torch.Tensor) else np.array(x)).detach().cpu()
+                   for x in (mine, wanted))
+    floats = right.is_floating_point()
+    if left.shape != right.shape or (left.dim() and left.is_floating_point() != floats):
+        return both
+    left, right = left.double(), right.double()
+    if torch.allclose(left, right, tolerance * floats, tolerance * floats):
+        return ""
+    at = np.unravel_index(int((left - right).abs().argmax()), left.shape)
+    return f"{both}; furthest apart at {list(map(int, at))}" if at else both
+
+
+def shown(value: Any) -> str:
+    """A value on one line; of a large tensor its type, shape and first numbers."""
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic):
+        if np.prod(value.shape) > 12:
+            first = shown(value.reshape(-1)[:4].tolist())
+            return f"{value.dtype} {tuple(value.shape)} {first[:-1]}, ...]"
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        text = ", ".join(map(shown, value[:8])) + ", ..." * (len(value) > 8)
+        return f"[{text}]" if isinstance(value, list) else f"({text})"
+    text = " ".join((f"{value:.6g}" if isinstance(value, float) else repr(value)).split())
+    return text if len(text) <= 120 else f"{text[:117]}..."
