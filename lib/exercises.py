@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
-Case = tuple[Sequence[Any], Any]
 
-
-def check(attempt: Callable[..., Any], cases: Sequence[Case], tolerance: float = 1e-6) -> None:
-    """Print `right: N cases`, or `not attempted yet` for a NotImplementedError.
+def check(attempt: Callable[..., Any], cases: Sequence[tuple[Any, Any]],
+          tolerance: float = 1e-6) -> None:
+    """Print `right: N cases`, or `not attempted yet` after a NotImplementedError.
 
     Args:
         attempt: the learner's function; it gets copies of the arguments.
@@ -28,20 +27,20 @@ def check(attempt: Callable[..., Any], cases: Sequence[Case], tolerance: float =
         except NotImplementedError as error:
             return print("not attempted yet", *error.args)
         if said := _judged(answer, expected, tolerance):
-            raise AssertionError(f"{attempt.__name__}{shown(tuple(arguments))}: {said}")
+            raise AssertionError(f"{attempt.__name__}{shown(tuple(arguments), 0)}: {said}")
     print(f"right: {len(cases)} case{'s' * (len(cases) > 1)}")
 
 
 def _judged(answer: Any, expected: Any, tolerance: float) -> str:
     if answer is None:
-        return "yours None: does it return its result?"
+        return f"yours None, expected {'?' if callable(expected) else shown(expected)}: no return?"
     try:
-        return expected(answer) if callable(expected) else difference(answer, expected, tolerance)
+        return expected(answer) if callable(expected) else differs(answer, expected, tolerance)
     except Exception as error:
         return f"yours {shown(answer)} has another form than asked for ({shown(str(error))})"
 
 
-def difference(yours: Any, expected: Any, tolerance: float = 1e-6) -> str:
+def differs(yours: Any, expected: Any, tolerance: float = 1e-6) -> str:
     """How two values differ, in words; "" if they do not. Parts of a dict go by their names."""
     both = f"yours {shown(yours)}, expected {shown(expected)}"
     mine, wanted = ({f"part {i}": part for i, part in enumerate(x)}
@@ -49,8 +48,9 @@ def difference(yours: Any, expected: Any, tolerance: float = 1e-6) -> str:
     if isinstance(wanted, dict):
         if not isinstance(mine, dict) or mine.keys() != wanted.keys():
             return both
-        said = ((name, difference(mine[name], wanted[name], tolerance)) for name in wanted)
-        return next((f"{name}: {what}" for name, what in said if what), "")
+        parts = ((name, differs(mine[name], wanted[name], tolerance)) for name in wanted)
+        said = next((f"{name}: {what}" for name, what in parts if what), "")
+        return both if said and wanted is not expected and "..." not in both else said
     if isinstance(wanted, str | bytes) or isinstance(mine, str | bytes | dict):
         return "" if mine == wanted else both
     left, right = (torch.as_tensor(x if isinstance(x, torch.Tensor) else np.array(x)).detach().cpu()
@@ -58,22 +58,22 @@ def difference(yours: Any, expected: Any, tolerance: float = 1e-6) -> str:
     floats = right.is_floating_point()
     if left.shape != right.shape or (left.dim() and left.is_floating_point() != floats):
         return both
-    left, right = left.double(), right.double()
-    if torch.allclose(left, right, tolerance * floats, tolerance * floats):
+    if torch.allclose(left.double(), right.double(), tolerance * floats, tolerance * floats):
         return ""
-    at = np.unravel_index(int((left - right).abs().argmax()), left.shape)
-    return f"{both}; furthest apart at {list(map(int, at))}" if at else both
+    at = np.unravel_index(int((left.double() - right.double()).abs().argmax()), left.shape)
+    most = f"; most at {list(map(int, at))}: {shown(left[at])}, expected {shown(right[at])}"
+    return both + most * (left.numel() > 12)
 
 
-def shown(value: Any) -> str:
-    """A value on one line; of a large tensor its type, shape and first numbers."""
+def shown(value: Any, first: int = 4) -> str:
+    """A value on one line; of a large tensor its type, its shape and the first numbers."""
     if isinstance(value, torch.Tensor | np.ndarray | np.generic):
         if np.prod(value.shape) > 12:
-            first = shown(value.reshape(-1)[:4].tolist())
-            return f"{value.dtype} {tuple(value.shape)} {first[:-1]}, ...]"
+            some = f" {shown(value.reshape(-1)[:first].tolist())[:-1]}, ...]" * (first > 0)
+            return f"{value.dtype} {tuple(value.shape)}{some}".removeprefix("torch.")
         value = value.tolist()
     if isinstance(value, list | tuple):
-        text = ", ".join(map(shown, value[:8])) + ", ..." * (len(value) > 8)
+        text = ", ".join(shown(x, first) for x in value[:8]) + ", ..." * (len(value) > 8)
         return f"[{text}]" if isinstance(value, list) else f"({text})"
     text = " ".join((f"{value:.6g}" if isinstance(value, float) else repr(value)).split())
     return text if len(text) <= 120 else f"{text[:117]}..."

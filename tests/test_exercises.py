@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lib.exercises import check, difference, shown
+from lib.exercises import check, differs, shown
 
 DOUBLES = [((2,), 4), ((5,), 10)]
 ROWS = [((torch.ones(2, 3),), torch.full((2, 3), 2.0))]
@@ -57,22 +57,25 @@ def test_wrong_entry_of_a_large_tensor_is_found():
     expected = torch.zeros(20, 30)
     yours = expected.clone()
     yours[4, 7] = 1
-    text = difference(yours, expected)
-    assert "torch.float32 (20, 30) [0, 0, 0, 0, ...]" in text
-    assert text.endswith("furthest apart at [4, 7]")
+    text = differs(yours, expected)
+    assert "yours float32 (20, 30) [0, 0, 0, 0, ...], expected float32" in text
+    assert text.endswith("; most at [4, 7]: 1, expected 0")
+    # Among the inputs, type and shape are enough.
+    text = wrong(lambda x: x, [((expected,), yours)])
+    assert text.startswith("<lambda>(float32 (20, 30)): yours float32 (20, 30) [0, ")
 
 
 def test_wrong_shape_and_wrong_kind_of_number():
     assert "expected [[2, 2, 2], [2, 2, 2]]" in wrong(lambda x: 2 * x.T, ROWS)
     assert "yours 2," in wrong(lambda x: torch.tensor(2.0), ROWS)
     codes = torch.tensor([1, 2], dtype=torch.int8)
-    assert difference(codes.float(), codes)
-    assert not difference(codes.long(), codes)
+    assert differs(codes.float(), codes)
+    assert not differs(codes.long(), codes)
 
 
 def test_nothing_returned():
     assert wrong(lambda x: None, DOUBLES) == (
-        "<lambda>(2): yours None: does it return its result?")
+        "<lambda>(2): yours None, expected 4: no return?")
     assert "return" in wrong(lambda x: None, [((2,), lambda answer: "")])
 
 
@@ -116,8 +119,8 @@ def test_tolerance():
 
 
 def test_not_a_number_is_wrong():
-    assert difference(float("nan"), 1.0)
-    assert difference(torch.tensor([0.0, float("nan")]), torch.zeros(2))
+    assert differs(float("nan"), 1.0)
+    assert differs(torch.tensor([0.0, float("nan")]), torch.zeros(2))
 
 
 @pytest.mark.parametrize(("yours", "expected"), [
@@ -126,12 +129,14 @@ def test_not_a_number_is_wrong():
     ({"a": 1, "b": 2.0}, {"b": 2.0, "a": 1}), (np.ones(3, "<f4"), torch.ones(3)),
     (np.frombuffer(b"\1\2", np.int8), np.array([1, 2]))])
 def test_equal(yours, expected, recwarn):
-    assert difference(yours, expected) == ""
+    assert differs(yours, expected) == ""
     assert not recwarn.list
 
 
 @pytest.mark.parametrize(("yours", "expected", "text"), [
-    ([1, 2], [1, 3], "part 1: yours 2, expected 3"),
+    ([1, 2], [1, 3], "yours [1, 2], expected [1, 3]"),
+    ({"shape": (1, 2)}, {"shape": (1, 3)}, "shape: yours (1, 2), expected (1, 3)"),
+    (["a", 9 * [1]], ["a", 8 * [1] + [2]], "part 1: part 8: yours 1, expected 2"),
     ([1], [1, 3], "yours [1], expected [1, 3]"), (1, (1, 2), "yours 1, expected (1, 2)"),
     ({"a": 1}, {"b": 1}, "yours {'a': 1}, expected {'b': 1}"),
     ({"a": 1}, {"a": 2}, "a: yours 1, expected 2"),
@@ -139,7 +144,7 @@ def test_equal(yours, expected, recwarn):
     (1, "a", "yours 1, expected 'a'"), (16, 17, "yours 16, expected 17"),
     ([1.0, 2.0], 3.0, "yours [1, 2], expected 3")])
 def test_different(yours, expected, text):
-    assert difference(yours, expected) == text
+    assert differs(yours, expected) == text
 
 
 def test_shown_is_short_and_on_one_line():
