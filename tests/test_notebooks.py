@@ -1,5 +1,6 @@
 """House style of the notebooks, and that stored outputs belong to the source."""
 
+import ast
 import importlib.util
 import json
 import re
@@ -17,6 +18,7 @@ ALL = notebooks()
 TAGS = {"parameters", "exercise", "solution", "instructor", "slow"}
 NAMES = ["01_lora_math", "02_qlora_training", "03_merge_int8", "04_edge_serving",
          "05_coa_lora_pareto", "06_evaluation"]
+WITH_EXERCISES = NAMES[:4]
 each = pytest.mark.parametrize("path", ALL, ids=[p.stem for p in ALL])
 
 
@@ -93,6 +95,80 @@ def test_plain_words(path):
     text = "\n".join(c.source for c in read(path).cells)
     for sign in ("\u2014", "TODO", "FIXME", "http://"):
         assert sign not in text
+
+
+def tagged(path: Path, tag: str) -> list[ast.stmt]:
+    """Top-level statements of the code cells with a tag."""
+    return [node for c in code(path) if tag in c.metadata.get("tags", [])
+            for node in ast.parse(c.source).body]
+
+
+def is_stub(node: ast.stmt) -> bool:
+    """An annotated function of a one-line docstring that raises NotImplementedError."""
+    return (isinstance(node, ast.FunctionDef) and len(node.body) == 2
+            and "\n" not in (ast.get_docstring(node) or "\n")
+            and ast.unparse(node.body[1]) == "raise NotImplementedError"
+            and node.returns is not None and all(a.annotation for a in node.args.args))
+
+
+def checks(nodes: list[ast.stmt]) -> dict[str, str]:
+    """{function: what else `check` gets}, each function once."""
+    calls = [node.value for node in nodes if isinstance(node, ast.Expr)
+             and ast.unparse(node).startswith("check(")]
+    found = {ast.unparse(call.args[0]): ast.unparse(call).partition(",")[2] for call in calls}
+    assert len(found) == len(calls)
+    return found
+
+
+def bound(nodes: list[ast.stmt]) -> set[str]:
+    """Names that statements bind in the notebook itself: not in functions or comprehensions."""
+    names, left = set(), list(nodes)
+    while left:
+        node = left.pop()
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif not isinstance(node, ast.comprehension):
+            left += ast.iter_child_nodes(node)
+    return names
+
+
+@pytest.mark.parametrize("name", WITH_EXERCISES)
+def test_exercises_have_a_stub_a_check_and_a_solution(name):
+    path = next(p for p in ALL if p.stem == name)
+    asked, solved = tagged(path, "exercise"), tagged(path, "solution")
+    stubs = [node.name for node in asked if is_stub(node)]
+    assert len(stubs) >= 3
+    solutions = [n.name for n in solved if isinstance(n, ast.FunctionDef)]
+    assert solutions == [f"{stub}_solution" for stub in stubs]
+    # Both go through the same check, and no learner's function is overwritten.
+    assert checks(solved) == {f"{stub}_solution": rest for stub, rest in checks(asked).items()}
+    assert list(checks(asked)) == stubs
+    assert not bound(asked) & bound(solved)
+
+
+@pytest.mark.parametrize("name", WITH_EXERCISES)
+def test_exercises_are_numbered_and_have_three_levels(name):
+    path = next(p for p in ALL if p.stem == name)
+    heads = [re.match(r"### Exercise (\d) \((warm-up|core|challenge)\): \S", c.source)
+             for c in read(path).cells if c.source.startswith("### Exercise")]
+    assert all(heads)
+    assert [int(h[1]) for h in heads] == list(range(1, len(heads) + 1))
+    assert {h[2] for h in heads} == {"warm-up", "core", "challenge"}
+    assert len(heads) == sum(map(is_stub, tagged(path, "exercise")))
+
+
+@pytest.mark.parametrize("name", WITH_EXERCISES)
+def test_exercises_leave_the_notebooks_names_alone(name):
+    path = next(p for p in ALL if p.stem == name)
+    extra = tagged(path, "exercise") + tagged(path, "solution")
+    others = [node for c in code(path)
+              if not {"exercise", "solution"} & set(c.metadata.get("tags", []))
+              for node in ast.parse(c.source).body]
+    used = {n.id for node in others for n in ast.walk(node) if isinstance(n, ast.Name)}
+    assert bound(extra) & (used | bound(others)) == set()
+    assert bound(others) & {"check", "differs"} == set()
 
 
 @each
