@@ -21,6 +21,8 @@ DAMPING = 1e-3
 SPARE, SWEEPS = 8, 3
 # Examples that the inputs are taken from.
 WEIGHED_BY = 32
+# Layers that read what another one of their block reads.
+SHARED = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
 
 @torch.no_grad()
@@ -29,23 +31,30 @@ def input_roots(base: Switchable, records: Sequence[Record]) -> list[Tensor]:
 
     The inputs are those of the model as it is, on the records' tokens.
     """
-    tokenizer, moments = load_tokenizer(base.name), [0.0] * len(base.layers.names)
-    device = base.model.device
+    tokenizer, device = load_tokenizer(base.name), base.model.device
+    read_by = [_first(name) for name in base.layers.names]
+    moments: dict[str, Tensor | float] = dict.fromkeys(read_by, 0.0)
 
-    def keep(index: int, x: Tensor) -> None:
+    def keep(name: str, x: Tensor) -> None:
         x = x.detach().flatten(0, -2).float()
-        moments[index] = moments[index] + x.T @ x / len(x)
+        moments[name] = moments[name] + x.T @ x / len(x)
 
     hooks = [base.model.get_submodule(name).register_forward_hook(
-        lambda _, inputs, __, i=index: keep(i, inputs[0]))
-        for index, name in enumerate(base.layers.names)]
+        lambda _, inputs, __, n=name: keep(n, inputs[0])) for name in moments]
     try:
         for record in records:
             base.model.model(input_ids=torch.tensor([encode(tokenizer, record)[0]], device=device))
     finally:
         for hook in hooks:
             hook.remove()
-    return [_root(moment.cpu()) for moment in moments]
+    roots = {name: _root(moment.cpu()) for name, moment in moments.items()}
+    return [roots[name] for name in read_by]
+
+
+def _first(name: str) -> str:
+    """The layer of the block that stands for all that read the same input."""
+    block, _, kind = name.rpartition(".")
+    return f"{block}.{SHARED.get(kind, kind)}"
 
 
 def _root(moment: Tensor) -> Tensor:

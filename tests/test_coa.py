@@ -576,11 +576,12 @@ def test_low_rank_is_the_best_of_its_rank() -> None:
         torch.testing.assert_close(left, felt[rank:].sum(), rtol=0.02, atol=0)
 
 
-def test_input_roots_are_those_of_the_inputs(base: Switchable, cheap_tokenizer: None,
+@pytest.mark.parametrize("layer", ["mlp.down_proj", "mlp.up_proj", "self_attn.v_proj"])
+def test_input_roots_are_those_of_the_inputs(layer: str, base: Switchable, cheap_tokenizer: None,
                                              tokenizer: PreTrainedTokenizerBase,
                                              monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lib.correction.load_tokenizer", lambda *_: tokenizer)
-    seen, index = [], base.layers.names.index("model.layers.1.mlp.down_proj")
+    seen, index = [], base.layers.names.index(f"model.layers.1.{layer}")
     hook = base.model.get_submodule(base.layers.names[index]).register_forward_hook(
         lambda _, inputs, __: seen.append(inputs[0].flatten(0, -2)))
     roots = input_roots(base, sensors("train", 3))

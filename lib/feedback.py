@@ -1,0 +1,85 @@
+"""Rounding to GGUF's 4-bit blocks so that later columns make good the error of earlier ones.
+
+GPTQ (Frantar et al. 2023, section 3): with R the mean of x x^T over a layer's inputs and
+U the upper Cholesky factor of R^-1, column j is rounded and its error (w_j - q_j) / U_jj
+times U_jk is taken off each column k > j. That keeps |(W - Q) L|_F small, with L L^T = R.
+The scale of a block is found when its first column is reached.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from lib.quantize import rounded
+
+# The block types that are coarse enough to need it, and their block.
+COARSE, BLOCK = ("Q4_0", "Q4_1"), 32
+
+
+@torch.no_grad()
+def round_layers(weights: Mapping[str, Tensor], roots: Mapping[str, Tensor],
+                 plan: Mapping[str, str]) -> dict[str, Tensor]:
+    """Each weight as its type of the plan stores it, float32.
+
+    Args:
+        weights: (out, in) each, rows a multiple of 32 long.
+        roots: L of `correction.input_roots` each; who has none is rounded plainly.
+    """
+    found: dict[str, Tensor] = {}
+    groups: dict[tuple[str, torch.Size], list[str]] = {}
+    for name, weight in weights.items():
+        if plan[name] in COARSE and name in roots:
+            groups.setdefault((plan[name], weight.shape), []).append(name)
+        else:
+            found[name] = rounded(weight, plan[name])
+    for (kind, _), names in groups.items():
+        # Layers of one shape together: a step over columns costs little more than for one.
+        many = with_feedback(torch.stack([weights[n].float() for n in names]),
+                             torch.stack([roots[n] for n in names]), kind)
+        found |= dict(zip(names, many, strict=True))
+    return found
+
+
+def with_feedback(weight: Tensor, root: Tensor, kind: str) -> Tensor:
+    """Q of weights (..., out, in) with roots (..., in, in); "Q4_0" or "Q4_1".
+
+    What comes out lies on the type's levels, and is found again bit for bit when it is
+    written: the number that sets a block's scale keeps its code, whatever it is by then.
+    """
+    weight = weight.clone()
+    # From R = L L^T; its inverse's factor says what later columns can take over.
+    ahead = torch.linalg.cholesky(torch.cholesky_inverse(root), upper=True)
+    for start in range(0, weight.shape[-1], BLOCK):
+        block = weight[..., start:start + BLOCK]
+        turn, errors = _scaled(block, kind), torch.empty_like(block)
+        factor = ahead[..., start:start + BLOCK, start:]
+        for j in range(BLOCK):
+            column = turn(j, block[..., j])
+            errors[..., j] = (block[..., j] - column) / factor[..., j, j, None]
+            block[..., j] = column
+            block[..., j + 1:] -= (errors[..., j, None]
+                                   * factor[..., j, None, j + 1:BLOCK])
+        weight[..., start + BLOCK:] -= errors @ factor[..., BLOCK:]
+    return weight
+
+
+def _scaled(block: Tensor, kind: str) -> Callable[[int, Tensor], Tensor]:
+    """The function that rounds column j of a block by the scale the block has now."""
+    if kind == "Q4_0":  # the number of largest size is coded 0 and stands for -8 d
+        low = block.gather(-1, at := block.abs().argmax(-1, keepdim=True))[..., 0]
+        step = (low / -8).half().float()
+        low, ends = -8 * step, {0: at[..., 0]}
+    else:  # codes 0 and 15 are the least and the largest number
+        low, step = block.amin(-1), (block.amax(-1) - block.amin(-1)) / 15
+        low, step = low.half().float(), step.half().float()
+        ends = {0: block.argmin(-1), 15: block.argmax(-1)}
+    inverse = torch.where(step == 0, 0, 1 / step)
+
+    def turn(j: int, column: Tensor) -> Tensor:
+        codes = ((column - low) * inverse + 0.5).floor().clamp(0, 15)
+        for code, at in ends.items():
+            codes[at == j] = code
+        return codes * step + low
+
+    return turn

@@ -1,0 +1,75 @@
+"""Rounding with feedback: levels of the type, found again, and a smaller error of the outputs."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lib.feedback import COARSE, round_layers, with_feedback
+from lib.quantize import rounded
+
+
+def case(rows: int = 24, columns: int = 64, many: int = 2, seed: int = 0):
+    """Weights, and roots of inputs that have much in common."""
+    torch.manual_seed(seed)
+    x = torch.randn(many, 200, columns) @ torch.randn(many, columns, columns)
+    moments = x.mT @ x / 200 + 1e-2 * torch.eye(columns)
+    return torch.randn(many, rows, columns), torch.linalg.cholesky(moments)
+
+
+@given(st.integers(0, 10_000), st.sampled_from(COARSE), st.floats(-4, 3))
+def test_what_is_written_is_what_was_chosen(seed, kind, size):
+    weight, root = case(4, 64, 1, seed)
+    found = with_feedback(weight * 10**size, root, kind)[0]
+    assert torch.equal(rounded(found, kind), found)
+
+
+@pytest.mark.parametrize("kind", COARSE)
+def test_the_outputs_err_less(kind):
+    weight, root = case()
+    plain = torch.stack([rounded(w, kind) for w in weight])
+    ours, theirs = (((q - weight) @ root).norm() for q in (with_feedback(weight, root, kind), plain))
+    assert ours < 0.8 * theirs
+
+
+@pytest.mark.parametrize("kind", COARSE)
+def test_inputs_without_correlation_leave_plain_rounding(kind):
+    weight, _ = case(many=1)
+    found = with_feedback(weight, torch.eye(64)[None], kind)[0]
+    # The file's writer rounds by the scale before it is halved, so ties may fall otherwise.
+    same = (found - rounded(weight[0], kind)).abs() < 1e-6
+    assert same.float().mean() > 0.99
+
+
+def test_one_column_after_another_by_hand():
+    """GPTQ's own loop, with the inverse updated by elimination instead of a Cholesky factor."""
+    weight, root = case(3, 32, 1)
+    left, inverse = weight[0].clone(), (root[0] @ root[0].T).inverse()
+    grid = rounded(weight[0], "Q4_0")
+    step = (grid.gather(1, weight[0].abs().argmax(1, keepdim=True)) / -8)[:, 0]
+    top = weight[0].abs().argmax(1)
+    for j in range(32):
+        codes = torch.where(top == j, -8, (left[:, j] / step).add(8.5).floor().clamp(0, 15) - 8)
+        error = (left[:, j] - codes * step) / inverse[j, j]
+        left = left - error[:, None] * inverse[j]
+        left[:, j] = codes * step
+        inverse = inverse - inverse[:, j:j + 1] @ inverse[j:j + 1] / inverse[j, j]
+        inverse[j], inverse[:, j] = 0, 0
+    assert torch.allclose(with_feedback(weight, root, "Q4_0")[0], left, atol=1e-4)
+
+
+def test_zeros_stay_zeros():
+    _, root = case(many=1)
+    for kind in COARSE:
+        assert not with_feedback(torch.zeros(1, 2, 64), root, kind).any()
+
+
+def test_layers_go_by_their_plan():
+    weight, root = case(many=3)
+    weights = dict(zip("abcd", [*weight, weight[0]], strict=True))
+    found = round_layers(weights, {"a": root[0], "b": root[1], "c": root[2]},
+                         {"a": "Q4_0", "b": "Q4_0", "c": "Q8_0", "d": "Q4_1"})
+    assert torch.equal(found["a"], with_feedback(weight[:1], root[:1], "Q4_0")[0])
+    assert torch.equal(found["b"], with_feedback(weight[1:2], root[1:2], "Q4_0")[0])
+    assert torch.equal(found["c"], rounded(weight[2], "Q8_0"))
+    assert torch.equal(found["d"], rounded(weight[0], "Q4_1"))
