@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from lib.base_model import load_tokenizer, quiet
+from lib.base_model import load_tokenizer, quiet, release_memory
 from lib.coa import OWNED, CoaLora, MixingNetwork
 from lib.configuration import KINDS, Configuration
 from lib.correction import WEIGHED_BY, input_roots, start_from_error, start_owned
@@ -121,4 +121,6 @@ def train_over(base: Switchable, records: Sequence[Record], plans: Sequence[Conf
                                lambda now: renew(coa, now) if renew else now, renew_at)
         for callback in (switching, *callbacks):
             trainer.add_callback(callback)
+        del roots  # 400 MB for the embedded model, and what making them has left
+        release_memory()
         return run_trainer(trainer, settings), coa
