@@ -45,7 +45,14 @@ class Compared:
 
 
 def rows(task: str, method: str, plan: str, stored: Path = STORED) -> dict[int, dict[str, Any]]:
-    """{seed: what was measured} of a method at a plan; empty where nothing is stored."""
+    """{seed: what was measured} of a method at a plan; empty where nothing is stored.
+
+    The bare base, "base", has no seed: it stands under 0.
+    """
+    if method == "base":
+        alone = stored / f"{task}-base.json"
+        measured = read_json(alone)["result"]["plans"] if alone.is_file() else {}
+        return {0: measured[plan]} if plan in measured else {}
     middle = "" if method in JOINT else f"-{plan.replace(' ', '-')}"
     found = {}
     for file in stored.glob(f"{task}-{method}{middle}-*.json"):

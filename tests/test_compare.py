@@ -62,3 +62,10 @@ def test_scores_count_between_floor_and_ceiling(tmp_path: Path) -> None:
     assert found.value == pytest.approx(25) and found.low < 25 < found.high
     assert compare_scores("t", "coa", "lora", ["b"], tmp_path) is None
     assert torch.isfinite(torch.tensor([found.low, found.high])).all()
+
+
+def test_the_bare_base_has_no_seed(tmp_path: Path) -> None:
+    assert rows("t", "base", "greedy 3", tmp_path) == {}
+    put(tmp_path, "t-base", {"greedy 3": row([0.1] * 10)})
+    assert rows("t", "base", "greedy 3", tmp_path) == {0: row([0.1] * 10)}
+    assert rows("t", "base", "greedy 4", tmp_path) == {}

@@ -27,6 +27,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 sys.path.append(str(HERE))  # so that this file can also be loaded from elsewhere
 
 from ledger import SEEDS, claims_table
+from mixed import mixed
 from outliers import outliers
 from page import page
 from sevenb import sizes
@@ -372,6 +373,7 @@ PIECES: dict[str, Callable[[], dict[str, Any]]] = {
     "switching": lambda: run_bench("switching"),
     "engine": engine,
     "load": load,
+    "mixed": lambda: mixed(WORK, edge_files() / "Q8_0", score_row),
     "sizes": sizes,
     "page": page,
     "outliers": lambda: outliers(merged_files()),
