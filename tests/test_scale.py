@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import random
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,6 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import lib.processes
 import lib.train
+from lib.__main__ import parser
 from lib.artifacts import read_json, sha256, verified
 from lib.base_model import best_dtype
 from lib.coa import CoaLora
@@ -218,6 +221,19 @@ def test_fsdp_plugin_of_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plugin.sync_module_states and plugin.cpu_ram_efficient_loading
     assert plugin.state_dict_type.name == "FULL_STATE_DICT"
     assert not plugin.activation_checkpointing
+
+
+def test_the_page_has_commands_that_parse() -> None:
+    page = (ROOT / "notebooks" / "SCALE.md").read_text(encoding="utf-8")
+    commands = [shlex.split(block.replace("\\\n", " ")) for block in
+                re.findall(r"^accelerate launch(.*?)^```", page, re.DOTALL | re.MULTILINE)]
+    assert [c[1] for c in commands] == [
+        "data/accelerate/ddp.yaml", "data/accelerate/fsdp_qlora.yaml"]
+    for command in commands:
+        assert (ROOT / command[1]).is_file()
+        launcher = launch_command_parser().parse_args(command)
+        assert launcher.module and launcher.training_script == "lib"
+        assert parser().parse_args(launcher.training_script_args).mode == "qlora"
 
 
 @pytest.fixture
