@@ -103,6 +103,7 @@ def command_run(args: argparse.Namespace) -> None:
 
 def command_train(args: argparse.Namespace) -> None:
     """Train on the user's own JSONL."""
+    from lib.processes import count, first
     from lib.profiles import TrainSettings
     from lib.tasks import read_jsonl
     from lib.train import train
@@ -111,8 +112,10 @@ def command_train(args: argparse.Namespace) -> None:
     records = read_jsonl(args.data)
     require(not args.out.is_file(), f"{args.out} is a file: choose a directory")
     result = train(records, settings, model=args.model, out=args.out, say_every=10)
-    print(f"{args.out}: {result.trainable:,} of {result.parameters:,} parameters trained, "
-          f"{result.seconds:.0f} s, peak {result.peak_mb:.0f} MB")
+    if first():
+        print(f"{args.out}: {result.trainable:,} of {result.parameters:,} parameters trained, "
+              f"{result.seconds:.0f} s, peak {result.peak_mb:.0f} MB"
+              + (f", {count()} processes" if count() > 1 else ""))
 
 
 def command_export(args: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ from lib.coa import OWNED, CoaLora, MixingNetwork
 from lib.configuration import KINDS, Configuration
 from lib.correction import WEIGHED_BY, input_roots, start_from_error, start_owned
 from lib.errors import require
+from lib.processes import count
 from lib.profiles import TrainSettings, seed_everything
 from lib.switchable import Switchable
 from lib.tasks import Record
@@ -94,6 +95,8 @@ def train_over(base: Switchable, records: Sequence[Record], plans: Sequence[Conf
     Raises:
         UserError: no plans, an unknown method, bad settings or records.
     """
+    require(count() == 1, "training over configurations is for one process: start it "
+            "without `accelerate launch`")  # a part's own loss scales its gradient
     require(plans, "no configurations to train over: give at least one")
     require(method in METHODS, f"unknown method {method!r}: use one of {', '.join(METHODS)}")
     require(settings.mode == "lora" and set(settings.modules) == set(KINDS),

@@ -32,7 +32,7 @@ class TrainSettings:
             few hundred steps (`data/results/` has the sweep).
         steps: optimizer steps of `batch_size` examples (16, the tutorial's
             effective batch), which go through in `accumulate` parts: less
-            memory, the same sums.
+            memory, the same sums. Each of several processes takes as many.
         warmup: share of the steps over which the learning rate rises.
         plain: use TRL's stock step instead of ours.
     """

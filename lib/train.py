@@ -6,12 +6,9 @@ The trainer is the stock one but for its step and its checkpoints (see
 
 import contextlib
 import dataclasses
-import json
 import math
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,15 +19,17 @@ from peft import PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
-from lib.artifacts import read_json, require_free, saving, write_json, writing
+from lib.artifacts import require_free, saving, write_json, writing
 from lib.base_model import best_dtype, load_model, load_tokenizer, machine, quiet
+from lib.embedded import locate
 from lib.errors import require
 from lib.fused import fused
 from lib.lora import count_trainable, lora_config, make_portable
 from lib.measure import peak_memory
+from lib.processes import count, first, join, sharded
 from lib.profiles import TrainSettings, seed_everything
 from lib.tasks import IGNORED, Record, chat
-from lib.trainer import CourseTrainer, Progress, last_checkpoint
+from lib.trainer import CourseTrainer, Progress, last_checkpoint, work_directory
 
 CHECKPOINT_EVERY = 50
 
@@ -49,10 +48,15 @@ class TrainResult:
 
 
 def quantized_config() -> BitsAndBytesConfig:
-    """NF4 with double quantisation, computing in the machine's best dtype."""
+    """NF4 with double quantisation, computing in the machine's best dtype.
+
+    FSDP cuts up floating-point tensors of one dtype only, so there the codes
+    are stored as if they were numbers of that dtype (the bytes are the same).
+    """
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=best_dtype())
+        bnb_4bit_compute_dtype=best_dtype(),
+        bnb_4bit_quant_storage=best_dtype() if sharded() else torch.uint8)
 
 
 def base_for(mode: str, name: str) -> PreTrainedModel:
@@ -96,13 +100,18 @@ def make_trainer(
         # The first steps have large gradients; over a short run Adam must
         # forget them (beta2), and they must not throw the weights far (norm).
         adam_beta2=0.95, max_grad_norm=0.5,
-        optim="paged_adamw_8bit" if on_gpu else "adamw_torch_fused",
+        # peft's guide: paged_adamw_8bit cannot be saved under FSDP.
+        optim="paged_adamw_8bit" if on_gpu and not sharded() else "adamw_torch_fused",
         max_length=settings.max_length, packing=False, completion_only_loss=True,
         # Not grouped by length: the sampler then goes from long examples to
         # short ones, and here length tells the machine. The model follows.
         train_sampling_strategy="random",
         use_cpu=not on_gpu, bf16=mixed, gradient_checkpointing=on_gpu,
-        save_strategy="steps", save_steps=CHECKPOINT_EVERY,
+        # The reentrant kind is the one that peft's guide to FSDP with QLoRA uses.
+        gradient_checkpointing_kwargs={"use_reentrant": True} if sharded() else None,
+        ddp_find_unused_parameters=False,
+        # Our checkpoints hold whole tensors, which no process has under FSDP.
+        save_strategy="no" if sharded() else "steps", save_steps=CHECKPOINT_EVERY,
         report_to="none", logging_nan_inf_filter=False, seed=settings.seed, disable_tqdm=True,
         dataloader_pin_memory=on_gpu)
     trainer = (SFTTrainer if settings.plain else CourseTrainer)(
@@ -153,16 +162,22 @@ def train(
     require(records, "no records to train on: give at least one")
     if out is not None:
         require_free(Path(out))
+    processes = join()
+    with processes.local_main_process_first():
+        locate(model)  # one makes the embedded model's files, the others find them
     tokenizer = load_tokenizer(model)
     base = base_for(settings.mode, model)
     if settings.mode != "full":
         lora_config(base, settings)  # a mistake shows before anything is written
-    with _work_directory(out, settings, records, model) as work, saving(work):
+    identity = {"settings": dataclasses.asdict(settings), "model": model,
+                "records": [[r["instruction"], r["response"]] for r in records]}
+    with work_directory(out, identity, processes) as work, saving(work):
         trainer = make_trainer(base, tokenizer, records, settings, work=work,
                                say_every=say_every)
         result = run_trainer(trainer, settings, resume=last_checkpoint(work))
-        if out is not None:
-            save_result(result, out, settings, model)
+        whole = trainer.accelerator.get_state_dict(trainer.model) if sharded() else None
+        if out is not None and first():
+            save_result(result, out, settings, model, whole=whole)
     return result
 
 
@@ -171,7 +186,9 @@ def run_trainer(trainer: SFTTrainer, settings: TrainSettings,
     """Run a prepared trainer and measure it."""
     trainer.model.train()
     trainable, parameters = count_trainable(trainer.model)
-    step = contextlib.nullcontext() if settings.plain else fused(trainer.model)
+    # The fused step reads A and B past FSDP's hooks, which would not have joined them.
+    stock = settings.plain or sharded()
+    step = contextlib.nullcontext() if stock else fused(trainer.model)
     start = time.monotonic()
     with step, peak_memory() as peak:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -193,43 +210,18 @@ def _check_trained(model: torch.nn.Module) -> None:
     require(not norms or max(norms) > 0, "the adapter did not move: raise the learning rate")
 
 
-def save_result(result: TrainResult, out: Path, settings: TrainSettings, model: str) -> None:
-    """Adapter (or full model) and its loss history, whole or not at all."""
-    with writing(out, settings=dataclasses.asdict(settings), base=model,
+def save_result(result: TrainResult, out: Path, settings: TrainSettings, model: str, *,
+                whole: dict[str, torch.Tensor] | None = None) -> None:
+    """Adapter (or full model) and its loss history, whole or not at all.
+
+    `whole` is the state of a model that FSDP has cut up.
+    """
+    with writing(out, settings=dataclasses.asdict(settings), base=model, processes=count(),
                  machine=machine(), seconds=round(result.seconds, 1)) as part:
         # The vocabulary is never resized: peft need not look for the base's files.
         options = {"save_embedding_layers": False} if settings.mode != "full" else {}
-        result.model.save_pretrained(part, **options)
+        result.model.save_pretrained(part, state_dict=whole, **options)
         if (part / "adapter_config.json").is_file():
             make_portable(part, model)
             (part / "README.md").unlink(missing_ok=True)
         write_json(part / "losses.json", list(result.losses))
-
-
-@contextlib.contextmanager
-def _work_directory(out: Path | None, settings: TrainSettings,
-                    records: Sequence[Record], model: str) -> Iterator[Path]:
-    """Where checkpoints live: beside `out`, kept if the run is cut short."""
-    if out is None:
-        with tempfile.TemporaryDirectory() as scratch:
-            yield Path(scratch)
-        return
-    out = Path(out)
-    work = out.with_name(f".{out.name}.work")
-    with saving(work):
-        work.mkdir(parents=True, exist_ok=True)
-        identity = {"settings": dataclasses.asdict(settings), "model": model,
-                    "records": [[r["instruction"], r["response"]] for r in records]}
-        key = work / "identity.json"
-        if key.is_file() and read_json(key) != json.loads(json.dumps(identity)):
-            shutil.rmtree(work)
-            work.mkdir()
-        write_json(key, identity)
-    done = False
-    try:
-        yield work
-        done = True
-    finally:
-        # Kept only for a run that was cut short and has something to resume from.
-        if done or not any(work.glob("checkpoint-*")):
-            shutil.rmtree(work, ignore_errors=True)
