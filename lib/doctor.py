@@ -91,10 +91,10 @@ def few(names: list[str]) -> str:
     return ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
 
 
-def stored_costs() -> dict[str, dict[str, float]]:
+def stored_costs(folder: Path = ROOT / "notebooks") -> dict[str, dict[str, float]]:
     """{notebook: seconds and peak_mb} of the runs whose outputs are stored."""
     return {p.stem: read_json(p)["metadata"]["course"]
-            for p in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))}
+            for p in sorted(folder.glob("[0-9][0-9]_*.ipynb"))}
 
 
 def memory() -> tuple[str, str]:
