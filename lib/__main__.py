@@ -196,6 +196,12 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        if (error.name or "lib").partition(".")[0] == "lib":
+            raise
+        print(f"error: {error.name} is not installed in {sys.executable}: "
+              "`python -m lib doctor` says what is missing", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("stopped: run the same command again to go on from the last checkpoint",
               file=sys.stderr)

@@ -76,6 +76,24 @@ def test_it_runs_where_nothing_is_installed() -> None:
     assert done.stderr.startswith("error: mend ") and len(done.stderr.splitlines()) == 1
 
 
+def test_other_commands_name_the_doctor() -> None:
+    done = subprocess.run([sys.executable, "-S", "-m", "lib", "run"], cwd=ROOT,
+                          capture_output=True, encoding="utf-8", timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"error: \w+ is not installed in .*: `python -m lib doctor` says what is "
+                        "missing\n", done.stderr)
+
+
+def test_a_module_of_lib_that_is_missing_is_our_own_mistake(monkeypatch: pytest.MonkeyPatch
+                                                            ) -> None:
+    def missing(_: object) -> None:
+        raise ModuleNotFoundError("No module named 'lib.nothing'", name="lib.nothing")
+
+    monkeypatch.setattr("lib.__main__.command_doctor", missing)
+    with pytest.raises(ModuleNotFoundError):
+        main(["doctor"])
+
+
 def test_it_imports_nothing_large() -> None:
     program = ("import sys; from lib.doctor import examine; [*examine()]\n"
                "print({'torch', 'transformers', 'numpy', 'datasets'} & set(sys.modules))")
