@@ -27,6 +27,7 @@ from lib.base_model import (
     release_memory,
     tiny_model,
 )
+from lib.bench import run_bench
 from lib.embedded import EMBEDDED, GGUF, locate
 from lib.errors import UserError
 
@@ -128,6 +129,15 @@ def test_probe_is_short_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert best_dtype() in (torch.float32, torch.bfloat16)
     monkeypatch.setattr(torch, "ones", None)  # a second probe would fail
     assert best_dtype() in (torch.float32, torch.bfloat16)
+
+
+def test_bench_of_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lib.bench_dtypes.product_seconds",
+                        lambda: {torch.float32: 0.002, torch.bfloat16: 0.008})
+    found = run_bench("dtypes")
+    assert (found["float32_ms"], found["bfloat16_ms"]) == (2.0, 8.0)
+    assert found["bfloat16_over_float32"] == 4.0
+    assert found["chosen"] in ("float32", "bfloat16")
 
 
 def test_template_of_several_turns(tokenizer: PreTrainedTokenizerBase) -> None:
