@@ -148,7 +148,8 @@ def test_every_trouble_has_a_cause_or_a_remedy() -> None:
 
 
 def test_start_tells_what_the_stored_runs_took() -> None:
-    assert f"<!-- costs -->\n{costs_table()}\n<!-- end of costs -->" in PAGES["START"]
+    assert f"<!-- costs -->\n{costs_table()}\n<!-- end of costs -->" in PAGES["START"], (
+        "run: from lib.course import *; keep_table(NOTEBOOKS / 'START.md')")
 
 
 def test_start_measured_where_the_results_were_made() -> None:
