@@ -1,4 +1,4 @@
-"""The command line: `python -m lib run | train | export | deploy | serve | bench`."""
+"""The command line: `python -m lib doctor | run | train | export | deploy | serve | bench`."""
 
 import argparse
 import contextlib
@@ -25,6 +25,8 @@ def parser() -> Parser:
 
     root = Parser(prog="python -m lib", description="From LoRA to the edge.")
     commands = root.add_subparsers(dest="command", required=True, parser_class=Parser)
+
+    commands.add_parser("doctor", help="check this machine and say what to expect")
 
     run = commands.add_parser("run", help="execute the notebooks in order")
     run.add_argument("--profile", default=default_profile(), help=", ".join(PROFILES))
@@ -90,6 +92,19 @@ def _add_fields(command: argparse.ArgumentParser, settings: type, but: tuple[str
 def _from_fields(settings: type, args: argparse.Namespace) -> Any:
     names = {f.name for f in dataclasses.fields(settings)}
     return settings(**{k: v for k, v in vars(args).items() if k in names})
+
+
+def command_doctor(_: argparse.Namespace) -> None:
+    """Say what this machine has, line by line, and what must be mended."""
+    from lib.doctor import examine
+
+    wrong = []
+    for finding in examine():
+        print(finding, flush=True)
+        if finding.state == "problem":
+            wrong.append(finding.name)
+    require(not wrong, f"mend {' and '.join(wrong)} first, as said above")
+    print("this machine can run the course: python -m lib run")
 
 
 def command_run(args: argparse.Namespace) -> None:
@@ -183,6 +198,12 @@ def main(argv: list[str] | None = None) -> int:
         globals()[f"command_{args.command}"](args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if (error.name or "lib").partition(".")[0] == "lib":
+            raise
+        print(f"error: {error.name} is not installed in {sys.executable}: "
+              "`python -m lib doctor` says what is missing", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped: run the same command again to go on from the last checkpoint",

@@ -7,6 +7,7 @@ artifact or the new one, never half of one.
 
 import contextlib
 import errno
+import gc
 import hashlib
 import importlib.metadata
 import json
@@ -59,7 +60,7 @@ def read_json(path: Path) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON beside `path`, then rename it into place."""
     with replacing(path) as part:
-        part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8", newline="\n")
 
 
 @contextlib.contextmanager
@@ -119,7 +120,7 @@ def writing(target: Path, **facts: Any) -> Iterator[Path]:
             part.chmod(0o755)
             for file in part.rglob("*"):
                 file.chmod(0o755 if file.is_dir() else 0o644)
-            _swap(part, target)
+            swap(part, target)
         finally:
             shutil.rmtree(part, ignore_errors=True)
 
@@ -132,18 +133,26 @@ def require_free(target: Path) -> None:
             f"{target} holds something else: choose another folder")
 
 
-def _swap(part: Path, target: Path) -> None:
+def swap(part: Path, target: Path) -> None:
     """Rename `part` to `target`, keeping the old one until the new one is in."""
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
-        target.rename(old)
+        _rename(target, old)
     try:
-        part.rename(target)
+        _rename(part, target)
     except OSError:
         recover(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _rename(source: Path, target: Path) -> None:
+    try:
+        source.rename(target)
+    except PermissionError:
+        gc.collect()  # Windows moves no file that a tensor is mapped to, a forgotten one, too
+        source.rename(target)
 
 
 def recover(target: Path) -> None:

@@ -126,6 +126,12 @@ def best_dtype() -> torch.dtype:
         return getattr(torch, name)
     if torch.cuda.is_available():
         return torch.bfloat16
+    seconds = product_seconds()
+    return min(seconds, key=lambda dtype: seconds[dtype])
+
+
+def product_seconds() -> dict[torch.dtype, float]:
+    """What a short matrix product takes in float32 and in bfloat16."""
     # In turn, and the best of each: other programs disturb any single timing.
     pairs = {dtype: (torch.ones(512, 576, dtype=dtype), torch.ones(576, 576, dtype=dtype))
              for dtype in (torch.float32, torch.bfloat16)}
@@ -135,7 +141,7 @@ def best_dtype() -> torch.dtype:
             start = time.perf_counter()
             left @ right
             seconds[dtype] = min(seconds[dtype], time.perf_counter() - start)
-    return min(seconds, key=lambda dtype: seconds[dtype])
+    return seconds
 
 
 @contextlib.contextmanager

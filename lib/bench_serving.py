@@ -82,7 +82,7 @@ def swap_seconds(served: Served, texts: list[str]) -> float:
 
 def serving() -> dict[str, Any]:
     """Decode, prefill, first token, memory, throughput, swaps, share of the bandwidth."""
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         work = Path(scratch)
         adapter = ADAPTERS / "sensors_qlora"
         weights = merge(adapter, route="dequantized")

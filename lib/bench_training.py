@@ -53,7 +53,7 @@ def time_arm(arm: Arm, settings: TrainSettings) -> tuple[float, float]:
     tokenizer = load_tokenizer()
     records = sensors("train", settings.steps * settings.batch_size)
     model = load_model(attn_implementation=arm.attention)
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         trainer = make_trainer(model, tokenizer, records, replace(settings, plain=arm.plain),
                                work=Path(scratch))
         # Both sides see the same examples in the same batches.

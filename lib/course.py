@@ -12,10 +12,12 @@ from typing import Any
 
 import nbformat
 import papermill
+from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from nbconvert import HTMLExporter
 from PIL import Image
 
 from lib.artifacts import ROOT, read_json, replacing, saving, write_json
+from lib.doctor import stored_costs
 from lib.errors import UserError, require
 from lib.measure import peak_memory, run_directory
 from lib.profiles import get_profile
@@ -62,6 +64,8 @@ def run(profile: str, *, only: str = "", store: bool = False) -> Path:
             keep_cost(out / f"{source.name[:2]}.json", cost)
             if store:
                 keep_outputs(out / source.name, source, {"profile": profile} | cost)
+        if store:
+            keep_table(NOTEBOOKS / "START.md")
         write_index(out)
     return out
 
@@ -80,6 +84,13 @@ def execute(source: Path, target: Path, profile: str) -> None:
         raise UserError(
             f"{source.name}, cell {error.cell_index}: {error.ename}: {last[0][:200]} "
             f"(the executed copy is {part})") from error
+    except DeadKernelError as error:
+        raise UserError(
+            f"{source.name}: its kernel died, most often for lack of memory: close other "
+            f"programs and go on with --only {source.name[:2]}") from error
+    except CellTimeoutError as error:
+        raise UserError(f"{source.name}: a cell took over {CELL_TIMEOUT} s: "
+                        "use a smaller --profile") from error
     part.replace(target)
     page, _ = HTMLExporter().from_filename(str(target))
     target.with_suffix(".html").write_text(page, encoding="utf-8")
@@ -126,6 +137,25 @@ def keep_outputs(executed: Path, source: Path, run: dict[str, Any]) -> None:
                                   kept.cells[0].source, flags=re.DOTALL)
     kept.metadata["course"] = run | {"source_sha256": source_hash(kept)}
     nbformat.write(kept, source)
+
+
+def costs_table() -> str:
+    """What each stored run took, and all of them, as Markdown."""
+    costs = stored_costs(NOTEBOOKS)
+    rows = [(name, c["seconds"], c["peak_mb"]) for name, c in costs.items()]
+    rows.append(("all six", sum(r[1] for r in rows), max(r[2] for r in rows)))
+    return "| notebook | minutes | memory, GB |\n|---|---|---|\n" + "\n".join(
+        f"| {name} | {seconds / 60:.1f} | {peak / 1e3:.1f} |" for name, seconds, peak in rows)
+
+
+def keep_table(page: Path) -> None:
+    """Put `costs_table` between its two marks in a page, if there is one."""
+    if page.is_file():
+        before, begin, rest = page.read_text(encoding="utf-8").partition("<!-- costs -->\n")
+        _, end, after = rest.partition("\n<!-- end of costs -->")
+        require(end, f"{page} lacks the marks of its table of costs: take it from the repository")
+        with replacing(page) as part:
+            part.write_text(before + begin + costs_table() + end + after, encoding="utf-8")
 
 
 def smaller(picture: str) -> str:

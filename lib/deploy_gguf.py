@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from lib.artifacts import MANIFEST, ROOT, read_json, sha256, write_json, writing
+from lib.artifacts import MANIFEST, ROOT, read_json, sha256, swap, write_json, writing
 from lib.base_model import quiet
 from lib.bundle import Reader
 from lib.client import ask_all, question
@@ -141,7 +141,7 @@ def deploy_gguf(task: str, budget_mb: float, out: Path, *, examples: int = 32,
             scores[way] = served_score(
                 scratch / way, TASKS[task]("test", examples), task if beside else "")
         best = max(scores, key=lambda way: scores[way].share)
-        (scratch / best).rename(out)
+        swap(scratch / best, out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     plan, predicted = made[best]

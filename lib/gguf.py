@@ -7,6 +7,7 @@ a head of size d. So the rows of q and k change places, and those of their B.
 
 import contextlib
 import functools
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,10 @@ def export(out: Path, *, kind: str = "Q8_0", route: str = "dequantized",
     require(route in ROUTES[:2], f"unknown route {route!r}: use {' or '.join(ROUTES[:2])}")
     known(kind)
     require_free(out)
+    for name in adapters or {}:
+        require(re.fullmatch(r"\w[\w.-]*", name) and name not in ("base", "model"),
+                f"adapter name {name!r} makes no file beside the model: use letters and "
+                "digits, and neither base nor model")
     require(not (merged and adapters), "adapters are made for the plain base: "
             "fold one in, or keep them beside it")
     for adapter in [*([merged] if merged else []), *(adapters or {}).values()]:
@@ -197,8 +202,9 @@ def _add_tokenizer(writer: gguf.GGUFWriter, vocabulary: int) -> None:
 @functools.cache
 def _tokenizer() -> list[tuple[str, Any, list[gguf.GGUFValueType]]]:
     with embedded_gguf() as path:
-        fields = Reader(path).fields
-        return [(key, field.contents(), field.types[:2]) for key, field in fields.items()
+        # The reader is given no name: Windows deletes no file that is mapped.
+        return [(key, field.contents(), field.types[:2])
+                for key, field in Reader(path).fields.items()
                 if key.startswith("tokenizer.ggml.")]
 
 

@@ -106,7 +106,7 @@ def train_over(base: Switchable, records: Sequence[Record], plans: Sequence[Conf
     quiet()
     seed_everything(settings.seed)
     roots = input_roots(base, records[:WEIGHED_BY]) if method in ("lq", "coa") else []
-    with tempfile.TemporaryDirectory() as work:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
         trainer = make_trainer(base.model, load_tokenizer(), records, settings,
                                work=Path(work), say_every=say_every)
         trainer.args.save_strategy = "no"

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 import httpx
 
-from lib.artifacts import ROOT
+from lib.artifacts import ROOT, swap
 from lib.base_model import load_tokenizer
 from lib.client import ask, question
 from lib.deploy import TASKS, load_deployed, require_new
@@ -59,7 +59,8 @@ def cost(folder: Path, task: str) -> Cost:
             token_ms = _served(folder, task)
         else:
             command = [sys.executable, "-m", "lib.limits", str(folder.resolve()), task]
-            child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+            child = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8",
+                                   errors="replace", check=False)
             require(child.returncode == 0, f"{folder} could not be run: {child.stderr[-200:]}")
             token_ms = float(child.stdout)
     return Cost(peak["mb"], token_ms)
@@ -112,7 +113,7 @@ def deploy_within(deploy: Callable[..., Kind], task: str, budget_mb: float, out:
             spare, slow = (limits.memory_mb - tried[-1].memory_mb,
                            tried[-1].token_ms / limits.token_ms)
             if spare >= 0 and slow <= 1:
-                place.rename(out)
+                swap(place, out)
                 return made, tried[-1]
             # A MB less on the disk is about one less in memory; time goes with the bytes read.
             budget_mb = min(made.actual_mb + min(spare, -1.0), made.actual_mb / max(slow, 1.0))

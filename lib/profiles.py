@@ -5,8 +5,6 @@ import os
 import random
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from lib.errors import require
 
 # The tutorial's three choices of what to adapt.
@@ -142,8 +140,10 @@ class ServeSettings:
 
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch: the one place where seeds are set."""
+    # Here, because a server and the doctor read this module and need neither.
+    import numpy as np
+    import torch
+
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    import torch  # here, because a server reads this module and needs no torch
-
     torch.manual_seed(seed)

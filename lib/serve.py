@@ -1,5 +1,6 @@
 """An OpenAI-compatible server on loopback: llama.cpp behind the front."""
 
+import _thread
 import contextlib
 import os
 import secrets
@@ -65,7 +66,8 @@ def serve(path: Path, settings: ServeSettings, loras: Sequence[str] = (), *,
     bundle = open_bundle(path, loras)
     # Named as TCP, or asyncio leaves Nagle's delay of 40 ms on its connections.
     with socket.socket(proto=socket.IPPROTO_TCP) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if os.name == "posix":  # on Windows it would share the port with another server
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((HOST, settings.port))
         except (OSError, OverflowError):
@@ -88,7 +90,7 @@ def serve(path: Path, settings: ServeSettings, loras: Sequence[str] = (), *,
 
 def _stop_at_eof() -> None:
     sys.stdin.read()
-    os.kill(os.getpid(), signal.SIGTERM)
+    _thread.interrupt_main(signal.SIGTERM)  # os.kill would end it on the spot under Windows
 
 
 @dataclass(frozen=True)
@@ -106,15 +108,16 @@ def running(path: Path, *options: str) -> Iterator[Served]:
     Raises:
         UserError: what the server said when it could not start.
     """
-    command = [sys.executable, "-m", "lib", "serve", str(Path(path).resolve()), "--port", "0",
-               "--until-eof", *options]
+    command = [sys.executable, "-X", "utf8", "-m", "lib", "serve", str(Path(path).resolve()),
+               "--port", "0", "--until-eof", *options]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, cwd=ROOT, text=True) as process:
+                          stderr=subprocess.PIPE, cwd=ROOT, encoding="utf-8",
+                          errors="replace") as process:
         line = process.stdout.readline()
         try:
             if not line:
                 raise UserError(process.stderr.read().strip().removeprefix("error: "))
             yield Served(line.split()[-1], process.pid)
         finally:
-            process.terminate()
+            process.stdin.close()  # asks it to stop, on every system
             process.wait()

@@ -127,7 +127,7 @@ def work_directory(out: Path | None, identity: dict[str, Any],
     records) and of as many processes. The first process keeps house for all.
     """
     if out is None:
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
             yield Path(scratch)
         return
     out = Path(out)

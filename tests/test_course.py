@@ -51,6 +51,34 @@ def test_run_leaves_copies_pages_and_index(folders):
     assert "papermill" not in kept.metadata and len(kept.cells) == 2
 
 
+def test_a_kernel_that_dies_or_hangs_is_one_line(folders, monkeypatch):
+    books, out = folders
+    write(books / "03_three.ipynb", FAST, "import os; os._exit(1)")
+    with pytest.raises(UserError, match="03_three.ipynb: its kernel died.*--only 03"):
+        course.run("smoke")
+    write(books / "03_three.ipynb", FAST, "import time; time.sleep(60)")
+    monkeypatch.setattr(course, "CELL_TIMEOUT", 1)
+    with pytest.raises(UserError, match="a cell took over 1 s: use a smaller --profile"):
+        course.run("smoke")
+    assert not (out / "03_three.ipynb").exists()
+
+
+def test_storing_brings_the_table_of_costs_up_to_date(folders):
+    books, _ = folders
+    write(books / "01_one.ipynb", FAST)
+    start = books / "START.md"
+    start.write_text("# Start\n\n<!-- costs -->\nold\n<!-- end of costs -->\nMore.\n")
+    course.run("smoke")
+    assert "old" in start.read_text()
+    course.run("smoke", store=True)
+    assert start.read_text() == (f"# Start\n\n<!-- costs -->\n{course.costs_table()}\n"
+                                 "<!-- end of costs -->\nMore.\n")
+    assert "| 01_one | 0." in start.read_text() and "| all six | " in start.read_text()
+    start.write_text("# Start, without marks\n")
+    with pytest.raises(UserError, match="lacks the marks"):
+        course.keep_table(start)
+
+
 def test_what_a_run_took_goes_into_figures_and_opening(folders):
     books, out = folders
     save = ("import json, pathlib; pathlib.Path('../build/course/smoke/01.json')"

@@ -49,7 +49,7 @@ def main() -> None:
     """Write every split as JSON lines."""
     for name, rows in make_splits().items():
         text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n"
-        (HERE / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        (HERE / f"{name}.jsonl").write_text(text, encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":

@@ -459,7 +459,7 @@ def write_readme() -> None:
                               (BEGIN_CLAIMS, END_CLAIMS, claims_table())):
         before, _, rest = text.partition(begin)
         text = f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}"
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":

@@ -136,7 +136,8 @@ def main() -> None:
     seen: set[str] = set()
     for name in SIZES:
         lines = [json.dumps(r) for r in make_split(name, seen)]
-        (HERE / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (HERE / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8",
+                                           newline="\n")
 
 
 if __name__ == "__main__":
