@@ -66,6 +66,9 @@ def run(profile: str, *, only: str = "", store: bool = False) -> Path:
                 keep_outputs(out / source.name, source, {"profile": profile} | cost)
         if store:
             keep_table(NOTEBOOKS / "START.md")
+        for page in NOTEBOOKS.glob("*.md"):  # what the notebooks link to
+            with replacing(out / page.name) as part:
+                part.write_bytes(page.read_bytes())
         write_index(out)
     return out
 

@@ -39,7 +39,9 @@ def test_run_leaves_copies_pages_and_index(folders):
     books, out = folders
     write(books / "01_one.ipynb", FAST, "print('profile is', PROFILE)")
     write(books / "02_two.ipynb", FAST, "print(6 * 7)")
+    (books / "WORDS.md").write_text("linked")
     assert course.run("smoke", store=True) == out
+    assert (out / "WORDS.md").read_text() == "linked"
     executed = nbformat.read(out / "01_one.ipynb", as_version=4)
     assert "profile is smoke" in executed.cells[-1].outputs[0].text
     index = (out / "index.html").read_text()

@@ -40,6 +40,8 @@ from lib.train import TrainResult
 COA = RESULTS / "coa"
 SEEDS = (0, 1, 2)
 SETTINGS = dataclasses.replace(PROFILES["reference"].train, mode="lora", accumulate=2)
+# Of the joint methods: the sweep over these is in the pieces TASK-METHOD-rateRATE-0.
+RATES, RATE = (3e-3, 4.5e-3, 6.5e-3), 4.5e-3
 # A plan in use takes 212 MB; more is kept only where memory is not short.
 CACHE_MB = 256
 # Search and training in turn: before these steps, so many evaluations on so many examples.
@@ -134,7 +136,7 @@ def digest(plans: Sequence[Configuration]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def joint(task: str, method: str, seed: int) -> dict[str, Any]:
+def joint(task: str, method: str, seed: int, rate: float = RATE) -> dict[str, Any]:
     """One adapter over the training set, at all test plans.
 
     Methods are those of `train_over`, and "alternated": "coa" with a search
@@ -142,7 +144,8 @@ def joint(task: str, method: str, seed: int) -> dict[str, Any]:
     """
     base = Switchable.load(cache_mb=CACHE_MB)
     training, tests = plans_of(task, base.layers)
-    settings, begun = dataclasses.replace(SETTINGS, seed=seed), time.monotonic()
+    settings = dataclasses.replace(SETTINGS, seed=seed, learning_rate=rate)
+    begun = time.monotonic()
     turns = {}
     if method == "alternated":
         felt = torch.tensor(read_json(COA / f"{task}-plans.json")["result"]["sensitivities"])
@@ -152,7 +155,7 @@ def joint(task: str, method: str, seed: int) -> dict[str, Any]:
     run, coa = train_over(base, TASKS[task]("train"), training, settings, say_every=10,
                           method="coa" if turns else method, **turns)
     whole = time.monotonic() - begun
-    if method == "coa" and seed == 0:  # what the notebooks and `deploy` start from
+    if method == "coa" and (seed, rate) == (0, RATE):  # what the notebooks and `deploy` start from
         coa.save_pretrained(ADAPTERS / f"{task}_coa", dtype=torch.float16)
     return _row(run, settings, training) | {
         "with_start_s": round(whole, 1),
@@ -195,6 +198,10 @@ def pieces() -> dict[str, Callable[[], dict[str, Any]]]:
                 every[f"{task}-dedicated-{name.replace(' ', '-')}-{seed}"] = (
                     lambda t=task, s=seed, n=name: dedicated(t, "lora", s, n))
         if seed == 0:
+            for rate in RATES:
+                for method in ("coa", "lora") if rate != RATE else ():
+                    every[f"sensors-{method}-rate{rate:g}-0"] = (
+                        lambda m=method, r=rate: joint("sensors", m, 0, r))
             for task in TASKS:
                 every[f"{task}-base"] = lambda t=task: untrained(t)
                 for method in ("alternated", "paper"):
