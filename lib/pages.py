@@ -1,0 +1,58 @@
+"""Notebooks and Markdown as HTML that asks nothing of the network."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from latex2mathml.converter import convert
+from nbconvert import HTMLExporter
+from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+from nbformat import NotebookNode
+
+TEMPLATES = Path(__file__).parent / "templates"
+# The words below a figure: they are also its text alternative.
+WORDS = re.compile(r"\*{1,2}In words:\*{1,2}\s*(.+?)(?:\n\n|\Z)", re.DOTALL)
+
+
+class Renderer(IPythonRenderer):
+    """Formulas become MathML, which browsers draw without a script."""
+
+    def block_math(self, body: str) -> str:
+        return convert(body, display="block")
+
+    def inline_math(self, body: str) -> str:
+        return convert(body)
+
+
+def markdown(text: str) -> str:
+    """Markdown with formulas as HTML."""
+    return MarkdownWithMath(renderer=Renderer(escape=False)).render(text)
+
+
+def exporter(template: str, kind: type[HTMLExporter] = HTMLExporter, **options: Any
+             ) -> HTMLExporter:
+    """nbconvert's exporter with a template of ours."""
+    return kind(template_name=template, extra_template_basedirs=[str(TEMPLATES)],
+                filters={"markdown2html": markdown}, **options)
+
+
+def described(notebook: NotebookNode) -> NotebookNode:
+    """The notebook, with the words below each figure as the figure's text alternative."""
+    for cell, after in zip(notebook.cells, [*notebook.cells[1:], None], strict=True):
+        found = WORDS.match(after.source) if after and after.cell_type == "markdown" else None
+        cell.metadata["alt"] = re.sub(r"[*`$\\\s]+", " ", found[1]) if found else "Figure"
+    return notebook
+
+
+def notebook_page(notebook: NotebookNode, *, nav: str = "", scripts: str = "") -> str:
+    """A notebook as one page, with HTML above and at the end; its first line is the title."""
+    title = notebook.cells[0].source.strip().partition("\n")[0].lstrip("# ")
+    resources = {"nav": nav, "scripts": scripts, "metadata": {"name": title}}
+    return exporter("page").from_notebook_node(described(notebook), resources)[0]
+
+
+def text_page(text: str, **options: str) -> str:
+    """Markdown as a page of the same make."""
+    cell = nbformat.v4.new_markdown_cell(text)
+    return notebook_page(nbformat.v4.new_notebook(cells=[cell]), **options)
