@@ -1,6 +1,8 @@
 """Notebooks and Markdown as HTML that asks nothing of the network."""
 
+import html
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,16 @@ WORDS = re.compile(r"\*{1,2}In words:\*{1,2}\s*(.+?)(?:\n\n|\Z)", re.DOTALL)
 
 
 class Renderer(IPythonRenderer):
-    """Formulas become MathML, which browsers draw without a script."""
+    """Formulas become MathML, which browsers draw without a script.
+
+    Headings get the anchors that GitHub gives them, so that links work in both.
+    """
+
+    def heading(self, text: str, level: int, **attrs: Any) -> str:
+        words = html.unescape(re.sub(r"<[^>]+>", "", text)).lower()
+        slug = re.sub(r"[^\w\- ]", "", words).strip().replace(" ", "-")
+        return (f'<h{level} id="{slug}">{text}<a class="anchor-link" href="#{slug}">¶</a>'
+                f"</h{level}>\n")
 
     def block_math(self, body: str) -> str:
         return convert(body, display="block")
@@ -56,3 +67,14 @@ def text_page(text: str, **options: str) -> str:
     """Markdown as a page of the same make."""
     cell = nbformat.v4.new_markdown_cell(text)
     return notebook_page(nbformat.v4.new_notebook(cells=[cell]), **options)
+
+
+def relinked(text: str, pages: Collection[str] = ()) -> str:
+    """A page whose links to the course's files go to their pages; without one, no link."""
+    def link(found: re.Match[str]) -> str:
+        name = {"README": "index"}.get(found[1], found[1])
+        return (f'<a href="{name}.html{found[2] or ""}">{found[3]}</a>' if name in pages
+                else found[3])
+
+    return re.sub(r'<a href="(?:\.\./)?(?:notebooks/)?(\w+)\.(?:md|ipynb)(#[^"]*)?">(.*?)</a>',
+                  link, text, flags=re.DOTALL)

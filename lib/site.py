@@ -11,7 +11,7 @@ import nbformat
 
 from lib.artifacts import ROOT, read_json, writing
 from lib.course import NOTEBOOKS, notebooks
-from lib.pages import TEMPLATES, notebook_page, text_page
+from lib.pages import TEMPLATES, notebook_page, relinked, text_page
 
 RESULTS, CLAIMS = ROOT / "data" / "results", ROOT / "data" / "claims.json"
 # Where a part of a page begins that one can look for: headings, names of the reference.
@@ -30,14 +30,15 @@ def build(out: Path) -> int:
         shutil.copyfile(TEMPLATES / "page" / "static" / "search.js", part / "search.js")
         made = {path.stem: notebook_page(nbformat.read(path, as_version=4), nav=nav())
                 for path in notebooks()}
-        texts = {"index": (ROOT / "README.md").read_text(encoding="utf-8"),
-                 "instructors": (NOTEBOOKS / "INSTRUCTORS.md").read_text(encoding="utf-8"),
-                 "results": results_text(results), "claims": claims_text(results)}
+        texts = {path.stem: path.read_text(encoding="utf-8") for path in guides()} | {
+            "index": (ROOT / "README.md").read_text(encoding="utf-8"),
+            "results": results_text(results), "claims": claims_text(results)}
         made |= {name: text_page(text, nav=nav()) for name, text in texts.items()}
         made["search"] = text_page("# Search\n\n<div id='found'></div>", nav=nav(),
                                    scripts=SCRIPTS)
         for name, text in made.items():
-            (part / f"{name}.html").write_text(with_contents(text), encoding="utf-8")
+            (part / f"{name}.html").write_text(relinked(with_contents(text), made.keys()),
+                                              encoding="utf-8")
         reference(part / "reference")
         found = sorted(part.rglob("*.html"))
         entries = [entry for path in found if path.stem != "search"
@@ -47,11 +48,16 @@ def build(out: Path) -> int:
     return len(found)
 
 
+def guides() -> list[Path]:
+    """The pages of text beside the notebooks."""
+    return sorted(NOTEBOOKS.glob("*.md"))
+
+
 def nav() -> str:
     """Links to all pages, and the search box."""
-    names = {path.stem: path.stem.replace("_", " ") for path in notebooks()} | {
-        "results": "results", "claims": "claims", "instructors": "for instructors",
-        "reference/lib": "reference"}
+    names = {path.stem: path.stem.lower().replace("_", " ")
+             for path in [*notebooks(), *guides()]} | {
+        "results": "results", "claims": "claims", "reference/lib": "reference"}
     links = "".join(f"<a href='{page}.html'>{name}</a>" for page, name in names.items())
     return (f"<nav><a href='index.html'><b>From LoRA to the edge</b></a>{links}"
             "<form action='search.html'><input name='q' type='search' placeholder='Search' "
@@ -61,6 +67,8 @@ def nav() -> str:
 def with_contents(text: str) -> str:
     """A page with the list of its sections below the title."""
     heads = re.findall(r'<h2 id="([^"]+)">(.*?)<a class="anchor-link"', text, re.DOTALL)
+    if not heads:
+        return text
     links = "".join(f"<li><a href=\"#{where}\">{head}</a>" for where, head in heads)
     return text.replace("</h1>", f"</h1><div class='contents'><ol>{links}</ol></div>", 1)
 
@@ -109,11 +117,14 @@ def reference(out: Path) -> None:
                           template_directory=TEMPLATES / "reference")
     pdoc.pdoc("lib", output_directory=out)
     for path in out.rglob("*.html"):
-        # An inherited docstring may name members that its page does not show.
-        text = path.read_text(encoding="utf-8")
-        ids = set(re.findall(r' id="([^"]+)"', text))
-        path.write_text(re.sub(r'<a href="#([^"]+)">(.*?)</a>', lambda link: link[
-            0 if link[1] in ids else 2], text, flags=re.DOTALL), encoding="utf-8")
+        path.write_text(without_dead_links(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def without_dead_links(text: str) -> str:
+    """A page whose inherited docstrings link no names that it does not show."""
+    ids = set(re.findall(r' id="([^"]+)"', text))
+    return re.sub(r'<a href="#([^"]+)">(.*?)</a>',
+                  lambda link: link[0 if link[1] in ids else 2], text, flags=re.DOTALL)
 
 
 def sections(path: Path, url: str) -> list[dict[str, str]]:
@@ -127,6 +138,7 @@ def sections(path: Path, url: str) -> list[dict[str, str]]:
         return []
     name = plain(title[1]).removesuffix(" API documentation")
     text = re.sub(r"<(script|style|nav|head)\b.*?</\1>", " ", text, flags=re.DOTALL)
+    text = re.sub(r"<div class=.(?:contents|jp-\w+Prompt)\b.*?</div>", " ", text, flags=re.DOTALL)
     found = []
     for number, part in enumerate(PARTS.split(text)):
         where = re.match(r'(\w+) id="([^"]+)"', part) if number else None

@@ -16,17 +16,19 @@ from nbformat import NotebookNode
 
 from lib.artifacts import writing
 from lib.course import cell_seconds, notebooks
-from lib.pages import TEMPLATES, described, exporter, text_page
+from lib.pages import TEMPLATES, described, exporter, relinked, text_page
 
 REVEAL = ("reveal.js", "reveal.css", "plugin/notes.js", "theme/white.css")
 # Lines that a screen takes without shrinking, and shrunk a little so that a text
 # stays with its code; letters in a line.
-ROWS, FULL, COLUMNS = 22, 27, 92
+ROWS, FULL, COLUMNS = 21, 26, 92
 FIGURE = 16             # lines as high as a figure
 # Rules of thumb for the plan, not measurements: words and lines of code in a
-# minute of talk, and minutes for an exercise of each level.
-WORDS, LINES = 110, 20
+# minute of talk, the least seconds of a step, minutes for an exercise of each level.
+WORDS, LINES, LEAST = 110, 15, 30
 EXERCISE = {"warm-up": 5, "core": 10, "challenge": 15}
+# Headings, one below the other, with the text to the next heading.
+PIECES = re.compile(r"\s*(?:^##+ [^\n]*\n+)*.+?(?=\n##+ |\Z)", re.MULTILINE | re.DOTALL)
 
 
 @dataclass
@@ -54,7 +56,7 @@ class Step:
         talk = sum(60 * (len(c.source.split()) / WORDS if c.cell_type == "markdown" else
                          c.source.count("\n") / LINES) for c in self.shown)
         level = re.match(r"### Exercise \d+ \((.+?)\)", self.cells[0].source)
-        return max(talk, self.measured, 5) + 60 * (EXERCISE.get(level[1], 0) if level else 0)
+        return max(talk, self.measured, LEAST) + 60 * (EXERCISE.get(level[1], 0) if level else 0)
 
 
 def height(cell: NotebookNode) -> float:
@@ -78,7 +80,7 @@ def pieces(cell: NotebookNode) -> Iterator[NotebookNode]:
     """A cell, cut before headings, after the words to a figure, and before a figure."""
     parts = [copy.deepcopy(cell)]
     if cell.cell_type == "markdown":
-        texts = re.split(r"(?m)^(?=##+ )", cell.source)
+        texts = PIECES.findall(cell.source)
         if _is_words(cell):
             texts[:1] = texts[0].partition("\n\n")[::2]
         texts = [text.strip() for text in texts if text.strip()]
@@ -115,7 +117,7 @@ def steps(notebook: NotebookNode, *, solutions: bool = False) -> list[Step]:
             (made[-1].cells if made else waiting).append(cell)
             continue
         practice = bool({"exercise", "solution"} & set(tags))
-        heading = re.match(r"(?:##?|### Exercise) ?(.*)", cell.source)
+        heading = re.match(r"(?:##? |### Exercise )", cell.source)
         heading = heading if cell.cell_type == "markdown" else None
         opens = bool(not made or heading or stored.get("slide_type") == "slide"
                      or (made[-1].practice and not practice))
@@ -140,6 +142,8 @@ def _joins(cell: NotebookNode, after: NotebookNode | None, step: Step) -> bool:
         return figure and _is_words(cell)
     # A text before code leads to it. Another one closes what is on the screen.
     leads = cell.cell_type == "markdown" and after is not None and after.cell_type == "code"
+    if step.cells[0].source.startswith("# ") and cell.cell_type == "code":
+        return False  # the title stands alone
     alone = all(c.cell_type == "markdown" for c in step.shown)
     most = FULL if alone or cell.cell_type == "markdown" else ROWS
     return not leads and sum(map(height, [*step.shown, cell])) <= most
@@ -193,7 +197,7 @@ def build(out: Path, *, solutions: bool = False) -> dict[str, float]:
                 cell.metadata["seconds"] = took
             found = steps(notebook, solutions=solutions)
             name = f"{path.stem}.slides.html"
-            (part / name).write_text(deck(notebook, found), encoding="utf-8")
+            (part / name).write_text(relinked(deck(notebook, found)), encoding="utf-8")
             rows = plan(found)
             minutes[path.stem] = sum(row[2] for row in rows)
             text.append(_plan_table(name, rows, notebook, bool(seconds)))
