@@ -1,4 +1,4 @@
-"""The command line: `python -m lib doctor | run | train | export | deploy | serve | bench`."""
+"""The command line: `python -m lib doctor | run | train | export | deploy | serve | ...`."""
 
 import argparse
 import contextlib
@@ -72,6 +72,14 @@ def parser() -> Parser:
     bench = commands.add_parser("bench", help="run a benchmark")
     bench.add_argument("name")
     bench.add_argument("--json", type=Path, metavar="FILE")
+
+    slides = commands.add_parser("slides", help="build a deck for each notebook")
+    slides.add_argument("--out", type=Path, metavar="DIR", help="default build/slides")
+    slides.add_argument("--solutions", action="store_true",
+                        help="show solutions below their exercises, not only as notes")
+
+    site = commands.add_parser("site", help="build the course as a static site")
+    site.add_argument("--out", type=Path, metavar="DIR", help="default build/site")
     return root
 
 
@@ -189,6 +197,26 @@ def command_bench(args: argparse.Namespace) -> None:
         print(f"{key:32} {shown}")
     if args.json:
         write_json(args.json, result)
+
+
+def command_slides(args: argparse.Namespace) -> None:
+    """Build the decks and say how long each is planned to take."""
+    from lib.artifacts import BUILD
+    from lib.slides import build
+
+    out = args.out or BUILD / "slides"
+    for name, minutes in build(out, solutions=args.solutions).items():
+        print(f"{name:24} about {minutes:.0f} minutes")
+    print(f"open {out / 'index.html'}")
+
+
+def command_site(args: argparse.Namespace) -> None:
+    """Build the site and say where it is."""
+    from lib.artifacts import BUILD
+    from lib.site import build
+
+    out = args.out or BUILD / "site"
+    print(f"{build(out)} pages; open {out / 'index.html'}")
 
 
 def main(argv: list[str] | None = None) -> int:

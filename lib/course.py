@@ -13,13 +13,13 @@ from typing import Any
 import nbformat
 import papermill
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
-from nbconvert import HTMLExporter
 from PIL import Image
 
 from lib.artifacts import ROOT, read_json, replacing, saving, write_json
 from lib.doctor import stored_costs
 from lib.errors import UserError, require
 from lib.measure import peak_memory, run_directory
+from lib.pages import notebook_page
 from lib.profiles import get_profile
 
 NOTEBOOKS = ROOT / "notebooks"
@@ -61,7 +61,7 @@ def run(profile: str, *, only: str = "", store: bool = False) -> Path:
                 execute(source, out / source.name, profile)
             cost = {"seconds": round(time.monotonic() - start), "peak_mb": round(peak["mb"])}
             print(f"      done in {cost['seconds']} s, peak {cost['peak_mb']} MB", flush=True)
-            keep_cost(out / f"{source.name[:2]}.json", cost)
+            keep_cost(out / f"{source.name[:2]}.json", cost, source, out / source.name)
             if store:
                 keep_outputs(out / source.name, source, {"profile": profile} | cost)
         if store:
@@ -95,8 +95,8 @@ def execute(source: Path, target: Path, profile: str) -> None:
         raise UserError(f"{source.name}: a cell took over {CELL_TIMEOUT} s: "
                         "use a smaller --profile") from error
     part.replace(target)
-    page, _ = HTMLExporter().from_filename(str(target))
-    target.with_suffix(".html").write_text(page, encoding="utf-8")
+    made = notebook_page(nbformat.read(target, as_version=4))
+    target.with_suffix(".html").write_text(made, encoding="utf-8")
 
 
 def source_hash(notebook: nbformat.NotebookNode) -> str:
@@ -105,10 +105,29 @@ def source_hash(notebook: nbformat.NotebookNode) -> str:
     return hashlib.sha256("\0".join(code).encode()).hexdigest()
 
 
-def keep_cost(figures: Path, cost: dict[str, int]) -> None:
-    """What the whole notebook took, beside what it measured itself."""
+def keep_cost(figures: Path, cost: dict[str, int], source: Path, executed: Path) -> None:
+    """What the whole notebook and each cell took, beside what it measured itself."""
     if figures.is_file():
-        write_json(figures, read_json(figures) | {"whole_run": cost})
+        took = [round(c.metadata.get("papermill", {}).get("duration") or 0.0, 3)
+                for c in own_cells(nbformat.read(executed, as_version=4))
+                if c.cell_type == "code"]
+        digest = source_hash(nbformat.read(source, as_version=4))
+        write_json(figures, read_json(figures) | {
+            "whole_run": cost, "cells": {"source_sha256": digest, "seconds": took}})
+
+
+def cell_seconds(source: Path) -> list[float]:
+    """What each code cell took in the last laptop run of this very code; empty without one."""
+    figures = run_directory("laptop") / f"{source.name[:2]}.json"
+    kept = read_json(figures).get("cells", {}) if figures.is_file() else {}
+    same = kept.get("source_sha256") == source_hash(nbformat.read(source, as_version=4))
+    return kept["seconds"] if same else []
+
+
+def own_cells(executed: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    """The cells of an executed copy without the one that papermill put in."""
+    return [c for c in executed.cells
+            if "injected-parameters" not in c.metadata.get("tags", [])]
 
 
 def takes(seconds: float, peak_mb: float) -> str:
@@ -124,8 +143,7 @@ def keep_outputs(executed: Path, source: Path, run: dict[str, Any]) -> None:
     """
     made = nbformat.read(executed, as_version=4)
     kept = nbformat.read(source, as_version=4)
-    cells = [c for c in made.cells if "injected-parameters" not in c.metadata.get("tags", [])]
-    for cell, done in zip(kept.cells, cells, strict=True):
+    for cell, done in zip(kept.cells, own_cells(made), strict=True):
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = done.outputs, done.execution_count
     for count, cell in enumerate((c for c in kept.cells if c.cell_type == "code"), 1):
