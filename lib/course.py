@@ -65,7 +65,8 @@ def run(profile: str, *, only: str = "", store: bool = False) -> Path:
             if store:
                 keep_outputs(out / source.name, source, {"profile": profile} | cost)
         if store:
-            keep_table(NOTEBOOKS / "START.md")
+            for name in ("START.md", "INSTRUCTORS.md"):
+                keep_table(NOTEBOOKS / name)
         for page in NOTEBOOKS.glob("*.md"):  # what the notebooks link to
             with replacing(out / page.name) as part:
                 part.write_bytes(page.read_bytes())

@@ -36,7 +36,7 @@ def ask(page: Path, script: str, *, ready: str = "true", query: str = "") -> Any
     try:
         made = subprocess.run(
             [BROWSER, *FLAGS, "--dump-dom", copy.resolve().as_uri() + query],
-            capture_output=True, text=True, timeout=300)
+            capture_output=True, text=True, timeout=900)
     finally:
         copy.unlink()
     told = re.search(r'<pre id="told">(.*?)</pre>', made.stdout, re.DOTALL)

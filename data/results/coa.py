@@ -40,8 +40,10 @@ from lib.train import TrainResult
 COA = RESULTS / "coa"
 SEEDS = (0, 1, 2)
 SETTINGS = dataclasses.replace(PROFILES["reference"].train, mode="lora", accumulate=2)
-# Of the joint methods: the sweep over these is in the pieces TASK-METHOD-rateRATE-0.
+# Of the joint methods: the sweep over these is in the pieces sensors-METHOD-rateRATE-0.
 RATES, RATE = (3e-3, 4.5e-3, 6.5e-3), 4.5e-3
+# A step goes through in so many parts, each at a configuration of its own.
+PARTS = 4
 # A plan in use takes 212 MB; more is kept only where memory is not short.
 CACHE_MB = 256
 # Search and training in turn: before these steps, so many evaluations on so many examples.
@@ -144,7 +146,7 @@ def joint(task: str, method: str, seed: int, rate: float = RATE) -> dict[str, An
     """
     base = Switchable.load(cache_mb=CACHE_MB)
     training, tests = plans_of(task, base.layers)
-    settings = dataclasses.replace(SETTINGS, seed=seed, learning_rate=rate)
+    settings = dataclasses.replace(SETTINGS, seed=seed, learning_rate=rate, accumulate=PARTS)
     begun = time.monotonic()
     turns = {}
     if method == "alternated":

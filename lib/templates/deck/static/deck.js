@@ -24,9 +24,13 @@ const where = ({currentSlide}) => {
 };
 deck.on("slidechanged", where);
 deck.on("ready", where);
-deck.initialize().then(() => {
+deck.initialize().then(async () => {
   const slides = document.querySelector(".slides");
   slides.classList.add("measuring");
+  deck.layout();
+  // Fonts are loaded when text first needs them: now. Others would be wider.
+  slides.getBoundingClientRect();
+  await document.fonts.ready;
   slides.querySelectorAll("section:not(.stack)").forEach(shrink);
   slides.classList.remove("measuring");
   document.body.dataset.fitted = "yes";
