@@ -108,15 +108,15 @@ def deploy_packed(task: str, budget_mb: float, out: Path, *, examples: int = 32,
         plain = (2 * base.model.num_parameters() + fixed) / MB
         require(budget_mb < plain, f"{budget_mb:g} MB hold the model in 16 bits with its adapter "
                 f"({plain:.0f} MB): nothing need be quantised")
+        rests = {name: _rest(base, level) for name, level in EMBEDDINGS.items()}
         chosen, considered = _choose(
-            TASKS[task]("validation", held), base, coa, plans, budget_mb * MB - fixed)
+            TASKS[task]("validation", held), base, coa, plans, budget_mb * MB - fixed, rests)
         plan, name, loss = chosen
         coa.materialise(plan, part / "adapter", dtype=torch.float16)
         save_packed(base, plan, part / "layers.safetensors")
-        rest = _rest(base, EMBEDDINGS[name])
-        save_file(rest, part / "rest.safetensors", {"embedding": json.dumps(
+        save_file(rests[name], part / "rest.safetensors", {"embedding": json.dumps(
             EMBEDDINGS[name].as_list())})
-        predicted = fixed + plan.bytes + sum(t.nbytes for t in rest.values())
+        predicted = fixed + plan.bytes + _bytes(rests[name])
         score = keyword_score(_read(part, packed_layers=False),
                               load_tokenizer(base.name), TASKS[task]("test", examples))
         facts = {"loss": loss, "score": str(score), "embedding": name}
@@ -125,11 +125,14 @@ def deploy_packed(task: str, budget_mb: float, out: Path, *, examples: int = 32,
 
 
 def _choose(held: list[Record], base: Switchable, coa: CoaLora,
-            plans: list[tuple[Configuration, float]], room: float
+            plans: list[tuple[Configuration, float]], room: float,
+            rests: dict[str, dict[str, torch.Tensor]]
             ) -> tuple[tuple[Configuration, str, float], int]:
-    """The plan and embedding of least held-out loss that fit into `room` bytes."""
-    sizes = {name: sum(t.nbytes for t in _rest(base, level).values())
-             for name, level in EMBEDDINGS.items()}
+    """The plan and embedding of least held-out loss that fit into `room` bytes.
+
+    `rests` has, for each way to store the embedding, all that is no linear of a block.
+    """
+    sizes = {name: _bytes(rest) for name, rest in rests.items()}
     smallest = min(plan.bytes for plan, _ in plans) + min(sizes.values())
     require(smallest <= room, "the budget is below the smallest known plan: "
             f"give {_up(smallest - room):g} MB more")
@@ -139,27 +142,23 @@ def _choose(held: list[Record], base: Switchable, coa: CoaLora,
     measured = []
     for name in dict.fromkeys(name for *_, name in fits):
         plan = min((loss, i) for i, (loss, _, n) in enumerate(fits) if n == name)
-        measured.append((_loss_with(base, coa, fits[plan[1]][1], name, held),
-                         name, fits[plan[1]][1]))
+        measured.append((_loss_with(base, coa, fits[plan[1]][1], rests[name],
+                                    EMBEDDINGS[name], held), name, fits[plan[1]][1]))
     loss, name, plan = min(measured, key=lambda row: row[0])
     return (plan, name, loss), len(fits)
 
 
-def _loss_with(base: Switchable, coa: CoaLora, plan: Configuration, name: str,
-               held: list[Record]) -> float:
+def _loss_with(base: Switchable, coa: CoaLora, plan: Configuration,
+               rest: dict[str, torch.Tensor], level: Level, held: list[Record]) -> float:
     """Held-out loss of a plan with the embedding as it will be stored."""
     table = base.model.get_input_embeddings().weight
     plain = table.data
-    table.data = _rounded_embedding(plain, EMBEDDINGS[name])
+    table.data = _embedding(rest, level, plain)
     base.switch(plan)
     try:
         return held_out_loss(coa.model, load_tokenizer(base.name), held)
     finally:
         table.data = plain
-
-
-def _rounded_embedding(table: torch.Tensor, level: Level) -> torch.Tensor:
-    return dequantize(quantize(table, level)).view(table.shape).to(table.dtype)
 
 
 def _rest(base: Switchable, level: Level) -> dict[str, torch.Tensor]:
@@ -168,6 +167,17 @@ def _rest(base: Switchable, level: Level) -> dict[str, torch.Tensor]:
     rest = {f"{EMBEDDING}.{name}": part
             for name, part in packed(quantize(state[EMBEDDING], level)).items()}
     return rest | {name: state[name].float() for name in state if "norm" in name}
+
+
+def _embedding(rest: dict[str, torch.Tensor], level: Level, like: torch.Tensor) -> torch.Tensor:
+    """The embedding that `_rest` packed, in the shape and dtype of `like`."""
+    parts = {name.removeprefix(f"{EMBEDDING}."): part for name, part in rest.items()
+             if name.startswith(EMBEDDING)}
+    return dequantize(unpacked(parts, level, like.numel())).view(like.shape).to(like)
+
+
+def _bytes(tensors: dict[str, torch.Tensor]) -> int:
+    return sum(t.nbytes for t in tensors.values())
 
 
 def load_deployed(directory: Path, *, packed_layers: bool = True) -> PeftModel:
@@ -189,13 +199,11 @@ def _read(directory: Path, *, packed_layers: bool) -> PeftModel:
     model = AutoModelForCausalLM.from_config(config, dtype=best_dtype()).eval()
     tensors = load_file(directory / "rest.safetensors")
     level = Level(*json.loads(_about(directory / "rest.safetensors")["embedding"]))
-    parts = {name.removeprefix(f"{EMBEDDING}."): tensors.pop(name)
-             for name in [*tensors] if name.startswith(EMBEDDING)}
     table = model.get_input_embeddings().weight
-    table.data = dequantize(unpacked(parts, level, table.numel())).view(
-        table.shape).to(table.dtype)
+    table.data = _embedding(tensors, level, table)
     for name, norm in tensors.items():
-        model.get_parameter(name).data = norm.to(table.dtype)
+        if not name.startswith(EMBEDDING):
+            model.get_parameter(name).data = norm.to(table.dtype)
     load_packed(model, directory / "layers.safetensors")
     if not packed_layers:
         unpack(model)

@@ -88,10 +88,13 @@ class Switchable:
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        made = self._rounded(index, level).to(self._linears[index].weight)
+        made = self._build(index, level)
         self._cache[key] = made
         self._cached_bytes += made.nbytes
         return made
+
+    def _build(self, index: int, level: Level) -> Tensor:
+        return self._rounded(index, level).to(self._linears[index].weight)
 
     def _rounded(self, index: int, level: Level) -> Tensor:
         try:

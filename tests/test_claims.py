@@ -1,16 +1,19 @@
 """The ledger of claims: it fits the stored results, and its rules can say every verdict."""
 
 import json
+import random
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT
 
 from lib.artifacts import read_json
 from lib.compare import MAIN
+from lib.plans import random_plan
 
 sys.path.append(str(ROOT / "data" / "results"))
 
@@ -18,6 +21,7 @@ import claims_paper as paper
 import claims_tutorial as tutorial
 import ledger
 import make
+import picture
 from ledger import (
     COMPUTED,
     CORRECTED,
@@ -80,6 +84,46 @@ def test_the_readme_shows_the_ledger():
     assert f"{make.BEGIN_CLAIMS}\n{ledger.claims_table()}\n{make.END_CLAIMS}" in readme
     # The main results come first.
     assert readme.index(make.BEGIN) < readme.index(make.BEGIN_CLAIMS)
+
+
+def test_the_model_card_has_every_adapter_and_the_stored_scores():
+    card = (make.ADAPTERS / "README.md").read_text(encoding="utf-8")
+    assert f"{make.BEGIN_CARD}\n{make.card_table()}\n{make.END_CARD}" in card
+    shipped = {path.name for path in make.ADAPTERS.iterdir() if path.is_dir()}
+    assert shipped == set(re.findall(r"`(\w+_(?:coa|lora|qlora))`", card))
+    for word in ("**Data.**", "**Use.**", "**Not for**", "**Limits.**", "license: apache-2.0"):
+        assert word in card
+
+
+def test_the_readmes_picture_shows_the_stored_results(tmp_path):
+    """Drawn again by `python data/results/make.py readme` when this fails."""
+    numbers = picture.drawn(make.RESULTS)
+    assert picture.stamp() == picture.digest(numbers)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = readme.index(picture.PICTURE.relative_to(ROOT).as_posix())
+    assert shown < readme.index(make.BEGIN)
+    picture.draw(make.RESULTS, tmp_path / "again.png")
+    assert picture.stamp(tmp_path / "again.png") == picture.stamp()
+    assert picture.digest(numbers | {"files": {}}) != picture.stamp()
+
+
+def test_stored_levels_are_those_that_are_built(tiny_directory, tmp_path, monkeypatch):
+    """Read back from their files they are equal to the last bit; a second model builds none."""
+    import coa
+
+    monkeypatch.setattr(coa, "BUILD", tmp_path)
+    base = coa.Stored.load(tiny_directory)
+    plan = random_plan(base.layers, 4.0, random.Random(0))
+    base.switch(plan)
+    built = [base.weight(i, level) for i, level in enumerate(plan.levels)]
+    made = [path.suffix for path in tmp_path.rglob("*") if path.is_file()]
+    assert made == [".bin"] * len(plan.levels)
+    again = coa.Stored.load(tiny_directory)
+    monkeypatch.setattr(again, "_rounded", None)
+    again.switch(plan)
+    for name, weight in zip(plan.layers.names, built, strict=True):
+        ours = again.model.get_submodule(name).weight
+        assert torch.equal(ours, weight.to(ours))
 
 
 def test_rules_name_pieces_that_can_be_made():

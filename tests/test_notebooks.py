@@ -18,7 +18,6 @@ ALL = notebooks()
 TAGS = {"parameters", "exercise", "solution", "instructor", "slow"}
 NAMES = ["01_lora_math", "02_qlora_training", "03_merge_int8", "04_edge_serving",
          "05_coa_lora_pareto", "06_evaluation"]
-WITH_EXERCISES = NAMES[:4]
 each = pytest.mark.parametrize("path", ALL, ids=[p.stem for p in ALL])
 
 
@@ -134,7 +133,7 @@ def bound(nodes: list[ast.stmt]) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("name", WITH_EXERCISES)
+@pytest.mark.parametrize("name", NAMES)
 def test_exercises_have_a_stub_a_check_and_a_solution(name):
     path = next(p for p in ALL if p.stem == name)
     asked, solved = tagged(path, "exercise"), tagged(path, "solution")
@@ -148,7 +147,7 @@ def test_exercises_have_a_stub_a_check_and_a_solution(name):
     assert not bound(asked) & bound(solved)
 
 
-@pytest.mark.parametrize("name", WITH_EXERCISES)
+@pytest.mark.parametrize("name", NAMES)
 def test_exercises_are_numbered_and_have_three_levels(name):
     path = next(p for p in ALL if p.stem == name)
     heads = [re.match(r"### Exercise (\d) \((warm-up|core|challenge)\): \S", c.source)
@@ -159,7 +158,7 @@ def test_exercises_are_numbered_and_have_three_levels(name):
     assert len(heads) == sum(map(is_stub, tagged(path, "exercise")))
 
 
-@pytest.mark.parametrize("name", WITH_EXERCISES)
+@pytest.mark.parametrize("name", NAMES)
 def test_exercises_leave_the_notebooks_names_alone(name):
     path = next(p for p in ALL if p.stem == name)
     extra = tagged(path, "exercise") + tagged(path, "solution")

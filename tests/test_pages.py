@@ -33,7 +33,8 @@ def broken(text: str, folder: Path, own: str = "") -> list[str]:
         if link.startswith(("https://", "attachment:")):
             continue
         file = folder / name
-        page = own if not name else file.read_text(encoding="utf-8") if file.is_file() else ""
+        page = own if not name else (
+            file.read_text(encoding="utf-8") if anchor and file.is_file() else "")
         if (name and not file.exists()) or (anchor and anchor not in anchors(page)):
             wrong.append(link)
     return wrong

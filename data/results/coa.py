@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import random
 import statistics
 import sys
@@ -16,17 +17,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from make import ADAPTERS, RESULTS, run_pieces, score_row, training_row
 
 from lib.alternate import renewed
-from lib.artifacts import read_json
+from lib.artifacts import BUILD, read_json
 from lib.base_model import load_tokenizer
 from lib.compare import MAIN
-from lib.configuration import Configuration, Layers
+from lib.configuration import Configuration, Layers, Level
 from lib.deploy import TASKS
 from lib.errors import UserError, require
 from lib.joint import train_over
@@ -40,8 +43,13 @@ from lib.train import TrainResult
 COA = RESULTS / "coa"
 SEEDS = (0, 1, 2)
 SETTINGS = dataclasses.replace(PROFILES["reference"].train, mode="lora", accumulate=2)
-# Of the joint methods: the sweep over these is in the pieces sensors-METHOD-rateRATE-0.
-RATES, RATE = (3e-3, 4.5e-3, 6.5e-3), 4.5e-3
+# Of the joint methods: the sweep over these is in the pieces TASK-METHOD-rateRATE-0. A film's
+# answer is one word, so a step of films has a twentieth of the tokens, and a noisier gradient.
+RATES = {"sensors": (3e-3, 4.5e-3, 6.5e-3), "movies": (1e-3, 2e-3, 3e-3)}
+RATE = {"sensors": 4.5e-3, "movies": 2e-3}
+# Of dedicated adapters, swept at one plan: the pieces TASK-dedicated-rateRATE-0.
+ALONE = {"sensors": (1.5e-3, 3e-3, 4.5e-3), "movies": (1e-3, 2e-3, 3e-3)}
+RATE_ALONE, SWEPT_AT = {"sensors": 3e-3, "movies": 3e-3}, "greedy 3"
 # A step goes through in so many parts, each at a configuration of its own.
 PARTS = 4
 # A plan in use takes 212 MB; more is kept only where memory is not short.
@@ -51,6 +59,29 @@ RENEW_AT, EVALUATIONS, HELD = (34, 67), 20, 24
 BUDGETS, AT_RANDOM = (2.5, 3.0, 3.5, 4.0), (4.5, 6.0)
 # A film's verdict has one word, a machine's answer some forty tokens.
 NEW_TOKENS = {"sensors": 56, "movies": 12}
+
+
+class Stored(Switchable):
+    """Levels are built once for all runs, and read from `build/levels` after that.
+
+    Making the levels of a plan takes two seconds of one core. A joint run wants
+    four hundred plans, and twenty runs want the same ones.
+    """
+
+    def _build(self, index: int, level: Level) -> Tensor:
+        weight = self._linears[index].weight
+        kind = {torch.bfloat16: torch.int16, torch.float32: torch.int32}[weight.dtype]
+        folder = BUILD / "levels" / f"{self.fingerprint[:12]}-{self.grid}-{kind}"
+        path = folder / ("-".join(map(str, (index, *level.as_list()))) + ".bin")
+        if path.is_file():
+            read = torch.from_numpy(np.fromfile(path, str(kind).removeprefix("torch.")))
+            return read.view(weight.dtype).view(weight.shape)
+        made = super()._build(index, level)
+        folder.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}")  # another run may make the same one
+        made.contiguous().view(kind).numpy().tofile(part)
+        part.replace(path)
+        return made
 
 
 def make_plans(task: str) -> dict[str, Any]:
@@ -138,14 +169,15 @@ def digest(plans: Sequence[Configuration]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def joint(task: str, method: str, seed: int, rate: float = RATE) -> dict[str, Any]:
+def joint(task: str, method: str, seed: int, rate: float = 0.0) -> dict[str, Any]:
     """One adapter over the training set, at all test plans.
 
     Methods are those of `train_over`, and "alternated": "coa" with a search
     between its steps.
     """
-    base = Switchable.load(cache_mb=CACHE_MB)
+    base = Stored.load(cache_mb=CACHE_MB)
     training, tests = plans_of(task, base.layers)
+    rate = rate or RATE[task]
     settings = dataclasses.replace(SETTINGS, seed=seed, learning_rate=rate, accumulate=PARTS)
     begun = time.monotonic()
     turns = {}
@@ -157,26 +189,28 @@ def joint(task: str, method: str, seed: int, rate: float = RATE) -> dict[str, An
     run, coa = train_over(base, TASKS[task]("train"), training, settings, say_every=10,
                           method="coa" if turns else method, **turns)
     whole = time.monotonic() - begun
-    if method == "coa" and (seed, rate) == (0, RATE):  # what the notebooks and `deploy` start from
+    # What the notebooks and `deploy` start from.
+    if method == "coa" and (seed, rate) == (0, RATE[task]):
         coa.save_pretrained(ADAPTERS / f"{task}_coa", dtype=torch.float16)
     return _row(run, settings, training) | {
         "with_start_s": round(whole, 1),
         "plans": measure(base, run.model, task, tests, training)}
 
 
-def dedicated(task: str, method: str, seed: int, name: str) -> dict[str, Any]:
+def dedicated(task: str, method: str, seed: int, name: str, rate: float = 0.0) -> dict[str, Any]:
     """One adapter for one plan, at that plan."""
-    base = Switchable.load(cache_mb=CACHE_MB)
+    base = Stored.load(cache_mb=CACHE_MB)
     plan = plans_of(task, base.layers)[1][name]
-    settings = dataclasses.replace(SETTINGS, seed=seed)
-    run, _ = train_over(base, TASKS[task]("train"), [plan], settings, method=method)
+    settings = dataclasses.replace(SETTINGS, seed=seed, learning_rate=rate or RATE_ALONE[task])
+    run, _ = train_over(base, TASKS[task]("train"), [plan], settings, say_every=10,
+                        method=method)
     return _row(run, settings, [plan]) | {
         "plans": measure(base, run.model, task, {name: plan}, [plan])}
 
 
 def untrained(task: str) -> dict[str, Any]:
     """The quantised base alone, at all test plans: the floor."""
-    base = Switchable.load()
+    base = Stored.load(cache_mb=CACHE_MB)
     training, tests = plans_of(task, base.layers)
     return {"plans": measure(base, base.model, task, tests, training)}
 
@@ -200,10 +234,15 @@ def pieces() -> dict[str, Callable[[], dict[str, Any]]]:
                 every[f"{task}-dedicated-{name.replace(' ', '-')}-{seed}"] = (
                     lambda t=task, s=seed, n=name: dedicated(t, "lora", s, n))
         if seed == 0:
-            for rate in RATES:
-                for method in ("coa", "lora") if rate != RATE else ():
-                    every[f"sensors-{method}-rate{rate:g}-0"] = (
-                        lambda m=method, r=rate: joint("sensors", m, 0, r))
+            for task in TASKS:
+                for rate in RATES[task]:
+                    for method in ("coa", "lora") if rate != RATE[task] else ():
+                        every[f"{task}-{method}-rate{rate:g}-0"] = (
+                            lambda t=task, m=method, r=rate: joint(t, m, 0, r))
+                for rate in ALONE[task]:
+                    if rate != RATE_ALONE[task]:
+                        every[f"{task}-dedicated-rate{rate:g}-0"] = (
+                            lambda t=task, r=rate: dedicated(t, "lora", 0, SWEPT_AT, r))
             for task in TASKS:
                 every[f"{task}-base"] = lambda t=task: untrained(t)
                 for method in ("alternated", "paper"):

@@ -30,6 +30,7 @@ from ledger import SEEDS, claims_table
 from mixed import mixed
 from outliers import outliers
 from page import page
+from picture import draw
 from sevenb import sizes
 
 from lib.artifacts import BUILD, ROOT, read_json, size_mb, versions, write_json, writing
@@ -37,6 +38,7 @@ from lib.base_model import best_dtype, load_model, load_tokenizer, machine, tiny
 from lib.bench import run_bench
 from lib.bench_serving import read_bandwidth, weight_bytes
 from lib.client import ask_all, question
+from lib.compare import MAIN
 from lib.deploy_gguf import served_score
 from lib.errors import UserError, require
 from lib.gguf import export
@@ -67,6 +69,7 @@ SIZES = (100, 300, 1000, 1600, 5000)
 Task = Callable[[str], list[Record]]
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 BEGIN_CLAIMS, END_CLAIMS = "<!-- claims -->", "<!-- end of claims -->"
+BEGIN_CARD, END_CARD = "<!-- card -->", "<!-- end of card -->"
 
 
 def score_row(score: Score) -> dict[str, Any]:
@@ -451,15 +454,39 @@ def _readme_speeds(results: dict[str, Any]) -> list[str]:
     return lines
 
 
+def card_table() -> str:
+    """The model card's scores; a configuration-aware adapter's at a few plans it never saw."""
+    lines = ["| adapter | at | right answers | held-out loss |", "|---|---|---|---|"]
+    for name, piece in (("sensors_qlora", "qlora"), ("sensors_lora", "lora"),
+                        ("movies_qlora", "movies")):
+        row = read_json(RESULTS / f"{piece}.json")["result"]
+        lines.append(f"| {name} | its own base | {_share(row['test'])} | "
+                     f"{row['validation_loss']:.4f} |")
+    for task in ("sensors", "movies"):
+        plans = read_json(RESULTS / "coa" / f"{task}-coa-0.json")["result"]["plans"]
+        for plan in (p for p in MAIN if p in plans):
+            score = _share(plans[plan]["score"]) if "score" in plans[plan] else "not scored"
+            lines.append(f"| {task}_coa | {plan} bits | {score} | {plans[plan]['loss']:.4f} |")
+    return "\n".join(lines)
+
+
+def _share(row: dict[str, Any]) -> str:
+    return (f"{100 * row['share']:.1f} % ({100 * row['low']:.1f} to {100 * row['high']:.1f}) "
+            f"of {row['examples']}")
+
+
 def write_readme() -> None:
-    """Put the tables between the README's markers."""
-    path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
-    for begin, end, table in ((BEGIN, END, readme_table()),
-                              (BEGIN_CLAIMS, END_CLAIMS, claims_table())):
-        before, _, rest = text.partition(begin)
-        text = f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}"
-    path.write_text(text, encoding="utf-8", newline="\n")
+    """Put the tables between the marks of the README and the card; draw the picture anew."""
+    for path, tables in (
+            (ROOT / "README.md", ((BEGIN, END, readme_table()),
+                                  (BEGIN_CLAIMS, END_CLAIMS, claims_table()))),
+            (ADAPTERS / "README.md", ((BEGIN_CARD, END_CARD, card_table()),))):
+        text = path.read_text(encoding="utf-8")
+        for begin, end, table in tables:
+            before, _, rest = text.partition(begin)
+            text = f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}"
+        path.write_text(text, encoding="utf-8", newline="\n")
+    draw(RESULTS)
 
 
 if __name__ == "__main__":
