@@ -107,4 +107,4 @@ def search() -> dict[str, Any]:
         rows["evaluation_s"].append(time.perf_counter() - start)
     return {"machine": machine(), "versions": versions(), "hypervolume": {
         file.stem: read_json(file)["result"]["hypervolume"]
-        for file in sorted(STORED.glob("*.json"))}} | middle_and_spread(rows)
+        for file in sorted(STORED.glob("*-*.json"))}} | middle_and_spread(rows)

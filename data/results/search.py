@@ -24,7 +24,7 @@ from lib.alternate import loss_with
 from lib.artifacts import BUILD, read_json, sha256, write_json
 from lib.bench_search import HELD, at_random, nsga2
 from lib.coa import CoaLora
-from lib.errors import UserError
+from lib.errors import UserError, require
 from lib.pareto import hypervolume, kept, segment
 from lib.search import Found, Journal, reference_point, search
 from lib.surrogate import Features, numbers, plan_of
@@ -49,13 +49,27 @@ def problem() -> tuple[Switchable, Features, Callable[[torch.Tensor], float], st
     return base, Features.of(base, felt), evaluate, key
 
 
-def start(own: Journal) -> Found:
-    """The training set's plans, evaluated: where every method begins. `own` learns them, too."""
+def starting() -> dict[str, Any]:
+    """Losses of the training set's plans, where every method begins.
+
+    They are stored, because another machine would find others in the last bits.
+    """
     base, features, evaluate, key = problem()
     plans, journal = plans_of("sensors", base.layers)[0], Journal(JOURNALS / "start.jsonl", key)
     found = Found.at(torch.stack([*map(numbers, plans)]), features, evaluate, journal)
-    own.known |= journal.known
-    return found
+    return {"key": key, "losses": [journal.known[tuple(p)] for p in found.plans.tolist()]}
+
+
+def start(own: Journal) -> Found:
+    """The training set's plans at their stored losses. The journal learns them, too."""
+    base, features, evaluate, key = problem()
+    stored = read_json(OUT / "start.json")["result"]
+    require(stored["key"] == key, "the stored start is of another adapter: make it anew, "
+            "`python data/results/search.py start`")
+    plans = torch.stack([*map(numbers, plans_of("sensors", base.layers)[0])])
+    own.known |= {tuple(plan): loss for plan, loss in zip(
+        plans.tolist(), stored["losses"], strict=True)}
+    return Found.at(plans, features, evaluate, own)
 
 
 def piece(method: str, seed: int) -> dict[str, Any]:
@@ -88,10 +102,17 @@ def _raw(found: Found, reference: torch.Tensor) -> float:
     return hypervolume(points, torch.stack([reference[0], reference[1].exp()]))
 
 
+def stored_front(base: Switchable, adapter: str) -> dict[tuple[int, ...], float]:
+    """{plan: loss} of the stored front, if it is of this adapter: searches made elsewhere."""
+    stored = read_json(FRONT) if FRONT.is_file() else {}
+    rows = stored["front"] if stored.get("adapter") == adapter else []
+    return {tuple(map(int, row["levels"].split())): row["loss"] for row in rows}
+
+
 def keep_front() -> None:
     """Store the plans that are best in their segment among all that were evaluated."""
     base, features, _, key = problem()
-    known = {}
+    known = stored_front(base, sha256(ADAPTER / "manifest.json"))
     for file in sorted(JOURNALS.glob("*.jsonl")):
         known |= Journal(file, key).known
     plans = torch.tensor([*known])
@@ -106,8 +127,9 @@ def keep_front() -> None:
     print(f"{FRONT.name}: {len(rows)} of {len(plans)} plans")
 
 
-PIECES = {f"{method}-{seed}": functools.partial(piece, method, seed)
-          for seed in ALL_SEEDS for method in METHODS}
+PIECES = {"start": starting} | {
+    f"{method}-{seed}": functools.partial(piece, method, seed)
+    for seed in ALL_SEEDS for method in METHODS}
 
 if __name__ == "__main__":
     try:
