@@ -181,10 +181,12 @@ def keep_table(page: Path) -> None:
 
 
 def smaller(picture: str) -> str:
-    """A PNG in base64 with at most 128 colours: less than half the bytes, looks the same."""
+    """A PNG in base64 with at most 256 colours: half the bytes, the palette's colours kept."""
     full = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB")
     file = io.BytesIO()
-    full.quantize(128, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+    # Other ways to choose them merge colours that cover few pixels, such as markers.
+    full.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
+        file, "PNG", optimize=True)
     made = base64.b64encode(file.getvalue()).decode()
     return min(made, picture, key=len)
 

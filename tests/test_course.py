@@ -13,6 +13,7 @@ from PIL import Image
 from lib import course, measure
 from lib.course import smaller
 from lib.errors import UserError
+from lib.plots import COLOURS
 
 FAST = "import os\nPROFILE = os.environ.get('COURSE_PROFILE', 'laptop')"
 
@@ -144,7 +145,8 @@ def test_measurements_are_kept_as_they_come(folders):
 
 def test_stored_figures_have_few_colours_and_look_the_same() -> None:
     figure, axes = plt.subplots(figsize=(7, 3.6), dpi=80)
-    axes.plot(range(50), [x ** 0.5 for x in range(50)])
+    for up, colour in enumerate(COLOURS):
+        axes.plot(range(50), [up + x ** 0.5 for x in range(50)], color=colour)
     axes.imshow(np.random.default_rng(0).random((7, 30)), extent=(0, 20, 0, 4), aspect="auto")
     file = io.BytesIO()
     figure.savefig(file, format="png")
@@ -155,4 +157,8 @@ def test_stored_figures_have_few_colours_and_look_the_same() -> None:
     before, after = (np.asarray(Image.open(io.BytesIO(base64.b64decode(p))).convert("RGB"),
                                 dtype=float) for p in (plain, less))
     assert before.shape == after.shape and abs(before - after).mean() < 2
+    # The palette tells things apart, so its colours stay as they are.
+    for colour in COLOURS:
+        own = (before == [int(colour[i:i + 2], 16) for i in (1, 3, 5)]).all(-1)
+        assert abs(before[own] - after[own]).max(initial=0) <= 8
     assert len(smaller(less)) <= len(less)

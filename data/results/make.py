@@ -270,7 +270,7 @@ def edge() -> dict[str, Any]:
     for kind in ("F16", "Q8_0", "Q4_1", "Q8_0_lora"):
         name = "sensors" if kind.endswith("_lora") else ""
         rows[kind] = {"test": score_row(served_score(edge_files() / kind, records, name)),
-                      "mb": size_mb(WORK / "edge" / kind / "model.gguf")}
+                      "mb": sum(map(size_mb, (WORK / "edge" / kind).rglob("*.gguf")))}
         print(f"  {kind} {rows[kind]['test']['share']:.1%}", flush=True)
     return rows
 
