@@ -97,7 +97,8 @@ def execute(source: Path, target: Path, profile: str) -> None:
                         "use a smaller --profile") from error
     part.replace(target)
     made = notebook_page(nbformat.read(target, as_version=4))
-    target.with_suffix(".html").write_text(made, encoding="utf-8")
+    with replacing(target.with_suffix(".html")) as page:
+        page.write_text(made, encoding="utf-8")
 
 
 def source_hash(notebook: nbformat.NotebookNode) -> str:
@@ -158,7 +159,8 @@ def keep_outputs(executed: Path, source: Path, run: dict[str, Any]) -> None:
                                   takes(run["seconds"], run["peak_mb"]),
                                   kept.cells[0].source, flags=re.DOTALL)
     kept.metadata["course"] = run | {"source_sha256": source_hash(kept)}
-    nbformat.write(kept, source)
+    with replacing(source) as part:
+        nbformat.write(kept, str(part))
 
 
 def costs_table() -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lib.artifacts import replacing
 from lib.configuration import GRID
 from lib.errors import UserError, require
 from lib.pareto import HIGH, LOW, SEGMENTS, expected_improvement, kept, require_reference, segment
@@ -46,10 +47,10 @@ class Journal:
         if path and path.is_file():
             lines = path.read_text(encoding="utf-8").split("\n")
             self._read(lines[:-1], key)  # a line that was cut has no end
-            path.write_text("".join(f"{line}\n" for line in lines[:-1]), encoding="utf-8")
+            if lines[-1]:
+                _keep(path, lines[:-1])
         elif path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"key": key}) + "\n", encoding="utf-8")
+            _keep(path, [json.dumps({"key": key})])
 
     def _read(self, lines: Sequence[str], key: str) -> None:
         try:
@@ -75,6 +76,11 @@ class Journal:
                     file.write(json.dumps({"bits": round(bits, 6), "loss": loss,
                                            "levels": levels}) + "\n")
         return self.known[levels]
+
+
+def _keep(path: Path, lines: Sequence[str]) -> None:
+    with replacing(path) as part:
+        part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 @dataclass

@@ -19,7 +19,7 @@ from peft import PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
-from lib.artifacts import require_free, saving, write_json, writing
+from lib.artifacts import require_free, write_json, writing
 from lib.base_model import best_dtype, load_model, load_tokenizer, machine, quiet
 from lib.embedded import locate
 from lib.errors import require
@@ -171,7 +171,7 @@ def train(
         lora_config(base, settings)  # a mistake shows before anything is written
     identity = {"settings": dataclasses.asdict(settings), "model": model,
                 "records": [[r["instruction"], r["response"]] for r in records]}
-    with work_directory(out, identity, processes) as work, saving(work):
+    with work_directory(out, identity, processes) as work:
         trainer = make_trainer(base, tokenizer, records, settings, work=work,
                                say_every=say_every)
         result = run_trainer(trainer, settings, resume=last_checkpoint(work))
