@@ -14,8 +14,9 @@ import nbformat
 import papermill
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from PIL import Image
+from traitlets.config import Config
 
-from lib.artifacts import ROOT, read_json, replacing, saving, write_json
+from lib.artifacts import ROOT, read_json, replacing, saving, scratch, write_json
 from lib.doctor import stored_costs
 from lib.errors import UserError, require
 from lib.measure import peak_memory, run_directory
@@ -78,11 +79,13 @@ def execute(source: Path, target: Path, profile: str) -> None:
     """Run one notebook with papermill into `target`, then as HTML beside it."""
     part = target.with_name(f".{target.name}")
     try:
-        papermill.execute_notebook(
-            source, part, parameters={"PROFILE": profile}, cwd=str(source.parent),
-            kernel_name="python3", progress_bar=False, execution_timeout=CELL_TIMEOUT,
-            # Kernels talk over loopback, and warn that it is not encrypted.
-            extra_arguments=["--IPKernelApp.log_level=40"])
+        with scratch() as place:  # else a killed run leaves its file among Jupyter's own
+            papermill.execute_notebook(
+                source, part, parameters={"PROFILE": profile}, cwd=str(source.parent),
+                kernel_name="python3", progress_bar=False, execution_timeout=CELL_TIMEOUT,
+                config=Config(KernelManager={"connection_file": str(place / "kernel.json")}),
+                # Kernels talk over loopback, and warn that it is not encrypted.
+                extra_arguments=["--IPKernelApp.log_level=40"])
     except papermill.PapermillExecutionError as error:
         last = error.evalue.strip().splitlines()[-1:] or [""]
         raise UserError(

@@ -162,6 +162,8 @@ def deck(notebook: NotebookNode, found: list[Step]) -> str:
                 f"Section: {row[1]} steps, about {row[2]:.0f} minutes.",
                 metadata={"slideshow": {"slide_type": "notes"}})
             cells.append(note)
+    for number, cell in enumerate(cells):
+        cell["id"] = f"cell-{number}"  # else random where a cell was cut: every build differs
     made = nbformat.v4.new_notebook(cells=cells, metadata=notebook.metadata)
     return exporter("deck", SlidesExporter, reveal_url_prefix="reveal.js", reveal_theme="white",
                     exclude_input_prompt=True, exclude_output_prompt=True,
