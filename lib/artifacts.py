@@ -58,7 +58,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: check the path") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} is not readable JSON ({error}): make it again") from None
 
 
@@ -229,6 +229,13 @@ def verified(target: Path) -> dict[str, Any]:
             f"{target / MANIFEST} lists no files: delete {target} and make it again")
     for name, digest in files.items():
         file = target / name
-        require(file.is_file() and sha256(file) == digest,
+        require(_intact(file, digest),
                 f"{file} is missing or damaged: delete {target} and make it again")
     return manifest
+
+
+def _intact(file: Path, digest: Any) -> bool:
+    try:
+        return file.is_file() and sha256(file) == digest
+    except OSError:  # a damaged manifest may hold any name
+        return False

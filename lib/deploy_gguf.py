@@ -115,7 +115,7 @@ def deploy_gguf(task: str, budget_mb: float, out: Path, *, examples: int = 32,
         UserError: an unknown task, a place that is taken, a budget below the
             smallest file or above the model in 16 bits; nothing is written.
     """
-    require_new(task, out)
+    require_new(task, budget_mb, out)
     quiet()
     adapter = folder / "adapters" / f"{task}_qlora"
     base = Switchable.load(model)

@@ -101,7 +101,7 @@ def deploy_within(deploy: Callable[..., Kind], task: str, budget_mb: float, out:
     """
     require(limits.memory_mb > 0 and limits.token_ms > 0,
             f"limits of {limits} cannot be kept: use numbers above 0")
-    require_new(task, out)
+    require_new(task, budget_mb, out)
     tried: list[Cost] = []
     try:
         with saving(out), scratch(out) as work:

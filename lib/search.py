@@ -45,19 +45,18 @@ class Journal:
     def __init__(self, path: Path | None = None, key: str = "") -> None:
         self.path, self.known = path, {}
         if path and path.is_file():
-            lines = path.read_text(encoding="utf-8").split("\n")
-            self._read(lines[:-1], key)  # a line that was cut has no end
-            if lines[-1]:
-                _keep(path, lines[:-1])
+            lines = path.read_bytes().split(b"\n")[:-1]  # a line that was cut has no end
+            self._read(lines, key)
+            _keep(path, [line.decode() for line in lines])
         elif path:
             _keep(path, [json.dumps({"key": key})])
 
-    def _read(self, lines: Sequence[str], key: str) -> None:
+    def _read(self, lines: Sequence[bytes], key: str) -> None:
         try:
-            rows = [json.loads(line) for line in lines]
+            rows = [json.loads(line.decode()) for line in lines]
             found = rows[0]["key"] if rows else None
             self.known = {tuple(row["levels"]): float(row["loss"]) for row in rows[1:]}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
             raise UserError(f"{self.path} is no journal of a search ({error}): "
                             "remove it") from None
         require(found == key, f"{self.path} belongs to another search ({found}, not {key}): "

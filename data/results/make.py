@@ -32,7 +32,7 @@ from outliers import outliers
 from page import page
 from sevenb import sizes
 
-from lib.artifacts import BUILD, ROOT, read_json, size_mb, versions, write_json, writing
+from lib.artifacts import BUILD, ROOT, read_json, replacing, size_mb, versions, write_json, writing
 from lib.base_model import best_dtype, load_model, load_tokenizer, machine, tiny_model
 from lib.bench import run_bench
 from lib.bench_serving import read_bandwidth, weight_bytes
@@ -459,7 +459,8 @@ def write_readme() -> None:
                               (BEGIN_CLAIMS, END_CLAIMS, claims_table())):
         before, _, rest = text.partition(begin)
         text = f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}"
-    path.write_text(text, encoding="utf-8", newline="\n")
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":
