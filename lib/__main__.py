@@ -126,14 +126,14 @@ def command_run(args: argparse.Namespace) -> None:
 
 def command_train(args: argparse.Namespace) -> None:
     """Train on the user's own JSONL."""
-    from lib.processes import count, first
     from lib.profiles import TrainSettings
-    from lib.tasks import read_jsonl
-    from lib.train import train
+    from lib.records import read_jsonl
 
     settings = _from_fields(TrainSettings, args)
     records = read_jsonl(args.data)
-    require(not args.out.is_file(), f"{args.out} is a file: choose a directory")
+    from lib.processes import count, first  # seconds: a mistake shows before
+    from lib.train import train
+
     result = train(records, settings, model=args.model, out=args.out, say_every=10)
     if first():
         print(f"{args.out}: {result.trainable:,} of {result.parameters:,} parameters trained, "
@@ -143,13 +143,14 @@ def command_train(args: argparse.Namespace) -> None:
 
 def command_export(args: argparse.Namespace) -> None:
     """Write a model and its adapters as GGUF files."""
-    from lib.gguf import export
-
-    adapters = {}
+    adapters: dict[str, Path] = {}
     for text in args.adapter:
         name, _, directory = text.partition("=")
-        require(name and directory, f"--adapter {text!r} is not NAME=DIR")
+        require(name and directory, f"--adapter {text!r} is not NAME=DIR: give both")
+        require(name not in adapters, f"--adapter {name} is given twice: use another name")
         adapters[name] = Path(directory)
+    from lib.gguf import export  # seconds: a mistake shows before
+
     export(args.out, kind=args.type, route=args.route, merged=args.merge,
            adapters=adapters, model=args.model)
     sizes = ", ".join(f"{f.name} {f.stat().st_size / 1e6:.1f} MB"

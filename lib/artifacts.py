@@ -8,13 +8,16 @@ artifact or the new one, never half of one.
 import contextlib
 import errno
 import gc
+import glob
 import hashlib
 import importlib.metadata
 import json
 import os
+import platform
 import re
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,8 +28,10 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = Path(os.environ.get("COURSE_BUILD", ROOT / "build"))
 MANIFEST = "manifest.json"
 # What the user can mend: full, over quota, too large, read-only, not a folder.
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES,
-              errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
+              errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
+# A process is known by its number only on its own machine.
+HOST = f"{zlib.crc32(platform.node().encode()):x}"
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "gguf", "xllamacpp")
 
 
@@ -53,7 +58,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: check the path") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} is not readable JSON ({error}): make it again") from None
 
 
@@ -67,14 +72,64 @@ def write_json(path: Path, value: Any) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """A scratch file that becomes `path` only if the block succeeds."""
     path = Path(path)
-    with saving(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with saving(path), scratch(path) as folder:
+        part = folder / "part"
+        yield part
+        part.replace(path)
+
+
+_MINE: set[str] = set()
+
+
+@contextlib.contextmanager
+def scratch(target: Path | None = None) -> Iterator[Path]:
+    """A folder beside `target`, or among the system's temporary ones, for the block alone.
+
+    What killed processes have left there goes first; what living ones use stays.
+    """
+    target = target or Path(tempfile.gettempdir()) / "course"
+    with parents(target):
+        prefix = f".{target.name}.{HOST}-"
+        for left in target.parent.glob(f"{glob.escape(prefix)}*.part"):
+            if _abandoned(left):
+                shutil.rmtree(left, ignore_errors=True)
+        part = Path(tempfile.mkdtemp(".part", f"{prefix}{os.getpid()}-", target.parent))
+        _MINE.add(part.name)
         try:
             yield part
-            part.replace(path)
         finally:
-            part.unlink(missing_ok=True)
+            # Windows deletes no file that a tensor is mapped to; the next run will.
+            shutil.rmtree(part, ignore_errors=True)
+            _MINE.discard(part.name)
+
+
+def _abandoned(part: Path) -> bool:
+    """The process that made this folder is no more, whoever has its number now."""
+    import psutil  # here, because the doctor reads this module where it may be missing
+
+    number = part.name.split("-")[-2]
+    if part.name in _MINE or not number.isdecimal():
+        return False
+    try:
+        owner = psutil.Process(int(number))
+        # In a container every run may have the same number. Starting times are rounded.
+        return (owner.pid == os.getpid() or owner.status() == psutil.STATUS_ZOMBIE
+                or owner.create_time() > part.stat().st_mtime + 2)
+    except (psutil.NoSuchProcess, FileNotFoundError):
+        return True
+
+
+@contextlib.contextmanager
+def parents(target: Path) -> Iterator[None]:
+    """Make the folders above `target`; those that stay empty go again."""
+    new = [folder for folder in target.parents if not folder.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        for folder in new:
+            with contextlib.suppress(OSError):  # not empty
+                folder.rmdir()
 
 
 @contextlib.contextmanager
@@ -107,30 +162,26 @@ def writing(target: Path, **facts: Any) -> Iterator[Path]:
     """
     target = Path(target)
     require_free(target)
-    with saving(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        recover(target)
-        part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        try:
-            yield part
-            files = {f.relative_to(part).as_posix(): sha256(f)
-                     for f in sorted(part.rglob("*")) if f.is_file()}
-            write_json(part / MANIFEST, {"files": files, "versions": versions(), **facts})
-            # Scratch files are private; an artifact is for everyone to read.
-            part.chmod(0o755)
-            for file in part.rglob("*"):
-                file.chmod(0o755 if file.is_dir() else 0o644)
-            swap(part, target)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+    with saving(target), scratch(target) as part:
+        yield part
+        files = {f.relative_to(part).as_posix(): sha256(f)
+                 for f in sorted(part.rglob("*")) if f.is_file()}
+        write_json(part / MANIFEST, {"files": files, "versions": versions(), **facts})
+        # Scratch files are private; an artifact is for everyone to read.
+        part.chmod(0o755)
+        for file in part.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)
+        swap(part, target)
 
 
 def require_free(target: Path) -> None:
     """UserError unless `target` is absent, empty, or an artifact to replace."""
     require(target.name, f"{target} is the folder you are in: choose a new one")
-    require(not target.exists() or (target / MANIFEST).is_file() or
-            (target.is_dir() and not any(target.iterdir())),
-            f"{target} holds something else: choose another folder")
+    with saving(target):
+        recover(target)
+        require(not target.exists() or (target / MANIFEST).is_file() or
+                (target.is_dir() and not any(target.iterdir())),
+                f"{target} holds something else: choose another folder")
 
 
 def swap(part: Path, target: Path) -> None:
@@ -178,6 +229,13 @@ def verified(target: Path) -> dict[str, Any]:
             f"{target / MANIFEST} lists no files: delete {target} and make it again")
     for name, digest in files.items():
         file = target / name
-        require(file.is_file() and sha256(file) == digest,
+        require(_intact(file, digest),
                 f"{file} is missing or damaged: delete {target} and make it again")
     return manifest
+
+
+def _intact(file: Path, digest: Any) -> bool:
+    try:
+        return file.is_file() and sha256(file) == digest
+    except OSError:  # a damaged manifest may hold any name
+        return False

@@ -2,7 +2,6 @@
 
 import itertools
 import statistics
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import psutil
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from lib.artifacts import versions
+from lib.artifacts import scratch, versions
 from lib.base_model import load_tokenizer, machine
 from lib.bundle import Reader
 from lib.client import ask, ask_all, question
@@ -82,8 +81,7 @@ def swap_seconds(served: Served, texts: list[str]) -> float:
 
 def serving() -> dict[str, Any]:
     """Decode, prefill, first token, memory, throughput, swaps, share of the bandwidth."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        work = Path(scratch)
+    with scratch() as work:
         adapter = ADAPTERS / "sensors_qlora"
         weights = merge(adapter, route="dequantized")
         save_model(weights, work / "merged")

@@ -3,7 +3,6 @@
 import functools
 import random
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 
-from lib.artifacts import versions
+from lib.artifacts import scratch, versions
 from lib.base_model import load_model, machine, quiet
 from lib.bench_training import StepClock
 from lib.coa import CoaLora
@@ -50,13 +49,13 @@ def switching() -> dict[str, Any]:
     coa = CoaLora(get_peft_model(base.model, lora_config(base.model, STEP)), base)
     rows: dict[str, list[float]] = {
         "cached_switch_ms": [1e3 * s for s in kept], "new_configuration_s": fresh}
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+    with scratch() as place:
         rows["materialise_s"] = [
-            _seconds(functools.partial(coa.materialise, plan, Path(scratch) / "plan"))
+            _seconds(functools.partial(coa.materialise, plan, place / "plan"))
             for plan in unseen]
-        coa.save_pretrained(Path(scratch) / "plain")
-        rows["latency_overhead"] = _latency(Path(scratch), unseen[-1])
-        rows["packed_over_plain"] = _packed(Path(scratch), plans[0])
+        coa.save_pretrained(place / "plain")
+        rows["latency_overhead"] = _latency(place, unseen[-1])
+        rows["packed_over_plain"] = _packed(place, plans[0])
     rows["step_ratio"] = [_step("coa", plans) / _step("lora", plans) for _ in range(3)]
     theta = sum(p.numel() for p in coa.network.parameters())
     return {"machine": machine(), "versions": versions(), "theta_parameters": theta

@@ -2,15 +2,13 @@
 
 import itertools
 import statistics
-import tempfile
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
-from lib.artifacts import versions
+from lib.artifacts import scratch, versions
 from lib.base_model import load_model, load_tokenizer, machine, quiet
 from lib.profiles import TrainSettings, seed_everything
 from lib.tasks import sensors
@@ -53,9 +51,9 @@ def time_arm(arm: Arm, settings: TrainSettings) -> tuple[float, float]:
     tokenizer = load_tokenizer()
     records = sensors("train", settings.steps * settings.batch_size)
     model = load_model(attn_implementation=arm.attention)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+    with scratch() as work:
         trainer = make_trainer(model, tokenizer, records, replace(settings, plain=arm.plain),
-                               work=Path(scratch))
+                               work=work)
         # Both sides see the same examples in the same batches.
         trainer.args.train_sampling_strategy = "sequential"
         trainer.args.save_strategy = "no"

@@ -17,6 +17,8 @@ from lib.artifacts import verified
 from lib.errors import UserError, require
 
 BASE_KEY = "general.base_model.0.name"
+# What the reader raises for bytes that make no sense.
+DAMAGE = (ValueError, LookupError, OverflowError, TypeError, AttributeError, struct.error)
 
 
 @dataclass(frozen=True)
@@ -44,15 +46,21 @@ def open_bundle(path: Path, loras: Sequence[str] = ()) -> Bundle:
     if path.is_dir():
         facts = verified(path)
         require("adapters" in facts, f"{path} is not from `python -m lib export`: make one")
-        model, name = path / facts["model"], facts["name"]
-        adapters = {n: (path / file, 0.0) for n, file in facts["adapters"].items()}
+        try:
+            model, name = path / facts["model"], str(facts["name"])
+            adapters = {n: (path / file, 0.0) for n, file in facts["adapters"].items()}
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(f"{path / 'manifest.json'} is damaged: export it again") from None
     for text in loras:
-        match = re.fullmatch(r"([\w.-]+)=(.+?)(?::(-?[\d.]+))?", text)
+        match = re.fullmatch(r"([\w.-]+)=(.+?)(?::(-?(?:\d+\.?\d*|\.\d+)))?", text)
         require(match, f"--lora {text!r} is not NAME=FILE or NAME=FILE:SCALE")
         adapters[match[1]] = (Path(match[2]), float(match[3] or 0))
     require(name not in adapters, f"adapter {name!r} has the model's name: rename it")
-    reader = opened(model, {n: file for n, (file, _) in adapters.items()})
-    return Bundle(name, model, adapters, int(fact(reader, "llama.context_length")))
+    try:
+        reader = opened(model, {n: file for n, (file, _) in adapters.items()})
+        return Bundle(name, model, adapters, int(fact(reader, "llama.context_length")))
+    except DAMAGE as error:  # in what is read later than the header
+        raise UserError(f"{model} is no whole GGUF file ({error}): make it again") from None
 
 
 class Reader(gguf.GGUFReader):
@@ -104,8 +112,7 @@ def _read(path: Path) -> Reader:
     try:
         reader = Reader(path)
         architecture = fact(reader, "general.architecture")
-    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError,
-            struct.error) as error:
+    except DAMAGE as error:
         raise UserError(f"{path} is no whole GGUF file ({error}): make it again") from None
     require(architecture == "llama",
             f"{path} holds a {architecture} model: only llama is served here")

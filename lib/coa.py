@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lib.artifacts import read_json, verified, writing
+from lib.artifacts import verified, writing
 from lib.configuration import GRID, KINDS, Configuration, Layers, place
 from lib.errors import UserError, require
-from lib.lora import load_adapter, make_portable
+from lib.lora import adapter_files, load_adapter, make_portable
 from lib.switchable import Switchable
 
 NAME = "default"
@@ -183,7 +183,7 @@ class CoaLora:
                                    ("grid", saved.get("grid"), base.grid)):
             require(theirs == ours, f"{directory} was trained on another {what}: "
                     f"{str(theirs)[:8]}, this one is {ours[:8]}")
-        rank = read_json(directory / "adapter_config.json").get("r")
+        rank = adapter_files(directory)[0]["r"]
         try:
             network = MixingNetwork(
                 base.layers, rank, width=saved["width"], hidden=saved["hidden"],

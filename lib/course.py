@@ -14,8 +14,9 @@ import nbformat
 import papermill
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from PIL import Image
+from traitlets.config import Config
 
-from lib.artifacts import ROOT, read_json, replacing, saving, write_json
+from lib.artifacts import ROOT, read_json, replacing, saving, scratch, write_json
 from lib.doctor import stored_costs
 from lib.errors import UserError, require
 from lib.measure import peak_memory, run_directory
@@ -52,6 +53,8 @@ def run(profile: str, *, only: str = "", store: bool = False) -> Path:
     os.environ["COURSE_PROFILE"] = profile
     out = run_directory(profile)
     chosen = notebooks(only)
+    for source in chosen:
+        read_notebook(source)  # a damaged one shows before the first has run
     with saving(out):
         out.mkdir(parents=True, exist_ok=True)
         for number, source in enumerate(chosen, 1):
@@ -78,11 +81,13 @@ def execute(source: Path, target: Path, profile: str) -> None:
     """Run one notebook with papermill into `target`, then as HTML beside it."""
     part = target.with_name(f".{target.name}")
     try:
-        papermill.execute_notebook(
-            source, part, parameters={"PROFILE": profile}, cwd=str(source.parent),
-            kernel_name="python3", progress_bar=False, execution_timeout=CELL_TIMEOUT,
-            # Kernels talk over loopback, and warn that it is not encrypted.
-            extra_arguments=["--IPKernelApp.log_level=40"])
+        with scratch() as place:  # else a killed run leaves its file among Jupyter's own
+            papermill.execute_notebook(
+                source, part, parameters={"PROFILE": profile}, cwd=str(source.parent),
+                kernel_name="python3", progress_bar=False, execution_timeout=CELL_TIMEOUT,
+                config=Config(KernelManager={"connection_file": str(place / "kernel.json")}),
+                # Kernels talk over loopback, and warn that it is not encrypted.
+                extra_arguments=["--IPKernelApp.log_level=40"])
     except papermill.PapermillExecutionError as error:
         last = error.evalue.strip().splitlines()[-1:] or [""]
         raise UserError(
@@ -96,8 +101,18 @@ def execute(source: Path, target: Path, profile: str) -> None:
         raise UserError(f"{source.name}: a cell took over {CELL_TIMEOUT} s: "
                         "use a smaller --profile") from error
     part.replace(target)
-    made = notebook_page(nbformat.read(target, as_version=4))
-    target.with_suffix(".html").write_text(made, encoding="utf-8")
+    made = notebook_page(read_notebook(target))
+    with replacing(target.with_suffix(".html")) as page:
+        page.write_text(made, encoding="utf-8")
+
+
+def read_notebook(path: Path) -> nbformat.NotebookNode:
+    """A notebook; UserError names the file that is none."""
+    try:
+        return nbformat.read(path, as_version=4)
+    except Exception as error:  # of many kinds
+        raise UserError(f"{path} is no notebook ({' '.join(str(error).split())[:80]}): "
+                        "take it from the repository") from error
 
 
 def source_hash(notebook: nbformat.NotebookNode) -> str:
@@ -110,9 +125,9 @@ def keep_cost(figures: Path, cost: dict[str, int], source: Path, executed: Path)
     """What the whole notebook and each cell took, beside what it measured itself."""
     if figures.is_file():
         took = [round(c.metadata.get("papermill", {}).get("duration") or 0.0, 3)
-                for c in own_cells(nbformat.read(executed, as_version=4))
+                for c in own_cells(read_notebook(executed))
                 if c.cell_type == "code"]
-        digest = source_hash(nbformat.read(source, as_version=4))
+        digest = source_hash(read_notebook(source))
         write_json(figures, read_json(figures) | {
             "whole_run": cost, "cells": {"source_sha256": digest, "seconds": took}})
 
@@ -121,7 +136,7 @@ def cell_seconds(source: Path) -> list[float]:
     """What each code cell took in the last laptop run of this very code; empty without one."""
     figures = run_directory("laptop") / f"{source.name[:2]}.json"
     kept = read_json(figures).get("cells", {}) if figures.is_file() else {}
-    same = kept.get("source_sha256") == source_hash(nbformat.read(source, as_version=4))
+    same = kept.get("source_sha256") == source_hash(read_notebook(source))
     return kept["seconds"] if same else []
 
 
@@ -142,8 +157,8 @@ def keep_outputs(executed: Path, source: Path, run: dict[str, Any]) -> None:
 
     `run` (profile, seconds, peak_mb) goes into the metadata and the opening.
     """
-    made = nbformat.read(executed, as_version=4)
-    kept = nbformat.read(source, as_version=4)
+    made = read_notebook(executed)
+    kept = read_notebook(source)
     for cell, done in zip(kept.cells, own_cells(made), strict=True):
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = done.outputs, done.execution_count
@@ -158,7 +173,8 @@ def keep_outputs(executed: Path, source: Path, run: dict[str, Any]) -> None:
                                   takes(run["seconds"], run["peak_mb"]),
                                   kept.cells[0].source, flags=re.DOTALL)
     kept.metadata["course"] = run | {"source_sha256": source_hash(kept)}
-    nbformat.write(kept, source)
+    with replacing(source) as part:
+        nbformat.write(kept, str(part))
 
 
 def costs_table() -> str:

@@ -21,7 +21,7 @@ from lib.base_model import best_dtype, load_tokenizer, quiet
 from lib.coa import CoaLora
 from lib.configuration import Configuration, Level
 from lib.embedded import EMBEDDED
-from lib.errors import require
+from lib.errors import UserError, require
 from lib.lora import load_adapter
 from lib.packing import load_packed, packed, save_packed, unpack, unpacked
 from lib.quantize import dequantize, quantize
@@ -44,11 +44,15 @@ def known_plans(file: Path, base: Switchable, adapter: Path
         UserError: no such file, or a front of another base or adapter.
     """
     found = read_json(file)
+    require(isinstance(found, dict), f"{file} is no front of a search: search anew")
     for what, ours in (("base_hash", base.fingerprint), ("adapter", sha256(adapter / MANIFEST))):
         require(found.get(what) == ours, f"{file} is the front of another "
                 f"{what.split('_')[0]}: search anew")
-    return [(plan_of(base.layers, map(int, row["levels"].split())), row["loss"])
-            for row in found["front"]]
+    try:
+        return [(plan_of(base.layers, map(int, row["levels"].split())), float(row["loss"]))
+                for row in found["front"]]
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise UserError(f"{file} is damaged ({error}): search anew") from None
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ def deploy_packed(task: str, budget_mb: float, out: Path, *, examples: int = 32,
         UserError: an unknown task, a place that is taken, a budget below the
             smallest known plan or above the model in 16 bits; nothing is written.
     """
-    require_new(task, out)
+    require_new(task, budget_mb, out)
     quiet()
     base = Switchable.load(model)
     adapter = folder / "adapters" / f"{task}_coa"
@@ -215,12 +219,13 @@ def _about(file: Path) -> dict[str, str]:
         return reader.metadata()
 
 
-def require_new(task: str, out: Path) -> None:
-    """UserError unless the task is known and the place free: what is there stays."""
+def require_new(task: str, budget_mb: float, out: Path) -> None:
+    """UserError unless all make sense and the place is free: what is there stays."""
     require(task in TASKS, f"unknown task {task!r}: use one of {', '.join(TASKS)}")
+    require(budget_mb > 0, f"budget of {budget_mb:g} MB: use a number above 0")
+    require_free(out)
     require(not out.exists() or (out.is_dir() and not any(out.iterdir())),
             f"{out} exists: choose a new folder")
-    require_free(out)
 
 
 def folder_size(folder: Path) -> int:

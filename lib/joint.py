@@ -6,14 +6,13 @@ steps, step, optimizer) is the same, so a difference has one cause.
 """
 
 import random
-import tempfile
 from collections.abc import Callable, Container, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
+from lib.artifacts import scratch
 from lib.base_model import load_tokenizer, quiet, release_memory
 from lib.coa import OWNED, CoaLora, MixingNetwork
 from lib.configuration import KINDS, Configuration
@@ -106,9 +105,9 @@ def train_over(base: Switchable, records: Sequence[Record], plans: Sequence[Conf
     quiet()
     seed_everything(settings.seed)
     roots = input_roots(base, records[:WEIGHED_BY]) if method in ("lq", "coa") else []
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
+    with scratch() as work:
         trainer = make_trainer(base.model, load_tokenizer(), records, settings,
-                               work=Path(work), say_every=say_every)
+                               work=work, say_every=say_every)
         trainer.args.save_strategy = "no"
         coa = None
         if method in ("coa", "paper"):

@@ -4,11 +4,9 @@ Both are measured, in a process that does nothing else, on the machine at hand.
 """
 
 import math
-import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 import httpx
 
-from lib.artifacts import ROOT, swap
+from lib.artifacts import ROOT, saving, scratch, swap
 from lib.base_model import load_tokenizer
 from lib.client import ask, question
 from lib.deploy import TASKS, load_deployed, require_new
@@ -103,27 +101,26 @@ def deploy_within(deploy: Callable[..., Kind], task: str, budget_mb: float, out:
     """
     require(limits.memory_mb > 0 and limits.token_ms > 0,
             f"limits of {limits} cannot be kept: use numbers above 0")
-    require_new(task, out)
+    require_new(task, budget_mb, out)
     tried: list[Cost] = []
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        for place in (scratch / str(i) for i in range(TRIES)):
-            made = deploy(task, budget_mb, place, **options)
-            tried.append(cost(place, task))
-            spare, slow = (limits.memory_mb - tried[-1].memory_mb,
-                           tried[-1].token_ms / limits.token_ms)
-            if spare >= 0 and slow <= 1:
-                swap(place, out)
-                return made, tried[-1]
-            # A MB less on the disk is about one less in memory; time goes with the bytes read.
-            budget_mb = min(made.actual_mb + min(spare, -1.0), made.actual_mb / max(slow, 1.0))
+        with saving(out), scratch(out) as work:
+            for place in (work / str(i) for i in range(TRIES)):
+                made = deploy(task, budget_mb, place, **options)
+                tried.append(cost(place, task))
+                spare, slow = (limits.memory_mb - tried[-1].memory_mb,
+                               tried[-1].token_ms / limits.token_ms)
+                if spare >= 0 and slow <= 1:
+                    swap(place, out)
+                    return made, tried[-1]
+                # A MB less on the disk is about one less in memory; time goes with bytes read.
+                budget_mb = min(made.actual_mb + min(spare, -1.0),
+                                made.actual_mb / max(slow, 1.0))
     except UserError as error:
         if not tried:
             raise
         raise UserError(f"no known files keep within {limits}: the last tried took "
                         f"{tried[-1]} ({error})") from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     raise UserError(f"no files within {limits} in {TRIES} tries: the last took {tried[-1]}: "
                     "raise the limits or lower the budget")
 

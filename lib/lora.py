@@ -1,13 +1,13 @@
 """LoRA in formulas: the update, what it counts, what it weighs (Hu et al. 2021)."""
 
+import math
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -15,6 +15,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from lib.artifacts import read_json, verified, write_json
 from lib.errors import UserError, require
 from lib.profiles import TrainSettings
+
+# What peft can do and the course does not; some of it would be left out without a word.
+UNUSED = ("layer_replication", "modules_to_save", "use_dora", "rank_pattern", "alpha_pattern",
+          "megatron_config", "target_parameters", "trainable_token_indices")
 
 
 def delta_weight(a: Tensor, b: Tensor, *, alpha: float, rslora: bool = False) -> Tensor:
@@ -83,25 +87,58 @@ def lora_config(model: PreTrainedModel, settings: TrainSettings) -> LoraConfig:
         task_type="CAUSAL_LM")
 
 
+def adapter_files(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and tensors of a saved adapter, when they make sense together.
+
+    Raises:
+        UserError: naming the file that is damaged, or is of something else.
+    """
+    file, weights = directory / "adapter_config.json", directory / "adapter_model.safetensors"
+    config = read_json(file) if file.is_file() else None
+    require(isinstance(config, dict) and config.get("peft_type") == "LORA",
+            f"{directory} is no LoRA adapter: name the folder of one")
+    for key in UNUSED:
+        require(not config.get(key), f"{file} asks for {key}, which is not done here: "
+                "train a plain LoRA adapter")
+    try:
+        tensors = load_file(weights)
+        finite = all(t.is_floating_point() and t.float().isfinite().all()
+                     for t in tensors.values())
+    except Exception as error:  # of safetensors, of torch for a dtype
+        raise UserError(f"{weights} is damaged ({error}): train the adapter again") from error
+    require(finite, f"{weights} holds what are no finite numbers: train the adapter again")
+    a, b = ({name.removesuffix(end): t for name, t in tensors.items() if name.endswith(end)}
+            for end in (".lora_A.weight", ".lora_B.weight"))
+    ranks = {t.shape[side] if t.dim() == 2 else None for side, factors in enumerate((a, b))
+             for t in factors.values()}
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    require(type(rank) is int and ranks == {rank} and a.keys() == b.keys()
+            and type(alpha) in (int, float) and 0 < alpha < math.inf
+            and isinstance(config.get("target_modules"), list),
+            f"{file} does not go with {weights.name} (rank {rank}, there {ranks}): "
+            "train the adapter again")
+    return config, tensors
+
+
 def load_adapter(model: PreTrainedModel, directory: Path | str) -> PeftModel:
     """The model with a saved adapter on it, files verified first."""
     directory = Path(directory)
     verified(directory)
+    tensors = adapter_files(directory)[1]
     try:
         with warnings.catch_warnings():
             # peft only warns of layers that the file lacks; that is no fit.
             warnings.filterwarnings("error", message="Found missing adapter keys")
             adapted = PeftModel.from_pretrained(model, str(directory)).eval()
-        with safe_open(directory / "adapter_model.safetensors", "pt") as file:
-            spare = set(file.keys()) - set(get_peft_model_state_dict(
-                adapted, save_embedding_layers=False))
-        require(not spare, f"{directory} does not fit this model (it has layers that the "
-                "model lacks): train an adapter for it")
-        return adapted
-    except (SafetensorError, RuntimeError, ValueError, UserWarning) as error:
-        reason = str(error).strip().splitlines()[0][:160]
+    except Exception as error:  # peft's own, for whatever its configuration says
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise UserError(f"{directory} does not fit this model ({reason}): "
                         "train an adapter for it") from error
+    require(not tensors.keys() - get_peft_model_state_dict(
+        adapted, save_embedding_layers=False).keys(),
+        f"{directory} does not fit this model (it has layers that the model lacks): "
+        "train an adapter for it")
+    return adapted
 
 
 def make_portable(directory: Path, base: str) -> None:
@@ -115,14 +152,13 @@ def make_portable(directory: Path, base: str) -> None:
 
 def adapter_factors(directory: Path | str) -> dict[str, tuple[Tensor, Tensor, float]]:
     """{module: (A, B, scale)} in float32, from an adapter's files."""
-    config: Any = PeftConfig.from_pretrained(str(directory))
-    tensors = load_file(Path(directory) / "adapter_model.safetensors")
-    root = config.r**0.5 if config.use_rslora else config.r
-    names = [n.removesuffix(".lora_A.weight") for n in tensors if "lora_A" in n]
+    config, tensors = adapter_files(Path(directory))
+    root = config["r"]**0.5 if config.get("use_rslora") else config["r"]
+    names = [n.removesuffix(".lora_A.weight") for n in tensors if n.endswith(".lora_A.weight")]
     return {
         name.removeprefix("base_model.model."): (
             tensors[f"{name}.lora_A.weight"].float(),
-            tensors[f"{name}.lora_B.weight"].float(), config.lora_alpha / root)
+            tensors[f"{name}.lora_B.weight"].float(), config["lora_alpha"] / root)
         for name in names
     }
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -38,7 +38,7 @@ def unpack_bits(stream: Tensor, bits: int, count: int) -> Tensor:
         UserError: a stream of another length.
     """
     require(stream.numel() == -(-count * bits // 8),
-            f"{stream.numel()} bytes do not hold {count} codes of {bits} bits")
+            f"{stream.numel()} bytes do not hold {count} codes of {bits} bits: make them again")
     groups = nn.functional.pad(stream, (0, -stream.numel() % bits)).view(-1, bits)
     words = nn.functional.pad(groups, (0, 8 - bits)).contiguous().view(torch.int64)
     codes = (words >> (bits * torch.arange(8))) & (2**bits - 1)
@@ -63,10 +63,12 @@ def unpacked(parts: dict[str, Tensor], level: Level, count: int, grid: str = "nf
     """
     blocks, groups = level.scales(count)
     dtype = DTYPES[level.scale_dtype]
+    require(all(part.dtype == torch.uint8 and part.dim() == 1 for part in parts.values()),
+            "packed codes and scales are rows of bytes: make the file again")
     sizes = {"group_scales": groups * dtype.itemsize, "mean": 4}
     for name, size in sizes.items():
-        require(parts[name].numel() == size and parts[name].dtype == torch.uint8,
-                f"{name} has {parts[name].numel()} bytes instead of {size}")
+        require(parts[name].numel() == size, f"{name} has {parts[name].numel()} bytes instead of "
+                f"{size}: make the file again")
     return Quantized(level, grid, unpack_bits(parts["codes"], level.bits, count),
                      unpack_bits(parts["scale_codes"], level.scale_bits, blocks),
                      parts["group_scales"].view(dtype), parts["mean"].view(torch.float32)[0])
@@ -135,8 +137,10 @@ def load_packed(model: PreTrainedModel, file: Path) -> Configuration:
                 made[name] = PackedLinear(
                     parts, level, old.weight.shape, grid=about["grid"],
                     bias=None if old.bias is None else old.bias.data)
-    except (SafetensorError, ValueError) as error:
-        raise UserError(f"{file} is damaged ({error}): make it again") from None
+    except UserError:
+        raise
+    except Exception as error:  # of safetensors, of JSON, of torch for a dtype
+        raise UserError(f"{file} is damaged ({error}): make it again") from error
     for name, layer in made.items():
         model.set_submodule(name, layer)
     return plan

@@ -65,7 +65,7 @@ def notebook_page(notebook: NotebookNode, *, nav: str = "", scripts: str = "") -
 
 def text_page(text: str, **options: str) -> str:
     """Markdown as a page of the same make."""
-    cell = nbformat.v4.new_markdown_cell(text)
+    cell = nbformat.v4.new_markdown_cell(text, id="text")
     return notebook_page(nbformat.v4.new_notebook(cells=[cell]), **options)
 
 

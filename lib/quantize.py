@@ -190,7 +190,8 @@ def quantize(weight: Tensor, level: Level, grid: str = "nf") -> Quantized:
     blocks = _blocks(weight, level.block)
     absmax = blocks.abs().amax(1)
     # absmax is finite only if each weight of the block is.
-    require(absmax.isfinite().all(), "a weight is not a finite number")
+    require(absmax.isfinite().all(), "a weight is not a finite number: "
+            "the model is damaged, take it anew")
     mean = absmax.mean()
     groups = _blocks(absmax - mean, level.group)
     # The groups' padding is zero, which never is the largest.

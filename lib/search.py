@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lib.artifacts import replacing
 from lib.configuration import GRID
 from lib.errors import UserError, require
 from lib.pareto import HIGH, LOW, SEGMENTS, expected_improvement, kept, require_reference, segment
@@ -44,19 +45,18 @@ class Journal:
     def __init__(self, path: Path | None = None, key: str = "") -> None:
         self.path, self.known = path, {}
         if path and path.is_file():
-            lines = path.read_text(encoding="utf-8").split("\n")
-            self._read(lines[:-1], key)  # a line that was cut has no end
-            path.write_text("".join(f"{line}\n" for line in lines[:-1]), encoding="utf-8")
+            lines = path.read_bytes().split(b"\n")[:-1]  # a line that was cut has no end
+            self._read(lines, key)
+            _keep(path, [line.decode() for line in lines])
         elif path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"key": key}) + "\n", encoding="utf-8")
+            _keep(path, [json.dumps({"key": key})])
 
-    def _read(self, lines: Sequence[str], key: str) -> None:
+    def _read(self, lines: Sequence[bytes], key: str) -> None:
         try:
-            rows = [json.loads(line) for line in lines]
+            rows = [json.loads(line.decode()) for line in lines]
             found = rows[0]["key"] if rows else None
             self.known = {tuple(row["levels"]): float(row["loss"]) for row in rows[1:]}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
             raise UserError(f"{self.path} is no journal of a search ({error}): "
                             "remove it") from None
         require(found == key, f"{self.path} belongs to another search ({found}, not {key}): "
@@ -75,6 +75,11 @@ class Journal:
                     file.write(json.dumps({"bits": round(bits, 6), "loss": loss,
                                            "levels": levels}) + "\n")
         return self.known[levels]
+
+
+def _keep(path: Path, lines: Sequence[str]) -> None:
+    with replacing(path) as part:
+        part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 @dataclass

@@ -7,10 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import nbformat
-
 from lib.artifacts import ROOT, read_json, writing
-from lib.course import NOTEBOOKS, notebooks
+from lib.course import NOTEBOOKS, notebooks, read_notebook
 from lib.pages import TEMPLATES, notebook_page, relinked, text_page
 
 RESULTS, CLAIMS = ROOT / "data" / "results", ROOT / "data" / "claims.json"
@@ -28,7 +26,7 @@ def build(out: Path) -> int:
             shutil.copyfile(RESULTS / path, part / "results" / path)
         shutil.copyfile(CLAIMS, part / "claims.json")
         shutil.copyfile(TEMPLATES / "page" / "static" / "search.js", part / "search.js")
-        made = {path.stem: notebook_page(nbformat.read(path, as_version=4), nav=nav())
+        made = {path.stem: notebook_page(read_notebook(path), nav=nav())
                 for path in notebooks()}
         texts = {path.stem: path.read_text(encoding="utf-8") for path in guides()} | {
             "index": (ROOT / "README.md").read_text(encoding="utf-8"),

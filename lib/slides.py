@@ -15,7 +15,7 @@ from nbconvert import SlidesExporter
 from nbformat import NotebookNode
 
 from lib.artifacts import writing
-from lib.course import cell_seconds, notebooks
+from lib.course import cell_seconds, notebooks, read_notebook
 from lib.pages import TEMPLATES, described, exporter, relinked, text_page
 
 REVEAL = ("reveal.js", "reveal.css", "plugin/notes.js", "theme/white.css")
@@ -162,6 +162,8 @@ def deck(notebook: NotebookNode, found: list[Step]) -> str:
                 f"Section: {row[1]} steps, about {row[2]:.0f} minutes.",
                 metadata={"slideshow": {"slide_type": "notes"}})
             cells.append(note)
+    for number, cell in enumerate(cells):
+        cell["id"] = f"cell-{number}"  # else random where a cell was cut: every build differs
     made = nbformat.v4.new_notebook(cells=cells, metadata=notebook.metadata)
     return exporter("deck", SlidesExporter, reveal_url_prefix="reveal.js", reveal_theme="white",
                     exclude_input_prompt=True, exclude_output_prompt=True,
@@ -190,7 +192,7 @@ def build(out: Path, *, solutions: bool = False) -> dict[str, float]:
             shutil.copyfile(reveal / name, part / "reveal.js" / name)
         shutil.copyfile(TEMPLATES / "deck" / "static" / "deck.js", part / "deck.js")
         for path in notebooks():
-            notebook = described(nbformat.read(path, as_version=4))
+            notebook = described(read_notebook(path))
             seconds = cell_seconds(path)
             code = (c for c in notebook.cells if c.cell_type == "code")
             for cell, took in zip(code, seconds, strict=False):

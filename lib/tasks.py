@@ -5,7 +5,6 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,46 +13,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib.artifacts import ROOT
 from lib.base_model import release_memory
-from lib.errors import UserError, require
+from lib.errors import require
 from lib.fused import decoded
+from lib.records import Record, read_jsonl
 
 DATA = ROOT / "data"
-KEYS = ("instruction", "response")
 IGNORED = -100
-Record = dict[str, Any]
-
-
-def read_jsonl(path: Path | str) -> list[Record]:
-    """Records of a JSON-lines file, each with an instruction and a response.
-
-    Raises:
-        UserError: naming the file and the line that is no JSON object, lacks
-            a key, or has an empty value.
-    """
-    path = Path(path)
-    require(path.is_file(), f"{path} does not exist: check the path")
-    # Bytes first: only \n ends a line of JSON; text may hold Unicode's others.
-    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    records = [_record(line, f"{path}:{number}")
-               for number, line in enumerate(lines, 1) if line.strip()]
-    require(records, f"{path} has no records: one JSON object a line is expected")
-    return records
-
-
-def _record(line: bytes, where: str) -> Record:
-    try:
-        record = json.loads(line.decode("utf-8"))
-        json.dumps(record, ensure_ascii=False).encode("utf-8")
-    except UnicodeError:
-        raise UserError(f"{where} is not UTF-8 text: save the file as UTF-8") from None
-    except (ValueError, RecursionError):
-        raise UserError(f"{where} is no JSON: one object a line is expected") from None
-    require(isinstance(record, dict), f"{where} is no JSON object: use {{...}}")
-    for key in KEYS:
-        value = record.get(key)
-        require(isinstance(value, str), f"{where} lacks the text {key!r}: add it")
-        require(value.strip(), f"{where} has an empty {key!r}: fill it or drop the line")
-    return record
 
 
 def sensors(split: str, limit: int | None = None) -> list[Record]:
@@ -187,6 +152,7 @@ def keyword_score(
 
     The prompt is never searched. `options` go to `generate`.
     """
+    require(records, "no examples to score: give at least one")
     was_training = model.training
     model.eval()
     with decoded(model):
@@ -211,6 +177,7 @@ def held_out_loss(
     batch_size: int = 25,
 ) -> float:
     """Mean negative log-likelihood (nats) of an answer token, prompts left out."""
+    require(records, "no examples to score: give at least one")
     total, count = 0.0, 0
     with decoded(model):
         for start in range(0, len(records), batch_size):

@@ -7,6 +7,7 @@ The trainer is the stock one but for its step and its checkpoints (see
 import contextlib
 import dataclasses
 import math
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from peft import PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
-from lib.artifacts import require_free, saving, write_json, writing
+from lib.artifacts import require_free, write_json, writing
 from lib.base_model import best_dtype, load_model, load_tokenizer, machine, quiet
 from lib.embedded import locate
 from lib.errors import require
@@ -28,7 +29,8 @@ from lib.lora import count_trainable, lora_config, make_portable
 from lib.measure import peak_memory
 from lib.processes import count, first, join, sharded
 from lib.profiles import TrainSettings, seed_everything
-from lib.tasks import IGNORED, Record, chat
+from lib.records import Record, check_record
+from lib.tasks import IGNORED, chat
 from lib.trainer import CourseTrainer, Progress, last_checkpoint, work_directory
 
 CHECKPOINT_EVERY = 50
@@ -160,6 +162,8 @@ def train(
     quiet()
     seed_everything(settings.seed)
     require(records, "no records to train on: give at least one")
+    for number, record in enumerate(records, 1):
+        check_record(record, f"record {number}")
     if out is not None:
         require_free(Path(out))
     processes = join()
@@ -171,7 +175,7 @@ def train(
         lora_config(base, settings)  # a mistake shows before anything is written
     identity = {"settings": dataclasses.asdict(settings), "model": model,
                 "records": [[r["instruction"], r["response"]] for r in records]}
-    with work_directory(out, identity, processes) as work, saving(work):
+    with work_directory(out, identity, processes) as work:
         trainer = make_trainer(base, tokenizer, records, settings, work=work,
                                say_every=say_every)
         result = run_trainer(trainer, settings, resume=last_checkpoint(work))
@@ -194,6 +198,11 @@ def run_trainer(trainer: SFTTrainer, settings: TrainSettings,
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     seconds = time.monotonic() - start
     losses = tuple(e["loss"] for e in trainer.state.log_history if "loss" in e)
+    if not all(math.isfinite(x) for x in losses):
+        for checkpoint in Path(trainer.args.output_dir).glob("checkpoint-*"):
+            shutil.rmtree(checkpoint, ignore_errors=True)  # nothing to go on from
+    require(math.isfinite(next(iter(losses), 0.0)), "the loss is no number from the start: "
+            "the model's weights are damaged, take it anew")
     require(all(math.isfinite(x) for x in losses),
             f"the loss became {losses[-1]}: lower the learning rate")
     state = trainer.optimizer.state.values() if trainer.optimizer else ()

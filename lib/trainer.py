@@ -4,7 +4,6 @@ import contextlib
 import json
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
-from lib.artifacts import read_json, saving, verified, write_json, writing
+from lib.artifacts import parents, read_json, saving, scratch, verified, write_json, writing
 from lib.processes import first
 from lib.tasks import answer_loss
+
+IDENTITY = "identity.json"
 
 
 class CourseTrainer(SFTTrainer):
@@ -127,33 +128,38 @@ def work_directory(out: Path | None, identity: dict[str, Any],
     records) and of as many processes. The first process keeps house for all.
     """
     if out is None:
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-            yield Path(scratch)
+        with scratch() as work, saving(work):
+            yield work
         return
     out = Path(out)
     work = out.with_name(f".{out.name}.work")
     if processes.num_processes > 1:
         identity = identity | {"processes": processes.num_processes}
-    if first():
-        _begin(work, identity)
-    processes.wait_for_everyone()
-    done = False
-    try:
-        yield work
+    with saving(work), parents(work):
+        if first():
+            _begin(work, identity)
         processes.wait_for_everyone()
-        done = True
-    finally:
-        # Kept only for a run that was cut short and has something to resume from.
-        if first() and (done or not any(work.glob("checkpoint-*"))):
-            shutil.rmtree(work, ignore_errors=True)
+        done = False
+        try:
+            yield work
+            processes.wait_for_everyone()
+            done = True
+        finally:
+            # Kept only for a run that was cut short and has something to resume from.
+            if first() and (done or not any(work.glob("checkpoint-*"))):
+                _discard(work)
 
 
 def _begin(work: Path, identity: dict[str, Any]) -> None:
     """An empty work directory, or the one that a run like this has left."""
-    with saving(work):
-        work.mkdir(parents=True, exist_ok=True)
-        key = work / "identity.json"
-        if key.is_file() and read_json(key) != json.loads(json.dumps(identity)):
-            shutil.rmtree(work)
-            work.mkdir()
-        write_json(key, identity)
+    key = work / IDENTITY
+    if not key.is_file() or read_json(key) != json.loads(json.dumps(identity)):
+        _discard(work)
+    work.mkdir(exist_ok=True)
+    write_json(key, identity)
+
+
+def _discard(work: Path) -> None:
+    """Remove a work directory; without its identity, what a kill has left of it is no more used."""
+    (work / IDENTITY).unlink(missing_ok=True)
+    shutil.rmtree(work, ignore_errors=True)

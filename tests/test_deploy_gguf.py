@@ -77,20 +77,3 @@ def test_scores_come_from_a_server(folder: Path, tiny_directory: str, tmp_path: 
                        folder=folder)
     assert {*done.scores} == {"folded", "beside"}
     assert all(len(score.texts) == 2 for score in done.scores.values())
-
-
-@pytest.mark.parametrize(("budget", "words"), [
-    (0.5, "below the smallest file: give .* MB more"), (300, "nothing need be quantised")])
-def test_budgets_out_of_reach(folder: Path, tiny_directory: str, tmp_path: Path,
-                              budget: float, words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        deploy_gguf("sensors", budget, tmp_path / "out", model=tiny_directory, folder=folder)
-    assert not [*tmp_path.iterdir()]
-
-
-def test_a_place_that_is_taken(folder: Path, tiny_directory: str, tmp_path: Path) -> None:
-    (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(UserError, match="exists: choose a new folder"):
-        deploy_gguf("sensors", 5, tmp_path, model=tiny_directory, folder=folder)
-    with pytest.raises(UserError, match="unknown task 'poems'"):
-        deploy_gguf("poems", 5, tmp_path / "new")

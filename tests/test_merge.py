@@ -135,17 +135,6 @@ def test_dequantized_base_is_the_nf4_model(tiny_directory: str) -> None:
     assert distance(logits(base), logits(load_model(tiny_directory))) > 1e-2
 
 
-@pytest.mark.parametrize("route", ["", "sideways", "ORIGINAL"])
-def test_unknown_route(adapter: Path, tiny_directory: str, route: str) -> None:
-    with pytest.raises(UserError, match="original, dequantized, through_4bit"):
-        merge(adapter, route=route, model=tiny_directory)
-
-
-def test_merge_of_no_adapter(tmp_path: Path, tiny_directory: str) -> None:
-    with pytest.raises(UserError, match="is no artifact"):
-        merge(tmp_path / "none", model=tiny_directory)
-
-
 def test_float32_model_reloads_identical(adapter: Path, tiny_directory: str,
                                          tmp_path: Path) -> None:
     model = merge(adapter, model=tiny_directory)

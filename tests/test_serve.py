@@ -286,27 +286,6 @@ def test_memory_stays_flat(server: Served) -> None:
     assert load() - before < 10
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "lib", "serve", *arguments], cwd=ROOT,
-                          capture_output=True, text=True, timeout=120)
-
-
-def test_commands_that_cannot_start(place: Path, server: Served) -> None:
-    tiny, taken = str(place / "tiny.gguf"), str(httpx.URL(server.url).port)
-    for arguments, message in (
-            ([tiny, "--port", taken], f"port {taken} is taken"),
-            ([tiny, "--lora", "red"], "is not NAME=FILE")):
-        done = command(*arguments)
-        assert done.returncode == 2, done.stderr
-        assert message in done.stderr
-        assert len(done.stderr.splitlines()) == 1
-
-
-def test_what_the_server_said_reaches_the_caller(place: Path) -> None:
-    with pytest.raises(UserError, match="does not exist"), running(place / "none"):
-        pass
-
-
 @pytest.mark.parametrize("field", ["context", "slots", "threads", "port"])
 def test_settings_out_of_range(field: str) -> None:
     with pytest.raises(UserError):

@@ -34,48 +34,6 @@ from lib.tasks import (
 GOOD = b'{"instruction": "a", "response": "b"}\n'
 
 
-@pytest.mark.parametrize(("line", "message"), [
-    (b"no json", "is no JSON"),
-    (b'{"instruction": "a", "response": "b"', "is no JSON"),
-    (b"[" * 100_000, "is no JSON"),
-    (b"[1, 2]", "is no JSON object"),
-    (b"null", "is no JSON object"),
-    (b'"text"', "is no JSON object"),
-    (b'{"response": "b"}', "lacks the text 'instruction'"),
-    (b'{"instruction": "a"}', "lacks the text 'response'"),
-    (b'{"instruction": "a", "response": 3}', "lacks the text 'response'"),
-    (b'{"instruction": "a", "response": null}', "lacks the text 'response'"),
-    (b'{"instruction": "a", "response": ""}', "has an empty 'response'"),
-    (b'{"instruction": "a", "response": " \\n\\t"}', "has an empty 'response'"),
-    (b'{"instruction": "", "response": "b"}', "has an empty 'instruction'"),
-    (b'{"instruction": "a", "response": "caf\xe9"}', "UTF-8"),
-    (b'{"instruction": "a", "response": "\\ud800"}', "data.jsonl"),
-], ids=["text", "cut", "deep", "list", "null", "string", "no instruction", "no response",
-        "number", "null response", "empty response", "blank response", "empty instruction",
-        "latin-1", "lone surrogate"])
-def test_bad_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
-    path = tmp_path / "data.jsonl"
-    path.write_bytes(GOOD + b"\n" + GOOD + line + b"\n" + GOOD)
-    with pytest.raises(UserError, match=message) as caught:
-        read_jsonl(path)
-    assert f"{path}:4" in str(caught.value)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
-
-
-@pytest.mark.parametrize("content", [b"", b"\n \n"])
-def test_empty_file_is_named(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "data.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match="data.jsonl has no records"):
-        read_jsonl(path)
-
-
-def test_missing_file_and_directory(tmp_path: Path) -> None:
-    for path in (tmp_path / "none.jsonl", tmp_path):
-        with pytest.raises(UserError, match="does not exist"):
-            read_jsonl(path)
-
-
 @settings(max_examples=15)
 @given(st.lists(st.fixed_dictionaries({
     key: st.text(st.characters(codec="utf-8"), min_size=1, max_size=8).filter(str.strip)

@@ -33,7 +33,7 @@ from page import page
 from picture import draw
 from sevenb import sizes
 
-from lib.artifacts import BUILD, ROOT, read_json, size_mb, versions, write_json, writing
+from lib.artifacts import BUILD, ROOT, read_json, replacing, size_mb, versions, write_json, writing
 from lib.base_model import best_dtype, load_model, load_tokenizer, machine, tiny_model
 from lib.bench import run_bench
 from lib.bench_serving import read_bandwidth, weight_bytes
@@ -485,7 +485,8 @@ def write_readme() -> None:
         for begin, end, table in tables:
             before, _, rest = text.partition(begin)
             text = f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}"
-        path.write_text(text, encoding="utf-8", newline="\n")
+        with replacing(path) as part:
+            part.write_text(text, encoding="utf-8", newline="\n")
     draw(RESULTS)
 
 
