@@ -12,6 +12,7 @@ from lib.course import NOTEBOOKS, notebooks, read_notebook
 from lib.pages import TEMPLATES, notebook_page, relinked, text_page
 
 RESULTS, CLAIMS = ROOT / "data" / "results", ROOT / "data" / "claims.json"
+CARD, PICTURE = "data/adapters/README.md", "data/results/picture.png"
 # Where a part of a page begins that one can look for: headings, names of the reference.
 PARTS = re.compile(r'<(?=h[23] id="|section id="|div id="[^"]*" class="classattr")')
 SCRIPTS = "<script src='search_index.js'></script><script src='search.js'></script>"
@@ -25,11 +26,15 @@ def build(out: Path) -> int:
             (part / "results" / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(RESULTS / path, part / "results" / path)
         shutil.copyfile(CLAIMS, part / "claims.json")
+        shutil.copyfile(ROOT / PICTURE, part / "picture.png")
         shutil.copyfile(TEMPLATES / "page" / "static" / "search.js", part / "search.js")
         made = {path.stem: notebook_page(read_notebook(path), nav=nav())
                 for path in notebooks()}
         texts = {path.stem: path.read_text(encoding="utf-8") for path in guides()} | {
-            "index": (ROOT / "README.md").read_text(encoding="utf-8"),
+            "index": (ROOT / "README.md").read_text(encoding="utf-8").replace(
+                PICTURE, "picture.png").replace(CARD, "CARD.md"),
+            # Without the header, which is for programs.
+            "CARD": (ROOT / CARD).read_text(encoding="utf-8").split("---\n", 2)[2],
             "results": results_text(results), "claims": claims_text(results)}
         made |= {name: text_page(text, nav=nav()) for name, text in texts.items()}
         made["search"] = text_page("# Search\n\n<div id='found'></div>", nav=nav(),
