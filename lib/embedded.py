@@ -24,11 +24,14 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def quiet() -> None:
-    """Silence the libraries' progress bars and repeated notices."""
+    """Silence the libraries' progress bars, repeated notices, and their reports of use."""
     # Here and below, because the doctor reads this module where they may be missing.
     import datasets
+    import huggingface_hub
     import transformers
 
+    # Else TRL sends one for each trainer; the variable is too late where the hub is imported.
+    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()

@@ -77,6 +77,7 @@ def serve(path: Path, settings: ServeSettings, loras: Sequence[str] = (), *,
         context = min(settings.context, bundle.context)
         engine = start_engine(bundle, settings, context, key)
         app = application(bundle, engine.listening_address, key, context, settings.slots)
+        listener.listen()  # whoever reads the next line may connect at once
         print(f"serving {', '.join((bundle.name, *bundle.adapters))} at "
               f"http://{HOST}:{listener.getsockname()[1]}/v1", flush=True)
         # Kept longer than clients keep a connection, so that none is cut as it is used.
