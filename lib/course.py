@@ -187,13 +187,22 @@ def costs_table() -> str:
 
 
 def keep_table(page: Path) -> None:
-    """Put `costs_table` between its two marks in a page, if there is one."""
+    """Put `costs_table` in its place in a page, if there is one."""
     if page.is_file():
-        before, begin, rest = page.read_text(encoding="utf-8").partition("<!-- costs -->\n")
-        _, end, after = rest.partition("\n<!-- end of costs -->")
-        require(end, f"{page} lacks the marks of its table of costs: take it from the repository")
-        with replacing(page) as part:
-            part.write_text(before + begin + costs_table() + end + after, encoding="utf-8")
+        put_table(page, "costs", costs_table())
+
+
+def put_table(page: Path, name: str, table: str) -> None:
+    """Put a table between the marks of its name in a page.
+
+    Raises:
+        UserError: a page without the marks; it stays as it is.
+    """
+    before, begin, rest = page.read_text(encoding="utf-8").partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition(f"<!-- end of {name} -->")
+    require(end, f"{page} lacks the marks of its table of {name}: take it from the repository")
+    with replacing(page) as part:
+        part.write_text(f"{before}{begin}{table}\n{end}{after}", encoding="utf-8", newline="\n")
 
 
 def smaller(picture: str) -> str:

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import random
 import statistics
 import sys
@@ -26,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from make import ADAPTERS, RESULTS, run_pieces, score_row, training_row
 
 from lib.alternate import renewed
-from lib.artifacts import BUILD, read_json
+from lib.artifacts import BUILD, read_json, replacing
 from lib.base_model import load_tokenizer
 from lib.compare import MAIN
 from lib.configuration import Configuration, Layers, Level
@@ -77,10 +76,8 @@ class Stored(Switchable):
             read = torch.from_numpy(np.fromfile(path, str(kind).removeprefix("torch.")))
             return read.view(weight.dtype).view(weight.shape)
         made = super()._build(index, level)
-        folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}")  # another run may make the same one
-        made.contiguous().view(kind).numpy().tofile(part)
-        part.replace(path)
+        with replacing(path) as part:  # another run may make the same one
+            made.contiguous().view(kind).numpy().tofile(part)
         return made
 
 

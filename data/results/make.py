@@ -33,12 +33,13 @@ from page import page
 from picture import draw
 from sevenb import sizes
 
-from lib.artifacts import BUILD, ROOT, read_json, replacing, size_mb, versions, write_json, writing
+from lib.artifacts import BUILD, ROOT, read_json, size_mb, versions, write_json, writing
 from lib.base_model import best_dtype, load_model, load_tokenizer, machine, tiny_model
 from lib.bench import run_bench
 from lib.bench_serving import read_bandwidth, weight_bytes
 from lib.client import ask_all, question
 from lib.compare import MAIN
+from lib.course import put_table
 from lib.deploy_gguf import served_score
 from lib.errors import UserError, require
 from lib.gguf import export
@@ -431,8 +432,8 @@ def readme_table() -> str:
                                   ("Q8_0_lora", "GGUF Q8_0 base and adapter, served"))]
     lines = ["| model | test | new phrasings | saved, MB |", "|---|---|---|---|"]
     for label, row, size in rows:
-        cells = [f"{100 * x['share']:.1f} % ({100 * x['low']:.1f} to {100 * x['high']:.1f})"
-                 if (x := row.get(split)) else "-" for split in ("test", "test_phrasings")]
+        cells = [_share(row[split]) if row.get(split) else "-"
+                 for split in ("test", "test_phrasings")]
         lines.append(f"| {label} | {cells[0]} | {cells[1]} | {size} |")
     return "\n".join([*lines, "", *_readme_speeds(results)])
 
@@ -460,33 +461,26 @@ def card_table() -> str:
     for name, piece in (("sensors_qlora", "qlora"), ("sensors_lora", "lora"),
                         ("movies_qlora", "movies")):
         row = read_json(RESULTS / f"{piece}.json")["result"]
-        lines.append(f"| {name} | its own base | {_share(row['test'])} | "
-                     f"{row['validation_loss']:.4f} |")
+        lines.append(f"| {name} | its own base | {_share(row['test'])} of "
+                     f"{row['test']['examples']} | {row['validation_loss']:.4f} |")
     for task in ("sensors", "movies"):
         plans = read_json(RESULTS / "coa" / f"{task}-coa-0.json")["result"]["plans"]
         for plan in (p for p in MAIN if p in plans):
-            score = _share(plans[plan]["score"]) if "score" in plans[plan] else "not scored"
+            row = plans[plan].get("score")
+            score = f"{_share(row)} of {row['examples']}" if row else "not scored"
             lines.append(f"| {task}_coa | {plan} bits | {score} | {plans[plan]['loss']:.4f} |")
     return "\n".join(lines)
 
 
 def _share(row: dict[str, Any]) -> str:
-    return (f"{100 * row['share']:.1f} % ({100 * row['low']:.1f} to {100 * row['high']:.1f}) "
-            f"of {row['examples']}")
+    return f"{100 * row['share']:.1f} % ({100 * row['low']:.1f} to {100 * row['high']:.1f})"
 
 
 def write_readme() -> None:
     """Put the tables between the marks of the README and the card; draw the picture anew."""
-    for path, tables in (
-            (ROOT / "README.md", ((BEGIN, END, readme_table()),
-                                  (BEGIN_CLAIMS, END_CLAIMS, claims_table()))),
-            (ADAPTERS / "README.md", ((BEGIN_CARD, END_CARD, card_table()),))):
-        text = path.read_text(encoding="utf-8")
-        for begin, end, table in tables:
-            before, _, rest = text.partition(begin)
-            text = f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}"
-        with replacing(path) as part:
-            part.write_text(text, encoding="utf-8", newline="\n")
+    put_table(ROOT / "README.md", "results", readme_table())
+    put_table(ROOT / "README.md", "claims", claims_table())
+    put_table(ADAPTERS / "README.md", "card", card_table())
     draw(RESULTS)
 
 

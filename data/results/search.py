@@ -49,14 +49,19 @@ def problem() -> tuple[Switchable, Features, Callable[[torch.Tensor], float], st
     return base, Features.of(base, felt), evaluate, key
 
 
+def first_plans(base: Switchable) -> torch.Tensor:
+    """(plans, layers) level numbers of the training set."""
+    return torch.stack([*map(numbers, plans_of("sensors", base.layers)[0])])
+
+
 def starting() -> dict[str, Any]:
     """Losses of the training set's plans, where every method begins.
 
     They are stored, because another machine would find others in the last bits.
     """
     base, features, evaluate, key = problem()
-    plans, journal = plans_of("sensors", base.layers)[0], Journal(JOURNALS / "start.jsonl", key)
-    found = Found.at(torch.stack([*map(numbers, plans)]), features, evaluate, journal)
+    journal = Journal(JOURNALS / "start.jsonl", key)
+    found = Found.at(first_plans(base), features, evaluate, journal)
     return {"key": key, "losses": [journal.known[tuple(p)] for p in found.plans.tolist()]}
 
 
@@ -66,7 +71,7 @@ def start(own: Journal) -> Found:
     stored = read_json(OUT / "start.json")["result"]
     require(stored["key"] == key, "the stored start is of another adapter: make it anew, "
             "`python data/results/search.py start`")
-    plans = torch.stack([*map(numbers, plans_of("sensors", base.layers)[0])])
+    plans = first_plans(base)
     own.known |= {tuple(plan): loss for plan, loss in zip(
         plans.tolist(), stored["losses"], strict=True)}
     return Found.at(plans, features, evaluate, own)
@@ -102,7 +107,7 @@ def _raw(found: Found, reference: torch.Tensor) -> float:
     return hypervolume(points, torch.stack([reference[0], reference[1].exp()]))
 
 
-def stored_front(base: Switchable, adapter: str) -> dict[tuple[int, ...], float]:
+def stored_front(adapter: str) -> dict[tuple[int, ...], float]:
     """{plan: loss} of the stored front, if it is of this adapter: searches made elsewhere."""
     stored = read_json(FRONT) if FRONT.is_file() else {}
     rows = stored["front"] if stored.get("adapter") == adapter else []
@@ -112,7 +117,8 @@ def stored_front(base: Switchable, adapter: str) -> dict[tuple[int, ...], float]
 def keep_front() -> None:
     """Store the plans that are best in their segment among all that were evaluated."""
     base, features, _, key = problem()
-    known = stored_front(base, sha256(ADAPTER / "manifest.json"))
+    adapter = sha256(ADAPTER / "manifest.json")
+    known = stored_front(adapter)
     for file in sorted(JOURNALS.glob("*.jsonl")):
         known |= Journal(file, key).known
     plans = torch.tensor([*known])
@@ -121,7 +127,7 @@ def keep_front() -> None:
     rows = sorted(kept(points), key=lambda i: float(points[i, 0]))
     write_json(FRONT, {
         "command": "python data/results/search.py front", "base_hash": base.fingerprint,
-        "adapter": sha256(ADAPTER / "manifest.json"), "evaluated": len(plans), "front": [
+        "adapter": adapter, "evaluated": len(plans), "front": [
             {"bits": float(points[i, 0]), "loss": float(losses[i]),
              "levels": text(plan_of(base.layers, plans[i].tolist()))} for i in rows]})
     print(f"{FRONT.name}: {len(rows)} of {len(plans)} plans")
