@@ -90,7 +90,7 @@ def _components(rank: int, owned: Mapping[int, float]) -> dict[int, list[int]]:
 
 
 class _Mixed(nn.Module):
-    """A becomes (I + U) A wherever the layer's A is read."""
+    """A becomes (I + U) A, of the last forward pass, wherever the layer's A is read."""
 
     def __init__(self, owner: "CoaLora", index: int) -> None:
         super().__init__()
@@ -98,7 +98,12 @@ class _Mixed(nn.Module):
 
     def forward(self, a: Tensor) -> Tensor:
         owner, index = self._where
-        return a if owner.mixers is None else torch.addmm(a, owner.mixers[index], a)
+        return a if owner.mixed is None else owner.mixed[index]
+
+
+def learned_a(layer: nn.Module) -> Tensor:
+    """A itself, before U, of a layer that has been made to mix."""
+    return layer.lora_A[NAME].parametrizations.weight.original
 
 
 class CoaLora:
@@ -108,7 +113,8 @@ class CoaLora:
         base: the switchable model under it.
         model: the peft model; its forward pass mixes for `base.configuration`.
         network: U_theta, trained with A and B; a submodule of `model`.
-        mixers: (layers, r, r) of the last forward pass.
+        mixers: (layers, r, r), U of the last forward pass.
+        mixed: for each layer, (I + U) A of the last forward pass.
     """
 
     def __init__(self, model: PeftModel, base: Switchable,
@@ -118,6 +124,7 @@ class CoaLora:
         self.network = network or MixingNetwork(base.layers, self.config.r)
         self.network.to(model.device)
         self.mixers: Tensor | None = None
+        self.mixed: dict[int, Tensor] | None = None
         self.places = {name: model.get_submodule(f"base_model.model.{name}")
                        for name in base.layers.names}
         for name, layer in self.places.items():
@@ -127,6 +134,11 @@ class CoaLora:
             parametrize.register_parametrization(
                 layer.lora_A[NAME], "weight", _Mixed(self, index), unsafe=True)
             layer.merge = _refuse_merge
+        # Layers of one width are mixed in one product: two hundred small ones, and as
+        # many in the backward pass, cost several times as much.
+        widths = [layer.in_features for layer in self.places.values()]
+        self._alike = [[i for i, w in enumerate(widths) if w == width]
+                       for width in sorted({*widths})]
         model.coa_network = self.network
         # peft's own would write the parametrized A, and no theta.
         model.save_pretrained = self.save_pretrained
@@ -137,6 +149,10 @@ class CoaLora:
         configuration = self.base.configuration
         self.mixers = (self.network.unquantised() if configuration is None
                        else self.network(configuration))
+        self.mixed, layers = {}, [*self.places.values()]
+        for rows in self._alike:
+            a = torch.stack([learned_a(layers[index]) for index in rows])
+            self.mixed |= zip(rows, torch.baddbmm(a, self.mixers[rows], a), strict=True)
 
     def factors(self, configuration: Configuration | None = None, *,
                 dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -144,7 +160,7 @@ class CoaLora:
         mixers = None if configuration is None else self.network(configuration).detach()
         tensors = {}
         for index, (name, layer) in enumerate(self.places.items()):
-            a = layer.lora_A[NAME].parametrizations.weight.original.detach()
+            a = learned_a(layer).detach()
             a = a if mixers is None else torch.addmm(a, mixers[index], a)
             b = layer.lora_B[NAME].weight.detach()
             tensors[f"base_model.model.{name}.lora_A.weight"] = a.to(dtype).contiguous()

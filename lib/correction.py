@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lib.base_model import load_tokenizer
-from lib.coa import NAME, CoaLora
+from lib.coa import NAME, CoaLora, learned_a
 from lib.configuration import Configuration
 from lib.plans import best_levels
 from lib.switchable import Switchable
@@ -114,8 +114,7 @@ def start_owned(coa: CoaLora, roots: Sequence[Tensor]) -> None:
     rank, owned = coa.network.rank, coa.network.owned
     shared = [i for i in range(rank) if not any(i in rows for rows in owned.values())]
     for layer in coa.places.values():
-        layer.lora_A[NAME].parametrizations.weight.original.data[shared] *= (
-            rank / len(shared)) ** 0.5
+        learned_a(layer).data[shared] *= (rank / len(shared)) ** 0.5
     for bits, rows in owned.items():
         same = [level for level in levels if level.bits == bits]
         for index, layer in enumerate(coa.places.values()):
