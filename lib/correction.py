@@ -12,6 +12,7 @@ from torch import Tensor
 from lib.base_model import load_tokenizer
 from lib.coa import NAME, CoaLora, learned_a
 from lib.configuration import Configuration
+from lib.embedded import EMBEDDED
 from lib.plans import best_levels
 from lib.switchable import Switchable
 from lib.tasks import Record, encode
@@ -26,29 +27,34 @@ SHARED = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
 
 @torch.no_grad()
-def input_roots(base: Switchable, records: Sequence[Record]) -> list[Tensor]:
+def input_roots(model: torch.nn.Module, names: Sequence[str], records: Sequence[Record], *,
+                name: str = EMBEDDED) -> list[Tensor]:
     """L of each layer with L L^T = R, the mean of x x^T over its inputs; (in, in), float32.
 
     The inputs are those of the model as it is, on the records' tokens.
+
+    Args:
+        names: the linear layers of its blocks.
+        name: the model's, for its tokenizer.
     """
-    tokenizer, device = load_tokenizer(base.name), base.model.device
-    read_by = [_first(name) for name in base.layers.names]
+    tokenizer, device = load_tokenizer(name), next(model.parameters()).device
+    read_by = [_first(layer) for layer in names]
     moments: dict[str, Tensor | float] = dict.fromkeys(read_by, 0.0)
 
-    def keep(name: str, x: Tensor) -> None:
+    def keep(layer: str, x: Tensor) -> None:
         x = x.detach().flatten(0, -2).float()
-        moments[name] = moments[name] + x.T @ x / len(x)
+        moments[layer] = moments[layer] + x.T @ x / len(x)
 
-    hooks = [base.model.get_submodule(name).register_forward_hook(
-        lambda _, inputs, __, n=name: keep(n, inputs[0])) for name in moments]
+    hooks = [model.get_submodule(layer).register_forward_hook(
+        lambda _, inputs, __, at=layer: keep(at, inputs[0])) for layer in moments]
     try:
         for record in records:
-            base.model.model(input_ids=torch.tensor([encode(tokenizer, record)[0]], device=device))
+            model.model(input_ids=torch.tensor([encode(tokenizer, record)[0]], device=device))
     finally:
         for hook in hooks:
             hook.remove()
-    roots = {name: _root(moment.cpu()) for name, moment in moments.items()}
-    return [roots[name] for name in read_by]
+    roots = {layer: _root(moment.cpu()) for layer, moment in moments.items()}
+    return [roots[layer] for layer in read_by]
 
 
 def _first(name: str) -> str:

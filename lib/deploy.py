@@ -113,6 +113,9 @@ def deploy_packed(task: str, budget_mb: float, out: Path, *, examples: int = 32,
         require(budget_mb < plain, f"{budget_mb:g} MB hold the model in 16 bits with its adapter "
                 f"({plain:.0f} MB): nothing need be quantised")
         rests = {name: _rest(base, level) for name, level in EMBEDDINGS.items()}
+        least = min(p.bytes for p, _ in plans) + min(map(_bytes, rests.values())) + fixed
+        require(least <= budget_mb * MB, "the budget is below the smallest known plan, "
+                f"{_up(least):g} MB: give {_up(least - budget_mb * MB):g} MB more")
         chosen, considered = _choose(
             TASKS[task]("validation", held), base, coa, plans, budget_mb * MB - fixed, rests)
         plan, name, loss = chosen
@@ -137,9 +140,6 @@ def _choose(held: list[Record], base: Switchable, coa: CoaLora,
     `rests` has, for each way to store the embedding, all that is no linear of a block.
     """
     sizes = {name: _bytes(rest) for name, rest in rests.items()}
-    smallest = min(plan.bytes for plan, _ in plans) + min(sizes.values())
-    require(smallest <= room, "the budget is below the smallest known plan: "
-            f"give {_up(smallest - room):g} MB more")
     fits = [(loss, plan, name) for plan, loss in plans for name, size in sizes.items()
             if plan.bytes + size <= room]
     # Known losses are with the plain embedding: the best plan of each is measured with it.

@@ -1,7 +1,7 @@
 """From a budget of bytes to a server's files: a type for each tensor of a GGUF file."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from lib.correction import WEIGHED_BY, input_roots, low_rank
 from lib.deploy import MB, TASKS, folder_size, require_new
 from lib.embedded import EMBEDDED, embedded_gguf
 from lib.errors import require
-from lib.feedback import round_layers
+from lib.feedback import KIND, round_layers
 from lib.gguf import export
 from lib.lora import adapter_factors, load_adapter
 from lib.merge import dequantized_base
@@ -38,9 +38,10 @@ from lib.serve import running
 from lib.switchable import Switchable
 from lib.tasks import Record, Score, keyword_hit
 
-# What decodes fast for its size, bits a weight ascending: Q5_0 and Q5_1 are no
-# faster than Q8_0 (`data/results/engine.json`).
-CHOICES = {"Q4_0": 4.5, "Q4_1": 5.0, "Q8_0": 8.5}
+# What decodes fast for its size, bits a weight ascending: the fifth bit of Q5_0
+# takes all of the speed that its bytes give, Q4_1's offset half of it
+# (`data/results/engine.json`).
+CHOICES = {"Q4_0": 4.5, "Q8_0": 8.5}
 HEAD = "model.embed_tokens"
 SAMPLE = 1 << 14
 # Examples whose gradients weigh the matrices' errors.
@@ -75,34 +76,36 @@ class DeployedGguf:
                 f"scores: {scores}")
 
 
-def type_plan(weights: PreTrainedModel, felt: dict[str, float], budget: float
+def type_plan(sizes: Mapping[str, int], errors: Mapping[str, Sequence[float]], budget: float
               ) -> tuple[dict[str, str], float]:
-    """({module: type}, bytes): types under the budget by the error that the loss feels.
+    """({module: type}, bytes): the types of least error under the budget.
 
     Args:
-        felt: sensitivity of each matrix, the tied embedding among them.
-        budget: bytes for all matrices.
-
-    Raises:
-        UserError: a budget below the smallest type everywhere.
+        sizes: numbers in each matrix.
+        errors: of each matrix in each type, as the loss feels it.
+        budget: bytes for all matrices, at least those of the smallest type.
     """
-    state, names = weights.state_dict(), list(felt)
-    sizes = torch.tensor([state[f"{name}.weight"].numel() for name in names])
-    costs = sizes[:, None] * torch.tensor([*CHOICES.values()]) / 8
-    least = float(costs[:, 0].sum())
-    require(budget >= least, "the budget is below the smallest file: "
-            f"give {(least - budget) / MB + 0.1:.1f} MB more")
-    errors = torch.tensor([[_error(state[f"{name}.weight"], kind) * felt[name]
-                            for kind in CHOICES] for name in names])
-    chosen = spend(errors, costs, budget)
-    return ({name: [*CHOICES][i] for name, i in zip(names, chosen, strict=True)},
-            float(costs[range(len(names)), chosen].sum()))
+    costs = torch.tensor([*sizes.values()])[:, None] * torch.tensor([*CHOICES.values()]) / 8
+    chosen = spend(torch.tensor([errors[name] for name in sizes]), costs, budget)
+    return ({name: [*CHOICES][i] for name, i in zip(sizes, chosen, strict=True)},
+            float(costs[range(len(sizes)), chosen].sum()))
 
 
-def _error(weight: torch.Tensor, kind: str) -> float:
-    """Squared error of a type on whole rows of a sample, scaled to the matrix."""
-    rows = weight[:: max(1, weight.numel() // SAMPLE)][:64].float()
-    return float((rounded(rows, kind) - rows).square().sum()) * weight.numel() / rows.numel()
+def type_errors(weight: torch.Tensor, felt: float, fed: torch.Tensor | None = None,
+                root: torch.Tensor | None = None) -> list[float]:
+    """What the loss feels of a matrix in each type: squared error times sensitivity.
+
+    Rounding with feedback, `fed`, has a larger error than plain rounding, in
+    directions that its inputs lack: Q4_0's error is made as much smaller as that
+    of the layer's outputs. Taken from whole rows of a sample.
+    """
+    rows = slice(None, None, max(1, weight.numel() // SAMPLE))
+    part = weight[rows][:64].float()
+    errors = [float((rounded(part, kind) - part).square().sum()) for kind in CHOICES]
+    if fed is not None and errors[0]:
+        ours, plain = ((q - part) @ root for q in (fed[rows][:64], rounded(part, "Q4_0")))
+        errors[0] *= float(ours.square().sum() / plain.square().sum())
+    return [error * felt * weight.numel() / part.numel() for error in errors]
 
 
 def deploy_gguf(task: str, budget_mb: float, out: Path, *, examples: int = 32,
@@ -119,32 +122,36 @@ def deploy_gguf(task: str, budget_mb: float, out: Path, *, examples: int = 32,
     quiet()
     adapter = folder / "adapters" / f"{task}_qlora"
     base = Switchable.load(model)
-    felt = sensitivities(base, TASKS[task]("train", FELT), more=(HEAD,))
     plain = 2 * base.model.num_parameters() / MB
     require(budget_mb < plain, f"{budget_mb:g} MB hold the model in 16 bits "
             f"({plain:.0f} MB): nothing need be quantised")
     names = (*base.layers.names, HEAD)
-    shares = dict(zip(names, felt.tolist(), strict=True))
+    sizes = {name: base.model.get_submodule(name).weight.numel() for name in names}
+    room, least = budget_mb * MB - _metadata() - _norms(base.model), _least(sizes)
+    require(room >= least, "the budget is below the smallest file, "
+            f"{budget_mb + (least - room) / MB:.1f} MB: give {(least - room) / MB:.1f} MB more")
+    felt = dict(zip(names, sensitivities(
+        base, TASKS[task]("train", FELT), more=(HEAD,)).tolist(), strict=True))
     quantised = dequantized_base(model)
     folded = load_adapter(copy.deepcopy(quantised), adapter).merge_and_unload().eval()
-    roots = dict(zip(base.layers.names, input_roots(base, TASKS[task]("train", WEIGHED_BY)),
-                     strict=True))
-    ways = {"folded": folded, "beside": quantised}
+    # The inputs with the adapter at work: the base alone has others.
+    roots = dict(zip(base.layers.names, input_roots(
+        folded, base.layers.names, TASKS[task]("train", WEIGHED_BY), name=model), strict=True))
+    ways = {"folded": (folded, room), "beside": (quantised, room - _lora_bytes(adapter))}
     made, scores = {}, {}
     with saving(out), scratch(out) as work:
-        for way, weights in ways.items():
+        for way, (weights, left) in ways.items():
+            if left < least:
+                continue  # there is room for the adapter only inside the weights
+            plan, size, stored = _chosen(weights, felt, roots, left)
             beside = {task: work / "adapter" / task} if way == "beside" else {}
-            fixed = _metadata() + (_lora_bytes(adapter) if beside else 0) + _norms(weights)
-            plan, size = type_plan(weights, shares, budget_mb * MB - fixed)
-            stored = round_layers({name: weights.get_submodule(name).weight.data
-                                   for name in roots}, roots, plan)
             for new in beside.values():
                 correct(adapter, new, weights, stored, roots)
             for name, rows in stored.items():
                 weights.get_submodule(name).weight.data = rows
             export(work / way, plan=plan, weights=weights, model=model,
                    merged=None if beside else adapter, adapters=beside)
-            made[way] = (plan, (size + fixed) / MB)
+            made[way] = (plan, budget_mb - (left - size) / MB)
             scores[way] = served_score(
                 work / way, TASKS[task]("test", examples), task if beside else "")
         best = max(scores, key=lambda way: scores[way].share)
@@ -153,6 +160,20 @@ def deploy_gguf(task: str, budget_mb: float, out: Path, *, examples: int = 32,
     types = {kind: [*plan.values()].count(kind) for kind in CHOICES}
     return DeployedGguf(best, types, predicted, folder_size(out) / MB,
                         8 * folder_size(out) / base.model.num_parameters(), scores)
+
+
+def _chosen(weights: PreTrainedModel, felt: Mapping[str, float],
+            roots: Mapping[str, torch.Tensor], room: float
+            ) -> tuple[dict[str, str], float, dict[str, torch.Tensor]]:
+    """(plan, bytes, the blocks' linears as the plan stores them)."""
+    whole = {name: weights.get_submodule(name).weight.data for name in felt}
+    fed = round_layers({name: whole[name] for name in roots}, roots)
+    plan, size = type_plan(
+        {name: weight.numel() for name, weight in whole.items()},
+        {name: type_errors(weight, felt[name], fed.get(name), roots.get(name))
+         for name, weight in whole.items()}, room)
+    return plan, size, {name: rows if plan[name] == KIND else rounded(whole[name], plan[name])
+                        for name, rows in fed.items()}
 
 
 @torch.no_grad()
@@ -175,6 +196,11 @@ def correct(adapter: Path, out: Path, weights: PreTrainedModel,
         save_file(tensors, part / "adapter_model.safetensors")
         write_json(part / "adapter_config.json",
                    config | {"lora_alpha": config["r"], "use_rslora": False})
+
+
+def _least(sizes: Mapping[str, int]) -> float:
+    """Bytes of all matrices in the smallest type, and a tenth of a MB for rounding."""
+    return sum(sizes.values()) * min(CHOICES.values()) / 8 + MB / 10
 
 
 def _metadata() -> int:

@@ -1,4 +1,4 @@
-"""Rounding to GGUF's 4-bit blocks so that later columns make good the error of earlier ones.
+"""Rounding to GGUF's Q4_0 blocks so that later columns make good the error of earlier ones.
 
 GPTQ (Frantar et al. 2023, section 3): with R the mean of x x^T over a layer's inputs and
 U the upper Cholesky factor of R^-1, column j is rounded and its error (w_j - q_j) / U_jj
@@ -11,38 +11,27 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from lib.quantize import rounded
-
-# The block types that are coarse enough to need it, and their block.
-COARSE, BLOCK = ("Q4_0", "Q4_1"), 32
+KIND, BLOCK = "Q4_0", 32
 
 
 @torch.no_grad()
-def round_layers(weights: Mapping[str, Tensor], roots: Mapping[str, Tensor],
-                 plan: Mapping[str, str]) -> dict[str, Tensor]:
-    """Each weight as its type of the plan stores it, float32.
-
-    Args:
-        weights: (out, in) each, rows a multiple of 32 long.
-        roots: L of `correction.input_roots` each; who has none is rounded plainly.
-    """
+def round_layers(weights: Mapping[str, Tensor], roots: Mapping[str, Tensor]
+                 ) -> dict[str, Tensor]:
+    """Each weight (out, in) as Q4_0 stores it, float32; roots are `input_roots`' L, (in, in)."""
     found: dict[str, Tensor] = {}
-    groups: dict[tuple[str, torch.Size], list[str]] = {}
+    groups: dict[torch.Size, list[str]] = {}
     for name, weight in weights.items():
-        if plan[name] in COARSE and name in roots:
-            groups.setdefault((plan[name], weight.shape), []).append(name)
-        else:
-            found[name] = rounded(weight, plan[name])
-    for (kind, _), names in groups.items():
+        groups.setdefault(weight.shape, []).append(name)
+    for names in groups.values():
         # Layers of one shape together: a step over columns costs little more than for one.
         many = with_feedback(torch.stack([weights[n].float() for n in names]),
-                             torch.stack([roots[n] for n in names]), kind)
+                             torch.stack([roots[n] for n in names]))
         found |= dict(zip(names, many, strict=True))
     return found
 
 
-def with_feedback(weight: Tensor, root: Tensor, kind: str) -> Tensor:
-    """Q of weights (..., out, in) with roots (..., in, in); "Q4_0" or "Q4_1".
+def with_feedback(weight: Tensor, root: Tensor) -> Tensor:
+    """Q of weights (..., out, in), in a multiple of 32, with roots (..., in, in).
 
     What comes out lies on the type's levels, and is found again bit for bit when it is
     written: the number that sets a block's scale keeps its code, whatever it is by then.
@@ -52,7 +41,7 @@ def with_feedback(weight: Tensor, root: Tensor, kind: str) -> Tensor:
     ahead = torch.linalg.cholesky(torch.cholesky_inverse(root), upper=True)
     for start in range(0, weight.shape[-1], BLOCK):
         block = weight[..., start:start + BLOCK]
-        turn, errors = _scaled(block, kind), torch.empty_like(block)
+        turn, errors = _scaled(block), torch.empty_like(block)
         factor = ahead[..., start:start + BLOCK, start:]
         for j in range(BLOCK):
             column = turn(j, block[..., j])
@@ -64,22 +53,16 @@ def with_feedback(weight: Tensor, root: Tensor, kind: str) -> Tensor:
     return weight
 
 
-def _scaled(block: Tensor, kind: str) -> Callable[[int, Tensor], Tensor]:
+def _scaled(block: Tensor) -> Callable[[int, Tensor], Tensor]:
     """The function that rounds column j of a block by the scale the block has now."""
-    if kind == "Q4_0":  # the number of largest size is coded 0 and stands for -8 d
-        low = block.gather(-1, at := block.abs().argmax(-1, keepdim=True))[..., 0]
-        step = (low / -8).half().float()
-        low, ends = -8 * step, {0: at[..., 0]}
-    else:  # codes 0 and 15 are the least and the largest number
-        low, step = block.amin(-1), (block.amax(-1) - block.amin(-1)) / 15
-        low, step = low.half().float(), step.half().float()
-        ends = {0: block.argmin(-1), 15: block.argmax(-1)}
+    # The number of largest size is coded 0 and stands for -8 d.
+    low = block.gather(-1, at := block.abs().argmax(-1, keepdim=True))[..., 0]
+    step = (low / -8).half().float()
     inverse = torch.where(step == 0, 0, 1 / step)
 
     def turn(j: int, column: Tensor) -> Tensor:
-        codes = ((column - low) * inverse + 0.5).floor().clamp(0, 15)
-        for code, at in ends.items():
-            codes[at == j] = code
-        return codes * step + low
+        codes = (column * inverse + 8.5).floor().clamp(0, 15)
+        codes[at[..., 0] == j] = 0
+        return (codes - 8) * step
 
     return turn

@@ -104,7 +104,8 @@ def train_over(base: Switchable, records: Sequence[Record], plans: Sequence[Conf
             "this base has an adapter already: load a fresh one")
     quiet()
     seed_everything(settings.seed)
-    roots = input_roots(base, records[:WEIGHED_BY]) if method in ("lq", "coa") else []
+    roots = (input_roots(base.model, base.layers.names, records[:WEIGHED_BY], name=base.name)
+             if method in ("lq", "coa") else [])
     with scratch() as work:
         trainer = make_trainer(base.model, load_tokenizer(), records, settings,
                                work=work, say_every=say_every)

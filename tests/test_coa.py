@@ -584,7 +584,7 @@ def test_input_roots_are_those_of_the_inputs(layer: str, base: Switchable, cheap
     seen, index = [], base.layers.names.index(f"model.layers.1.{layer}")
     hook = base.model.get_submodule(base.layers.names[index]).register_forward_hook(
         lambda _, inputs, __: seen.append(inputs[0].flatten(0, -2)))
-    roots = input_roots(base, sensors("train", 3))
+    roots = input_roots(base.model, base.layers.names, sensors("train", 3))
     hook.remove()
     assert len(roots) == len(base.layers.names) and len(seen) == 3
     expected = sum(x.T @ x / len(x) for x in seen)
@@ -596,7 +596,7 @@ def test_started_from_the_error_it_is_nearer(base: Switchable, tokenizer: PreTra
                                              monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lib.correction.load_tokenizer", lambda *_: tokenizer)
     plan = Configuration.uniform(base.layers, best_levels()[0])
-    roots = input_roots(base, sensors("train", 4))
+    roots = input_roots(base.model, base.layers.names, sensors("train", 4))
     original = logits(base.model)
     base.switch(plan)
     before = (logits(base.model) - original).square().mean()

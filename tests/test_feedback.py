@@ -1,11 +1,10 @@
 """Rounding with feedback: levels of the type, found again, and a smaller error of the outputs."""
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib.feedback import COARSE, round_layers, with_feedback
+from lib.feedback import KIND, round_layers, with_feedback
 from lib.quantize import rounded
 
 
@@ -17,28 +16,26 @@ def case(rows: int = 24, columns: int = 64, many: int = 2, seed: int = 0):
     return torch.randn(many, rows, columns), torch.linalg.cholesky(moments)
 
 
-@given(st.integers(0, 10_000), st.sampled_from(COARSE), st.floats(-4, 3))
-def test_what_is_written_is_what_was_chosen(seed, kind, size):
+@given(st.integers(0, 10_000), st.floats(-4, 3))
+def test_what_is_written_is_what_was_chosen(seed, size):
     weight, root = case(4, 64, 1, seed)
-    found = with_feedback(weight * 10**size, root, kind)[0]
-    assert torch.equal(rounded(found, kind), found)
+    found = with_feedback(weight * 10**size, root)[0]
+    assert torch.equal(rounded(found, KIND), found)
 
 
-@pytest.mark.parametrize("kind", COARSE)
-def test_the_outputs_err_less(kind):
+def test_the_outputs_err_less():
     weight, root = case()
-    plain = torch.stack([rounded(w, kind) for w in weight])
-    ours = with_feedback(weight, root, kind)
+    plain = torch.stack([rounded(w, KIND) for w in weight])
+    ours = with_feedback(weight, root)
     ours, theirs = (((q - weight) @ root).norm() for q in (ours, plain))
     assert ours < 0.8 * theirs
 
 
-@pytest.mark.parametrize("kind", COARSE)
-def test_inputs_without_correlation_leave_plain_rounding(kind):
+def test_inputs_without_correlation_leave_plain_rounding():
     weight, _ = case(many=1)
-    found = with_feedback(weight, torch.eye(64)[None], kind)[0]
+    found = with_feedback(weight, torch.eye(64)[None])[0]
     # The file's writer rounds by the scale before it is halved, so ties may fall otherwise.
-    same = (found - rounded(weight[0], kind)).abs() < 1e-6
+    same = (found - rounded(weight[0], KIND)).abs() < 1e-6
     assert same.float().mean() > 0.99
 
 
@@ -56,21 +53,19 @@ def test_one_column_after_another_by_hand():
         left[:, j] = codes * step
         inverse = inverse - inverse[:, j:j + 1] @ inverse[j:j + 1] / inverse[j, j]
         inverse[j], inverse[:, j] = 0, 0
-    assert torch.allclose(with_feedback(weight, root, "Q4_0")[0], left, atol=1e-4)
+    assert torch.allclose(with_feedback(weight, root)[0], left, atol=1e-4)
 
 
 def test_zeros_stay_zeros():
     _, root = case(many=1)
-    for kind in COARSE:
-        assert not with_feedback(torch.zeros(1, 2, 64), root, kind).any()
+    assert not with_feedback(torch.zeros(1, 2, 64), root).any()
 
 
-def test_layers_go_by_their_plan():
-    weight, root = case(many=3)
-    weights = dict(zip("abcd", [*weight, weight[0]], strict=True))
-    found = round_layers(weights, {"a": root[0], "b": root[1], "c": root[2]},
-                         {"a": "Q4_0", "b": "Q4_0", "c": "Q8_0", "d": "Q4_1"})
-    assert torch.equal(found["a"], with_feedback(weight[:1], root[:1], "Q4_0")[0])
-    assert torch.equal(found["b"], with_feedback(weight[1:2], root[1:2], "Q4_0")[0])
-    assert torch.equal(found["c"], rounded(weight[2], "Q8_0"))
-    assert torch.equal(found["d"], rounded(weight[0], "Q4_1"))
+def test_layers_of_one_shape_go_together():
+    weight, root = case()
+    other, its = case(rows=8, many=1)
+    found = round_layers({"a": weight[0], "c": other[0], "b": weight[1]},
+                         {"a": root[0], "b": root[1], "c": its[0]})
+    for name, one, with_root in (("a", weight[:1], root[:1]), ("b", weight[1:], root[1:]),
+                                 ("c", other, its)):
+        assert torch.equal(found[name], with_feedback(one, with_root)[0])

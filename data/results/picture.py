@@ -19,7 +19,7 @@ METHODS = {"base": "no adapter", "lora": "one plain adapter for all",
            "dedicated": "one for each", "coa": "CoA-LoRA"}
 FILES = {"16 bits": ("pipeline", "dequantized"), "LLM.int8": ("pipeline", "int8"),
          "NF4, rounded anew": ("pipeline", "nf4"), "GGUF Q8_0": ("edge", "Q8_0"),
-         "GGUF Q4_1": ("edge", "Q4_1"), "GGUF mixed, feedback": ("mixed", "92.4")}
+         "GGUF Q4_1": ("edge", "Q4_1"), "GGUF mixed, 80 MB": ("mixed", "80")}
 
 
 def drawn(folder: Path) -> dict[str, Any]:
