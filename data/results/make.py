@@ -418,7 +418,7 @@ def readme_table() -> str:
     rows = []
     if "base" in results:
         best = max(results["base"].values(), key=lambda row: row["test"]["share"])
-        rows = [("base model (its better template)", best, "-")]
+        rows = [("base model, untrained", best, "-")]
     rows += [(label, results[n], f"{results[n]['saved_mb']:.1f}") for n, label in (
         ("full", "full fine-tuning"), ("lora", "LoRA, r = 16"), ("qlora", "QLoRA, r = 16"))
         if n in results]
