@@ -174,7 +174,7 @@ def seconds(run: dict[str, Any]) -> float:
 
 @rule("P4", "The set of configurations matters, and the Pareto search improves it.",
       "Hypervolume after equal evaluations from the same start, five seeds; held-out loss after "
-      "search and training in turn.", unit="hypervolume (bits x nats)",
+      "search and training in turn.", unit="hypervolume (bits x log loss)",
       needs=[f"search/{method}-{seed}" for method in METHODS for seed in SEARCHES],
       also=[f"coa/{task}-alternated-0" for task in TASKS])
 def p4(at: Stored) -> Found:

@@ -375,6 +375,7 @@ PIECES: dict[str, Callable[[], dict[str, Any]]] = {
     "runtimes": runtimes,
     "serving": lambda: run_bench("serving"),
     "switching": lambda: run_bench("switching"),
+    "search_speed": lambda: run_bench("search"),
     "engine": engine,
     "load": load,
     "mixed": lambda: mixed(WORK, edge_files() / "Q8_0", score_row),
