@@ -101,11 +101,12 @@ def type_errors(weight: torch.Tensor, felt: float, fed: torch.Tensor | None = No
     """
     rows = slice(None, None, max(1, weight.numel() // SAMPLE))
     part = weight[rows][:64].float()
-    errors = [float((rounded(part, kind) - part).square().sum()) for kind in CHOICES]
-    if fed is not None and errors[0]:
-        ours, plain = ((q - part) @ root for q in (fed[rows][:64], rounded(part, "Q4_0")))
-        errors[0] *= float(ours.square().sum() / plain.square().sum())
-    return [error * felt * weight.numel() / part.numel() for error in errors]
+    missed = {kind: rounded(part, kind) - part for kind in CHOICES}
+    errors = {kind: float(miss.square().sum()) for kind, miss in missed.items()}
+    if fed is not None and errors[KIND]:
+        ours, plain = (miss @ root for miss in (fed[rows][:64] - part, missed[KIND]))
+        errors[KIND] *= float(ours.square().sum() / plain.square().sum())
+    return [error * felt * weight.numel() / part.numel() for error in errors.values()]
 
 
 def deploy_gguf(task: str, budget_mb: float, out: Path, *, examples: int = 32,
@@ -143,7 +144,7 @@ def deploy_gguf(task: str, budget_mb: float, out: Path, *, examples: int = 32,
         for way, (weights, left) in ways.items():
             if left < least:
                 continue  # there is room for the adapter only inside the weights
-            plan, size, stored = _chosen(weights, felt, roots, left)
+            plan, size, stored = _chosen(weights, sizes, felt, roots, left)
             beside = {task: work / "adapter" / task} if way == "beside" else {}
             for new in beside.values():
                 correct(adapter, new, weights, stored, roots)
@@ -162,16 +163,15 @@ def deploy_gguf(task: str, budget_mb: float, out: Path, *, examples: int = 32,
                         8 * folder_size(out) / base.model.num_parameters(), scores)
 
 
-def _chosen(weights: PreTrainedModel, felt: Mapping[str, float],
+def _chosen(weights: PreTrainedModel, sizes: Mapping[str, int], felt: Mapping[str, float],
             roots: Mapping[str, torch.Tensor], room: float
             ) -> tuple[dict[str, str], float, dict[str, torch.Tensor]]:
     """(plan, bytes, the blocks' linears as the plan stores them)."""
     whole = {name: weights.get_submodule(name).weight.data for name in felt}
     fed = round_layers({name: whole[name] for name in roots}, roots)
     plan, size = type_plan(
-        {name: weight.numel() for name, weight in whole.items()},
-        {name: type_errors(weight, felt[name], fed.get(name), roots.get(name))
-         for name, weight in whole.items()}, room)
+        sizes, {name: type_errors(weight, felt[name], fed.get(name), roots.get(name))
+                for name, weight in whole.items()}, room)
     return plan, size, {name: rows if plan[name] == KIND else rounded(whole[name], plan[name])
                         for name, rows in fed.items()}
 
