@@ -4,7 +4,6 @@ A rule is a short function from stored results to a verdict. It names the pieces
 it needs; while one is missing, the verdict is that it was not measured yet.
 """
 
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,11 +162,6 @@ def ratio(logs: Tensor) -> Interval:
 def spread(row: dict[str, Any], key: str) -> Interval:
     """A benchmark's median with the least and the largest of its repeats."""
     return Interval(row[key], *row[f"{key}_spread"])
-
-
-def middle(rows: Sequence[dict[str, Any]], key: str) -> float:
-    """Median over runs of what was stored."""
-    return statistics.median(row[key] for row in rows)
 
 
 def claims_table() -> str:
