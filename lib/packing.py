@@ -16,6 +16,8 @@ from lib.quantize import DTYPES, GRIDS, Quantized, dequantize, quantize
 from lib.switchable import Switchable
 
 PARTS = ("codes", "scale_codes", "group_scales", "mean")
+# The key under which a file says its grid and configuration.
+ABOUT = "packed"
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
@@ -112,8 +114,9 @@ def save_packed(base: Switchable, configuration: Configuration, out: Path) -> No
         parts = packed(quantize(base.weight(index), level, base.grid))
         tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
     with replacing(out) as part:
-        save_file(tensors, part, {"configuration": json.dumps(configuration.to_json()),
-                                  "grid": base.grid})
+        # One entry: safetensors writes several in any order, so equal files would differ.
+        save_file(tensors, part, {ABOUT: json.dumps(
+            {"grid": base.grid, "configuration": configuration.to_json()})})
 
 
 def load_packed(model: PreTrainedModel, file: Path) -> Configuration:
@@ -126,10 +129,10 @@ def load_packed(model: PreTrainedModel, file: Path) -> Configuration:
     require(file.is_file(), f"{file} does not exist: check the path")
     try:
         with safe_open(file, "pt") as reader:
-            about = reader.metadata() or {}
+            about = json.loads((reader.metadata() or {}).get(ABOUT, "{}"))
             require(about.get("grid") in GRIDS and "configuration" in about,
                     f"{file} is no packed model: make it with save_packed")
-            plan = Configuration.from_json(json.loads(about["configuration"]), layers)
+            plan = Configuration.from_json(about["configuration"], layers)
             for name, level in zip(layers.names, plan.levels, strict=True):
                 old = model.get_submodule(name)
                 parts = {part: reader.get_tensor(f"{name}.{part}") for part in PARTS}

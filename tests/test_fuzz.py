@@ -173,8 +173,9 @@ def small(tmp_path_factory: pytest.TempPathFactory, float32: None) -> tuple[Llam
 @given(NOISE, st.booleans())
 @example(b"", True)
 @example(b"\xff" * 8, False)
-@example(b'{"__metadata__": {"grid": "nf", "configuration": "%s"}}' % DEEP, True)
-@example(b'{"__metadata__": {"grid": "nf", "configuration": "[]"}}', True)
+@example(b'{"__metadata__": {"packed": "%s"}}' % DEEP, True)
+@example(b'{"__metadata__": {"packed": "[]"}}', True)
+@example(rb'{"__metadata__": {"packed": "{\"grid\": \"nf\", \"configuration\": []}"}}', True)
 def test_a_packed_file(small: tuple[LlamaForCausalLM, Path], tmp_path: Path, noise: Any,
                        inside: bool) -> None:
     model, root = small
