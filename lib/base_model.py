@@ -92,16 +92,15 @@ def load_model(
     return loaded.eval()
 
 
-@functools.cache
-def hold_memory() -> None:
-    """Let glibc keep what was freed, of any size, for the next tensor.
+def hold_memory(largest: int = 1 << 30) -> None:
+    """Let glibc keep what was freed, blocks of up to `largest` bytes, for the next tensor.
 
-    A step frees and takes gigabytes in large blocks. By default each of them is mapped
+    A pass frees and takes gigabytes in large blocks. By default each of them is mapped
     anew, page by page, which can take a third of the time. `release_memory` gives back.
     """
-    for parameter in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+    for parameter, value in ((-3, largest), (-1, 1 << 30)):  # M_MMAP_ and M_TRIM_THRESHOLD
         with contextlib.suppress(OSError, TypeError, AttributeError):  # not glibc
-            ctypes.CDLL(None).mallopt(parameter, 1 << 30)
+            ctypes.CDLL(None).mallopt(parameter, value)
 
 
 def release_memory() -> None:

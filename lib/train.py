@@ -21,7 +21,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
 from lib.artifacts import require_free, write_json, writing
-from lib.base_model import best_dtype, load_model, load_tokenizer, machine, quiet
+from lib.base_model import best_dtype, hold_memory, load_model, load_tokenizer, machine, quiet
 from lib.embedded import locate
 from lib.errors import require
 from lib.fused import fused
@@ -34,6 +34,9 @@ from lib.tasks import IGNORED, chat
 from lib.trainer import CourseTrainer, Progress, last_checkpoint, work_directory
 
 CHECKPOINT_EVERY = 50
+# Bytes. Batches differ in length, so blocks that are larger seldom fit where one was: kept,
+# they make a step of 16 examples 6 % quicker and take a third more memory.
+LARGEST_HELD = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -194,8 +197,12 @@ def run_trainer(trainer: SFTTrainer, settings: TrainSettings,
     stock = settings.plain or sharded()
     step = contextlib.nullcontext() if stock else fused(trainer.model)
     start = time.monotonic()
-    with step, peak_memory() as peak:
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    hold_memory(LARGEST_HELD)
+    try:
+        with step, peak_memory() as peak:
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    finally:
+        hold_memory()
     seconds = time.monotonic() - start
     losses = tuple(e["loss"] for e in trainer.state.log_history if "loss" in e)
     if not all(math.isfinite(x) for x in losses):

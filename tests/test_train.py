@@ -1,5 +1,6 @@
 """lib.train and lib.trainer: what is learned, saved, resumed, and never pickled."""
 
+import contextlib
 import dataclasses
 import errno
 import itertools
@@ -328,6 +329,19 @@ def test_an_adapter_that_did_not_move_is_said(tiny_directory: str) -> None:
     model = get_peft_model(load_model(tiny_directory), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(UserError, match="did not move"):
         lib.train._check_trained(model)
+
+
+@pytest.mark.parametrize("steps", [1, 0])
+def test_only_a_run_gives_large_blocks_back(tiny_directory: str, steps: int,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kept, they made a third of a run's peak; what follows a run holds all again."""
+    held: list[int | None] = []
+    monkeypatch.setattr(lib.train, "hold_memory", lambda largest=None: held.append(largest))
+    if not steps:
+        monkeypatch.setattr(CourseTrainer, "train", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError) if not steps else contextlib.nullcontext():
+        train(RECORDS, dataclasses.replace(SETTINGS["lora"], steps=1), model=tiny_directory)
+    assert held == [lib.train.LARGEST_HELD, None]
 
 
 def test_no_records() -> None:

@@ -40,8 +40,13 @@ WORTH = 0.05
 # Seconds that a change of adapter may take to be one at run time.
 AT_ONCE = 1.0
 SIZES = (100, 300, 1000, 1600, 5000)
+LONGER = "curve_1600_longer"
+# Points that one may lose and still be called a match.
+MATCH = 2.0
 SPLITS = {"test": "the test", "test_phrasings": "new phrasings"}
 SWEEPS = ("sweeps_1", "sweeps_2")
+# Full fine-tuning at the rate that was the best of the short runs.
+FASTER = "full_3e-4"
 
 
 def runs(at: Stored, mode: str) -> list[dict[str, Any]]:
@@ -89,10 +94,10 @@ def t2(at: Stored) -> Found:
                  and qlora + batch <= GIGABYTES["QLoRA"])
         verdict = COMPUTED if whole else CORRECTED
     peaks = ", ".join(f"{at[n]['peak_mb'] / 1000:.1f}" for n in ("full", "lora", "qlora"))
-    return Found(verdict, f"Without activations {mixed:.0f} GB in mixed precision ({pure:.0f} in "
-                 f"pure bf16), {lora:.1f} with LoRA, {qlora:.1f} with QLoRA, and a full batch adds "
-                 f"at least {batch:.1f}; the small model's peaks, activations included, are "
-                 f"{peaks} GB", qlora + batch)
+    return Found(verdict, f"Computed, not measured: without activations {mixed:.0f} GB in mixed "
+                 f"precision ({pure:.0f} in pure bf16), {lora:.1f} with LoRA, {qlora:.1f} with "
+                 f"QLoRA, and a full batch adds at least {batch:.1f}; the small model's peaks, "
+                 f"activations included, are {peaks} GB", qlora + batch)
 
 
 @rule("T3", "LoRA adds A x B to a weight: 2 d r numbers instead of d x d.",
@@ -152,19 +157,25 @@ def t5(at: Stored) -> Found:
 
 @rule("T6", "500 to 1,000 examples teach a style, 2,000 to 10,000 domain knowledge, 10,000 to "
       "50,000 a new task.", "Runs on 100 to 5,000 examples of invented machines; enough is the "
-      "smallest set that all 5,000 are not clearly better than.", unit="examples",
-      needs=[f"curve_{n}" for n in SIZES] + ["base"])
+      "smallest set that no larger one, of as many steps, is clearly better than.",
+      unit="examples", needs=[*(f"curve_{n}" for n in SIZES), LONGER, "base"])
 def t6(at: Stored) -> Found:
-    """Reproduced if enough is within the claim's range; refuted if nothing is learned at all."""
+    """Reproduced if enough is within the claim's range; refuted if nothing is learned at all.
+
+    All 5,000 take three times the steps of the others; LONGER takes as many on 1,600.
+    """
     rows = {n: at[f"curve_{n}"]["test"] for n in SIZES}
     top, floor = rows[SIZES[-1]], max(r["test"]["high"] for r in at["base"].values())
-    enough = next(n for n in SIZES if not points([top], [rows[n]]).above())
+    more = points([top], [at[LONGER]["test"]])
+    enough = SIZES[-1] if more.above() else next(
+        n for n in SIZES[:-1] if not points([rows[SIZES[-2]]], [rows[n]]).above())
     before = max((n for n in SIZES if n < enough), default=0)
     verdict = (REFUTED if top["low"] <= floor else
                REPRODUCED if KNOWLEDGE[0] <= enough <= KNOWLEDGE[1] else CORRECTED)
     curve = ", ".join(f"{n:,}: {percent(r['share'])}" for n, r in rows.items())
-    return Found(verdict, f"Enough for this domain are {enough:,} ({curve}); larger sets and "
-                 "other kinds of task were not tried", enough, (before, enough))
+    return Found(verdict, f"Enough for this domain are {enough:,} ({curve}; 5,000 less 1,600 in "
+                 f"as many steps {more:+.1f} points); larger sets and other kinds of task were "
+                 "not tried", enough, (before, enough))
 
 
 def log_losses(at: Stored, part: str) -> dict[str, list[float]]:
@@ -326,21 +337,31 @@ def t13(at: Stored) -> Found:
 @rule("T14", "LoRA matches full fine-tuning at 1 % of the cost.",
       "Three seeds of each on the same data, scored on the same examples, with new phrasings; "
       "cost in peak memory, time and bytes.", unit="points",
-      needs=[*of_seeds("full"), *of_seeds("lora"), "sizes"], also=of_seeds("qlora"))
+      needs=[*of_seeds("full"), *of_seeds("lora"), "sizes"], also=[*of_seeds("qlora"), FASTER])
 def t14(at: Stored) -> Found:
-    """Reproduced if full is nowhere clearly better and no cost is above 2 %; corrected if one."""
+    """Reproduced if it matches and no cost is above 2 %, refuted if it is worse and dear.
+
+    It matches if the whole interval says that full is at most 2 points better; it is
+    worse if full is clearly better. Neither is an open question, and corrects the claim.
+    """
     full, lora = runs(at, "full"), runs(at, "lora")
     gaps = {split: points([r[split] for r in full], [r[split] for r in lora])
             for split in SPLITS}
     costs = [statistics.median(one[key] / other[key] for one, other in zip(
         lora, full, strict=True)) for key in ("peak_mb", "seconds", "saved_mb")]
-    matches = not any(gap.above() for gap in gaps.values())
+    matches = all(gap.high <= MATCH for gap in gaps.values())
+    worse = any(gap.above() for gap in gaps.values()) and not matches
     cheap = max(costs) < 2 * COST
-    verdict = REPRODUCED if matches and cheap else CORRECTED if matches or cheap else REFUTED
+    verdict = (REPRODUCED if matches and cheap else
+               REFUTED if worse and not cheap else CORRECTED)
     said = ", ".join(f"{gap:+.1f} points on {SPLITS[split]}" for split, gap in gaps.items())
     if at.has(*of_seeds("qlora")):
         less = points([r["test"] for r in lora], [r["test"] for r in runs(at, "qlora")])
         said += f", LoRA less QLoRA {less:+.1f}"
+    if at.has(FASTER):
+        row = at[FASTER]
+        said += (f", full at {row['settings']['learning_rate']:g} instead of "
+                 f"{full[0]['settings']['learning_rate']:g} {percent(row['test']['share'])}")
     gb, files = at["sizes"]["memory_gb"], at["sizes"]["files_gb"]
     big = gb["LoRA"]["sum"] / gb["full, mixed precision"]["sum"]
     return Found(verdict, f"Full less LoRA {said}; LoRA takes {percent(costs[0], 0)} of the memory,"

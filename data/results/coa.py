@@ -131,7 +131,7 @@ def plans_of(task: str, layers: Layers) -> tuple[list[Configuration], dict[str, 
 
 
 def measure(base: Switchable, model: Any, task: str, plans: dict[str, Configuration],
-            training: Sequence[Configuration]) -> dict[str, dict[str, Any]]:
+            training: Sequence[Configuration], split: str = "test") -> dict[str, dict[str, Any]]:
     """At each plan the loss of test examples, and at the main ones their answers, too.
 
     Losses are kept for every ten examples (100 at the main plans, else 50), so
@@ -140,7 +140,7 @@ def measure(base: Switchable, model: Any, task: str, plans: dict[str, Configurat
     that never end are not waited for. `trained_share` is the share of layers
     that the nearest training plan has at the same level.
     """
-    tokenizer, rows, test = load_tokenizer(), {}, TASKS[task]("test", 100)
+    tokenizer, rows, test = load_tokenizer(), {}, TASKS[task](split, 100)
     for name, plan in plans.items():
         base.switch(plan)
         count = len(test) if name in MAIN else 50
@@ -170,12 +170,12 @@ def joint(task: str, method: str, seed: int, rate: float = 0.0) -> dict[str, Any
     """One adapter over the training set, at all test plans.
 
     Methods are those of `train_over`, and "alternated": "coa" with a search
-    between its steps.
+    between its steps. A `rate` is one of a sweep: by validation examples, since what
+    a setting is chosen by is not what it is judged by.
     """
     base = Stored.load(cache_mb=CACHE_MB)
     training, tests = plans_of(task, base.layers)
-    rate = rate or RATE[task]
-    settings = dataclasses.replace(SETTINGS, seed=seed, learning_rate=rate,
+    settings = dataclasses.replace(SETTINGS, seed=seed, learning_rate=rate or RATE[task],
                                    accumulate=PARTS[task])
     begun = time.monotonic()
     turns = {}
@@ -188,11 +188,14 @@ def joint(task: str, method: str, seed: int, rate: float = 0.0) -> dict[str, Any
                           method="coa" if turns else method, **turns)
     whole = time.monotonic() - begun
     # What the notebooks and `deploy` start from.
-    if method == "coa" and (seed, rate) == (0, RATE[task]):
+    if method == "coa" and (seed, rate) == (0, 0.0):
         coa.save_pretrained(ADAPTERS / f"{task}_coa", dtype=torch.float16)
+    if rate:
+        tests = {name: tests[name] for name in MAIN}
     return _row(run, settings, training) | {
         "with_start_s": round(whole, 1),
-        "plans": measure(base, run.model, task, tests, training)}
+        "plans": measure(base, run.model, task, tests, training,
+                         "validation" if rate else "test")}
 
 
 def dedicated(task: str, method: str, seed: int, name: str, rate: float = 0.0) -> dict[str, Any]:
@@ -203,7 +206,8 @@ def dedicated(task: str, method: str, seed: int, name: str, rate: float = 0.0) -
     run, _ = train_over(base, TASKS[task]("train"), [plan], settings, say_every=10,
                         method=method)
     return _row(run, settings, [plan]) | {
-        "plans": measure(base, run.model, task, {name: plan}, [plan])}
+        "plans": measure(base, run.model, task, {name: plan}, [plan],
+                         "validation" if rate else "test")}
 
 
 def untrained(task: str) -> dict[str, Any]:
@@ -234,13 +238,12 @@ def pieces() -> dict[str, Callable[[], dict[str, Any]]]:
         if seed == 0:
             for task in TASKS:
                 for rate in RATES[task]:
-                    for method in ("coa", "lora") if rate != RATE[task] else ():
+                    for method in ("coa", "lora"):
                         every[f"{task}-{method}-rate{rate:g}-0"] = (
                             lambda t=task, m=method, r=rate: joint(t, m, 0, r))
                 for rate in ALONE[task]:
-                    if rate != RATE_ALONE[task]:
-                        every[f"{task}-dedicated-rate{rate:g}-0"] = (
-                            lambda t=task, r=rate: dedicated(t, "lora", 0, SWEPT_AT, r))
+                    every[f"{task}-dedicated-rate{rate:g}-0"] = (
+                        lambda t=task, r=rate: dedicated(t, "lora", 0, SWEPT_AT, r))
             for task in TASKS:
                 every[f"{task}-base"] = lambda t=task: untrained(t)
                 for method in ("alternated", "paper"):

@@ -110,6 +110,8 @@ def entry(one: Rule, stored: Stored) -> dict[str, Any]:
             NOT_YET, f"Still to be made: {listed(missing)}")
     except UserError as error:  # files of different runs, made again one by one
         found, later = Found(NOT_YET, str(error)), []
+    except KeyError as error:  # a piece that an earlier version of its command made
+        found, later = Found(NOT_YET, f"A stored piece lacks {error}: make it again"), []
     if found.verdict != NOT_YET and later:
         found = Found(found.verdict, f"{found.finding}; still to come: {listed(later)}",
                       found.value, found.interval)
