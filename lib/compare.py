@@ -18,7 +18,7 @@ from lib.measure import paired_interval
 
 STORED = ROOT / "data" / "results" / "coa"
 # Made once for all plans; the others once for each plan.
-JOINT = ("coa", "lora", "paper", "alternated")
+JOINT = ("coa", "lora", "paper", "alternated", "long")
 # The greedy plans at the paper's budgets, two random ones, and twenty more between.
 MAIN = ("greedy 2.5", "greedy 3", "greedy 3.5", "greedy 4", "random 4.5", "random 6")
 

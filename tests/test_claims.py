@@ -438,6 +438,16 @@ def test_p2(tmp_path, loss, right, verdict):
     assert made["verdict"] == verdict and made["value"] == pytest.approx(loss / 0.1)
 
 
+def test_p2_says_what_more_steps_give(tmp_path):
+    """The verdict stays with the same steps."""
+    files = {name: row | {"losses": [1.0] * 100}
+             for name, row in made_by("sensors", "coa", 0.4, 10).items()}
+    files["coa__sensors-long-0"] = plans(0.1, 40) | {"losses": [1.0] * 260}
+    made = judge("P2", tmp_path, **files, **made_by("sensors", "dedicated", 0.1, 40))
+    assert made["verdict"] == REFUTED and made["value"] == pytest.approx(4)
+    assert "in 2.6 times the steps, one seed, sensors: 1.00 [1.00, 1.00]" in made["finding"]
+
+
 def test_p2_waits_while_files_of_two_runs_are_mixed(tmp_path):
     made = judge("P2", tmp_path, **made_by("sensors", "coa", 0.1, 40, "new"),
                  **made_by("sensors", "dedicated", 0.1, 40, "old"))
