@@ -6,7 +6,7 @@ from typing import Any
 from lib.errors import require
 
 # Each is a function of that name in lib.bench_NAME.
-BENCHES = ("training", "serving", "switching", "search", "dtypes")
+BENCHES = ("training", "targets", "serving", "switching", "search", "dtypes")
 
 
 def run_bench(name: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from PIL import Image
 from traitlets.config import Config
 
 from lib.artifacts import ROOT, read_json, replacing, saving, scratch, write_json
-from lib.doctor import stored_costs
+from lib.doctor import cores, stored_costs
 from lib.errors import UserError, require
 from lib.measure import peak_memory, run_directory
 from lib.pages import notebook_page
@@ -149,7 +149,7 @@ def own_cells(executed: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
 def takes(seconds: float, peak_mb: float) -> str:
     """The opening's line on what a notebook takes, from a measured run."""
     return (f"**Takes** {seconds / 60:.1f} minutes and {peak_mb / 1000:.1f} GB of memory "
-            f"on {os.cpu_count()} cores.")
+            f"on {cores()} cores.")
 
 
 def keep_outputs(executed: Path, source: Path, run: dict[str, Any]) -> None:

@@ -158,12 +158,25 @@ def output(*command: str, timeout: float = 10) -> str:
     return ""
 
 
+def cores() -> int:
+    """How many this process may use: a container or `taskset` may have taken some away.
+
+    A thread of llama.cpp too many waits for a core that it never gets: ten times slower.
+    """
+    if importlib.util.find_spec("psutil"):
+        import psutil
+
+        if hasattr(psutil.Process, "cpu_affinity"):  # not under macOS
+            return len(psutil.Process().cpu_affinity())
+    return cpu_count() or 1
+
+
 def processor() -> tuple[str, str]:
     """Cores, and the instructions on which the computing dtype depends."""
-    cores, given = cpu_count() or 1, instructions()
+    count, given = cores(), instructions()
     listed = ", ".join(FEATURES[name] for name in FEATURES if name in given)
-    said = f"{platform.machine()}, {cores} core{'s' * (cores > 1)}: {listed or 'not known'}"
-    if cores == 1:
+    said = f"{platform.machine()}, {count} core{'s' * (count > 1)}: {listed or 'not known'}"
+    if count == 1:
         return "note", f"{said}; with one core all takes about twice as long"
     if "amx_bf16" in given:
         return "ok", said

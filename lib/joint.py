@@ -85,8 +85,8 @@ def train_over(base: Switchable, records: Sequence[Record], plans: Sequence[Conf
             et al. 2023, without its alternation); "paper", with the mixing
             network; "coa", with components that are owned, too, and start
             from such parts.
-        renew: makes the next plans from the adapter and the plans, as
-            `lib.alternate.renewed` does, before the steps `renew_at`.
+        renew: makes the next plans from the adapter and the plans, before the steps
+            `renew_at`; `data/results/alternate.py` has one that searches for them.
 
     Returns:
         The run with its model, and the adapter with its network if it has one.

@@ -12,10 +12,12 @@ from typing import Any
 
 import psutil
 import torch
+from scipy.special import stdtrit
 from torch import Tensor
 
 from lib.artifacts import BUILD, versions, write_json
 from lib.base_model import machine
+from lib.errors import require
 from lib.profiles import Profile
 
 
@@ -52,30 +54,36 @@ def middle_and_spread(rows: dict[str, list[float]]) -> dict[str, Any]:
         f"{key}_spread": [min(values), max(values)] for key, values in rows.items()}
 
 
-def paired_interval(differences: Tensor, *, draws: int = 10_000, seed: int = 0
-                    ) -> tuple[float, float, float]:
-    """Mean of paired differences, and its 95 % interval by a bootstrap of every axis.
+def paired_interval(differences: Tensor) -> tuple[float, float, float]:
+    """Mean of paired differences and its 95 % interval, for another draw of every axis.
 
-    Seeds, plans and examples are crossed: each draw takes each axis's entries
-    anew, with replacement, independently of the other axes (the pigeonhole
-    bootstrap, Owen 2007), so whatever is shared along an axis is drawn together.
+    Seeds, plans and examples are crossed, and each axis adds to the variance of
+    the mean: V = sum of v_a with v_a = s_a^2 / n_a, where s_a^2 is the sample variance
+    of the n_a means along the axis (two-way clusters, Cameron, Gelbach, Miller 2011,
+    without the term that they take off again, so rather too wide than too narrow).
+    Half the width is Student's t sqrt(V) with V^2 / sum(v_a^2 / (n_a - 1)) degrees of
+    freedom (Welch 1947). A bootstrap of the axes holds three
+    seeds in about three of four cases (notebook 06).
 
     Args:
         differences: one axis for each thing drawn, such as (seeds, plans, examples).
+            An axis of one entry adds nothing: the interval is then for that entry.
 
     Returns:
         (mean, low, high).
+
+    Raises:
+        UserError: a single difference, which has no interval.
     """
-    rng, shares = torch.Generator().manual_seed(seed), []
-    for count in differences.shape:
-        drawn = torch.randint(count, (draws, count), generator=rng)
-        shares.append(torch.zeros(draws, count, dtype=torch.float64).scatter_add_(
-            1, drawn, torch.full(drawn.shape, 1 / count, dtype=torch.float64)))
-    found = torch.tensordot(shares[0], differences.double(), 1)
-    for share in shares[1:]:
-        found = torch.einsum("ds...,ds->d...", found, share)
-    low, high = found.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return float(differences.double().mean()), low, high
+    values, spread, freedom = differences.double(), 0.0, 0.0
+    require(values.numel() > 1, "one difference has no interval: give several")
+    for axis, count in enumerate(values.shape):
+        if count > 1:
+            own = float(values.movedim(axis, 0).reshape(count, -1).mean(1).var()) / count
+            spread, freedom = spread + own, freedom + own ** 2 / (count - 1)
+    mean = float(values.mean())
+    half = float(stdtrit(spread ** 2 / freedom, 0.975)) * spread ** 0.5 if freedom else 0.0
+    return mean, mean - half, mean + half
 
 
 @contextlib.contextmanager

@@ -122,7 +122,7 @@ class ServeSettings:
     Attributes:
         context: tokens of prompt and answer together, for each request.
         slots: requests computed at the same time, in one batch.
-        threads: of the engine; 0 takes every core.
+        threads: of the engine; 0 takes every core that the process may use.
         port: on loopback; 0 takes a free one.
     """
 

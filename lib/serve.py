@@ -19,6 +19,7 @@ import xllamacpp
 
 from lib.artifacts import ROOT
 from lib.bundle import Bundle, open_bundle
+from lib.doctor import cores
 from lib.errors import UserError
 from lib.front import application
 from lib.profiles import ServeSettings
@@ -34,7 +35,7 @@ def start_engine(bundle: Bundle, settings: ServeSettings, context: int, key: str
                             for file, scale in bundle.adapters.values()]
     params.hostnames, params.port, params.api_keys = [HOST], free_port(), [key]
     params.n_ctx, params.n_parallel = context * settings.slots, settings.slots
-    threads = settings.threads or os.cpu_count() or 1
+    threads = settings.threads or cores()
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.endpoint_metrics, params.ui, params.verbosity = True, False, 0
     # Prompts kept beside the slots would grow to 8 GB.

@@ -15,6 +15,7 @@ os.environ["COURSE_PROFILE"] = "smoke"
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT / "data" / "results"))  # the scripts of the reference results
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -3,26 +3,18 @@
 import json
 import random
 import re
-import sys
 from pathlib import Path
 from typing import Any
-
-import nbformat
-import pytest
-import torch
-from conftest import ROOT
-
-from lib.artifacts import read_json
-from lib.compare import MAIN
-from lib.plans import random_plan
-
-sys.path.append(str(ROOT / "data" / "results"))
 
 import claims_paper as paper
 import claims_tutorial as tutorial
 import ledger
 import make
+import nbformat
 import picture
+import pytest
+import torch
+from conftest import ROOT
 from ledger import (
     COMPUTED,
     CORRECTED,
@@ -34,6 +26,10 @@ from ledger import (
     SEEDS,
     Stored,
 )
+
+from lib.artifacts import read_json
+from lib.compare import MAIN
+from lib.plans import random_plan
 
 IDS = [f"T{i}" for i in range(1, 17)] + [f"P{i}" for i in range(1, 6)]
 KEYS = ["id", "source", "claim", "method", "value", "unit", "interval", "finding", "verdict",
@@ -236,8 +232,9 @@ def test_t4(tmp_path, peft, packed, verdict):
 @pytest.mark.parametrize(("minimal", "slower", "verdict"), [
     (50, 1.2, REPRODUCED), (50, 1.0, CORRECTED), (89, 1.2, CORRECTED), (89, 1.0, REFUTED)])
 def test_t5(tmp_path, minimal, slower, verdict):
-    speed = {"minimal_step_ratio": slower, "minimal_step_ratio_spread": [slower - 0.1, slower]}
-    made = judge("T5", tmp_path, targets_minimal=run(minimal), training_speed=speed,
+    speed = {"aggressive_step_ratio": slower,
+             "aggressive_step_ratio_spread": [slower - 0.1, slower]}
+    made = judge("T5", tmp_path, targets_minimal=run(minimal), targets_speed=speed,
                  targets_standard=run(80), lora=run(90))
     assert made["verdict"] == verdict
     assert made["finding"].endswith("still to come: rank_4, rank_64.")
@@ -512,10 +509,10 @@ def test_tasks_that_differ_correct_a_claim(tmp_path):
 
 def test_a_piece_of_an_earlier_version_is_asked_for_again(tmp_path):
     """The ledger and the other claims go on."""
-    made = judge("T5", tmp_path, training_speed={}, lora=run(1), targets_minimal=run(1),
+    made = judge("T5", tmp_path, targets_speed={}, lora=run(1), targets_minimal=run(1),
                  targets_standard=run(1))
     assert made["verdict"] == NOT_YET and made["value"] is None
-    assert made["finding"] == "A stored piece lacks 'minimal_step_ratio': make it again."
+    assert made["finding"] == "A stored piece lacks 'aggressive_step_ratio': make it again."
 
 
 def test_more_steps_are_no_more_examples(tmp_path):

@@ -12,13 +12,13 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from alternate import renewed
 from conftest import with_adapter
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib.alternate import renewed
 from lib.artifacts import read_json, writing
 from lib.coa import NAME, OWNED, CoaLora, MixingNetwork
 from lib.configuration import GRID, KINDS, LEVELS, Configuration, Layers, Level
@@ -502,7 +502,7 @@ def test_each_part_of_a_step_uses_the_next_configuration(
 def test_plans_are_renewed_by_a_search_with_the_adapter_of_now(
         make_tiny: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerBase,
         monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lib.alternate.load_tokenizer", lambda *_: tokenizer)
+    monkeypatch.setattr("alternate.load_tokenizer", lambda *_: tokenizer)
     base, held, sets = Switchable(make_tiny(), dtype=torch.float32), sensors("validation", 3), []
     features = Features.of(base, torch.ones(len(base.layers.names)))
     plans = [some_plan(base, seed, 3.0 + seed) for seed in range(4)]

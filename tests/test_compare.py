@@ -25,9 +25,9 @@ def test_losses_are_compared_as_ratios(tmp_path: Path) -> None:
         put(tmp_path, f"t-coa-{seed}", {"a": row([0.1, 0.2]), "b": row([10.0, 10.0])})
         put(tmp_path, f"t-lora-{seed}", {"a": row([0.2, 0.4]), "b": row([5.0, 5.0])})
     whole = compare_losses("t", "coa", "lora", ["a", "b"], tmp_path)
-    # Half and double: neither is better, and the interval says so.
-    assert whole.value == pytest.approx(1) and whole.low == pytest.approx(0.5)
-    assert whole.high == pytest.approx(2) and (whole.seeds, whole.plans) == (3, 2)
+    # Half and double: neither is better. Student's t of two plans is 12.7.
+    assert whole.value == pytest.approx(1) and whole.low == pytest.approx(2 ** -12.706, rel=1e-3)
+    assert whole.high == pytest.approx(1 / whole.low) and (whole.seeds, whole.plans) == (3, 2)
     only = compare_losses("t", "coa", "lora", ["a"], tmp_path)
     assert (only.low, only.value, only.high) == pytest.approx((0.5, 0.5, 0.5))
     assert "3 seeds, 1 plans" in str(only)

@@ -256,7 +256,18 @@ def test_processors_under_windows(present: tuple[int, ...], listed: str,
 def pretend(monkeypatch: pytest.MonkeyPatch, system: str, machine: str, cores: int = 4) -> None:
     monkeypatch.setattr(platform, "system", lambda: system)
     monkeypatch.setattr(platform, "machine", lambda: machine)
-    monkeypatch.setattr(doctor, "cpu_count", lambda: cores)
+    monkeypatch.setattr(doctor, "cores", lambda: cores)
+
+
+@pytest.mark.skipif(not hasattr(psutil.Process, "cpu_affinity"), reason="macOS pins no process")
+def test_cores_taken_away_do_not_count() -> None:
+    """llama.cpp with more threads than cores is ten times slower."""
+    one = psutil.Process().cpu_affinity()[:1]
+    code = ("import psutil; from lib.doctor import cores; before = cores(); "
+            f"psutil.Process().cpu_affinity({one}); print(before, cores())")
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          encoding="utf-8", check=True).stdout
+    assert said.split() == [str(len(psutil.Process().cpu_affinity())), "1"]
 
 
 def test_a_single_core(monkeypatch: pytest.MonkeyPatch) -> None:

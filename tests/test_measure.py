@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from scipy import stats
 
+from lib.errors import UserError
 from lib.measure import paired_interval
 
 
@@ -10,13 +12,35 @@ def test_a_constant_difference_has_no_spread():
     assert paired_interval(torch.full((3, 4, 5), 0.25)) == pytest.approx((0.25, 0.25, 0.25))
 
 
-def test_one_axis_agrees_with_the_normal_interval():
-    values = torch.randn(200, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("count", [2, 5, 200])
+def test_one_axis_is_students_interval(count):
+    values = torch.randn(count, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected = stats.ttest_1samp(values.numpy(), 0).confidence_interval(0.95)
     mean, low, high = paired_interval(values)
-    half = 1.96 * float(values.std()) / 200 ** 0.5
     assert mean == pytest.approx(float(values.mean()))
-    assert low == pytest.approx(mean - half, abs=0.1 * half)
-    assert high == pytest.approx(mean + half, abs=0.1 * half)
+    assert (low, high) == pytest.approx((expected.low, expected.high))
+
+
+def test_a_single_difference_has_no_interval():
+    with pytest.raises(UserError, match="no interval"):
+        paired_interval(torch.ones(1, 1))
+
+
+# (seeds, plans, examples), and how much each of them, and what is left, moves a difference.
+@pytest.mark.parametrize(("shape", "moves", "rest"), [
+    ((3, 50), (1, 0), 0.2), ((3, 50), (0, 1), 0.2), ((3, 50), (0.3, 1), 0.2),
+    ((3, 6, 10), (1, 0, 0), 0.3), ((3, 26, 5), (0.3, 0.5, 0.2), 0.3), ((5,), (1,), 0),
+    ((3, 50), (0, 0), 1)])
+def test_the_interval_holds_the_truth_as_often_as_it_says(shape, moves, rest):
+    """A bootstrap of the axes holds it in about three quarters of the first case."""
+    rng, draws = torch.Generator().manual_seed(4), 1000
+    values = rest * torch.randn((draws, *shape), generator=rng)
+    for axis, (count, move) in enumerate(zip(shape, moves, strict=True)):
+        along = [count if other == axis else 1 for other in range(len(shape))]
+        values = values + move * torch.randn((draws, *along), generator=rng)
+    held = sum(low <= 0 <= high for _, low, high in map(paired_interval, values)) / draws
+    # Three standard deviations of the count below; wider is allowed.
+    assert held > 0.95 - 3 * (0.05 * 0.95 / draws) ** 0.5
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -27,9 +51,3 @@ def test_what_is_shared_along_an_axis_is_not_averaged_away(axis):
     alone, spread = paired_interval(own.flatten()), paired_interval(own.expand(12, 12, 12))
     # 1,728 numbers, but only 12 that differ: the interval must stay as wide.
     assert spread[2] - spread[1] == pytest.approx(alone[2] - alone[1], rel=0.05)
-
-
-def test_the_same_seed_gives_the_same_interval():
-    values = torch.randn(3, 7, generator=torch.Generator().manual_seed(3))
-    assert paired_interval(values) == paired_interval(values)
-    assert paired_interval(values) != paired_interval(values, seed=1)

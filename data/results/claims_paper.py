@@ -120,8 +120,8 @@ def over_base(at: Stored, task: str) -> tuple[dict[str, Interval], Interval]:
     shares = {}
     for plan in MAIN:
         scores = [row[plan].get("score") for row in rows]
-        shares[plan] = (Interval(*paired_interval(torch.stack([hits(s) for s in scores])))
-                        if all(scores) else Interval(0.0, 0.0, 0.0))
+        shares[plan] = Interval(*(min(1.0, max(0.0, x)) for x in paired_interval(
+            torch.stack([hits(s) for s in scores])))) if all(scores) else Interval(0.0, 0.0, 0.0)
     count = min(len(base[plan]["losses"]) for plan in base)
     logs = torch.tensor([[[row[plan]["losses"][:count], base[plan]["losses"][:count]]
                           for plan in base] for row in rows], dtype=torch.float64).log()

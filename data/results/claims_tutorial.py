@@ -138,12 +138,12 @@ def t4(at: Stored) -> Found:
 @rule("T5", "More target modules cost time and give quality: minimal, standard, aggressive.",
       "Three full runs, one seed, compared on the same 500 test examples; steps of each set in "
       "turn.", unit="points", needs=["targets_minimal", "targets_standard", "lora",
-                                     "training_speed"], also=["rank_4", "rank_64"])
+                                     "targets_speed"], also=["rank_4", "rank_64"])
 def t5(at: Stored) -> Found:
     """Reproduced if all seven are better than q and v, and slower; corrected if one of the two."""
     rows = [at[n] for n in ("targets_minimal", "targets_standard", "lora")]
     gap = points([rows[2]["test"]], [rows[0]["test"]])
-    step = spread(at["training_speed"], "minimal_step_ratio")
+    step = spread(at["targets_speed"], "aggressive_step_ratio")
     better, slower = gap.above(), step.above(1)
     verdict = REPRODUCED if better and slower else CORRECTED if better or slower else REFUTED
     shares, mb = ("/".join(each) for each in zip(*(

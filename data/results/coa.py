@@ -22,9 +22,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from alternate import renewed
 from make import ADAPTERS, RESULTS, run_pieces, score_row, training_row
 
-from lib.alternate import renewed
 from lib.artifacts import BUILD, read_json, replacing
 from lib.base_model import load_tokenizer
 from lib.compare import MAIN

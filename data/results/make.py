@@ -370,6 +370,7 @@ PIECES: dict[str, Callable[[], dict[str, Any]]] = {
     "full": lambda: mode("full"),
     "sweeps": sweeps,
     "training_speed": lambda: run_bench("training"),
+    "targets_speed": lambda: run_bench("targets"),
     "movies": lambda: mode("qlora", movies),
     "movies_base": lambda: score_tests(load_model(), ("test",), task=movies, own=True,
                                        max_new_tokens=12),

@@ -17,10 +17,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from alternate import loss_with
 from coa import COA, SEEDS, plans_of, text
 from make import ADAPTERS, RESULTS, run_pieces
 
-from lib.alternate import loss_with
 from lib.artifacts import BUILD, read_json, sha256, write_json
 from lib.bench_search import HELD, at_random, nsga2
 from lib.coa import CoaLora
