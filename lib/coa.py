@@ -205,6 +205,8 @@ class CoaLora:
                 base.layers, rank, width=saved["width"], hidden=saved["hidden"],
                 owned={int(bits): share for bits, share in saved.get("owned", {}).items()})
             network.load_state_dict(load_file(theta))
+            require(all(p.isfinite().all() for p in network.parameters()),
+                    f"{theta} holds numbers that are not finite: train it again")
         except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError,
                 AttributeError) as error:
             raise UserError(f"{theta} does not fit an adapter of rank {rank} "

@@ -95,18 +95,22 @@ def compare_losses(task: str, one: str, other: str, plans: Sequence[str] = MAIN,
 
 def compare_scores(task: str, one: str, other: str, plans: Sequence[str] = MAIN,
                    stored: Path = STORED) -> Compared | None:
-    """Difference of scores in points, at plans where both answer and either errs."""
+    """Difference of scores in points, at plans where somebody answers and somebody errs.
+
+    What was not scored, because its loss was hopeless, has no right answer.
+    """
     found, kept = pairs(task, one, other, plans, stored), []
-    for plan in range(len(plans) if found else 0):
-        column = [row[plan] for row in found]
-        if all("score" in x for pair in column for x in pair) and not all(
-                x["score"]["share"] in (0, 1) for pair in column for x in pair):
-            kept.append(torch.stack([_hits(a) - _hits(b) for a, b in column]))
+    for column in zip(*found, strict=True):
+        count = max(len(x.get("score", {}).get("hits", "")) for pair in column for x in pair)
+        both = torch.stack([torch.stack([_hits(x, count) for x in pair]) for pair in column])
+        if count and 0 < both.mean() < 1:
+            kept.append(both[:, 0] - both[:, 1])
     if not kept:
         return None
     return Compared(*(100 * x for x in paired_interval(torch.stack(kept, 1))),
                     seeds=len(found), plans=len(kept))
 
 
-def _hits(row: dict[str, Any]) -> Tensor:
-    return torch.tensor([int(hit) for hit in row["score"]["hits"]], dtype=torch.float64)
+def _hits(row: dict[str, Any], count: int) -> Tensor:
+    hits = row.get("score", {"hits": "0" * count})["hits"]
+    return torch.tensor([int(hit) for hit in hits], dtype=torch.float64)

@@ -17,6 +17,7 @@ from PIL import Image
 from traitlets.config import Config
 
 from lib.artifacts import ROOT, read_json, replacing, saving, scratch, write_json
+from lib.base_model import machine
 from lib.doctor import cores, stored_costs
 from lib.errors import UserError, require
 from lib.measure import peak_memory, run_directory
@@ -66,7 +67,8 @@ def run(profile: str, *, only: str = "", store: bool = False) -> Path:
             print(f"      done in {cost['seconds']} s, peak {cost['peak_mb']} MB", flush=True)
             keep_cost(out / f"{source.name[:2]}.json", cost, source, out / source.name)
             if store:
-                keep_outputs(out / source.name, source, {"profile": profile} | cost)
+                keep_outputs(out / source.name, source,
+                             {"profile": profile} | machine() | {"cores": cores()} | cost)
         if store:
             for name in ("START.md", "INSTRUCTORS.md"):
                 keep_table(NOTEBOOKS / name)
@@ -146,19 +148,18 @@ def own_cells(executed: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
             if "injected-parameters" not in c.metadata.get("tags", [])]
 
 
-def takes(seconds: float, peak_mb: float) -> str:
+def takes(run: dict[str, Any]) -> str:
     """The opening's line on what a notebook takes, from a measured run."""
-    return (f"**Takes** {seconds / 60:.1f} minutes and {peak_mb / 1000:.1f} GB of memory "
-            f"on {cores()} cores.")
+    return (f"**Takes** {run['seconds'] / 60:.1f} minutes and {run['peak_mb'] / 1000:.1f} GB of "
+            f"memory on {run['cores']} cores that compute in {run['dtype']}.")
 
 
 def keep_outputs(executed: Path, source: Path, run: dict[str, Any]) -> None:
-    """Copy outputs of an executed notebook into its source, without run metadata.
+    """Copy outputs of an executed notebook into its source; of the rest only `run` stays.
 
-    `run` (profile, seconds, peak_mb) goes into the metadata and the opening.
+    It (profile, machine, cores, dtype, seconds, peak_mb) goes into metadata and opening.
     """
-    made = read_notebook(executed)
-    kept = read_notebook(source)
+    made, kept = read_notebook(executed), read_notebook(source)
     for cell, done in zip(kept.cells, own_cells(made), strict=True):
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = done.outputs, done.execution_count
@@ -170,8 +171,7 @@ def keep_outputs(executed: Path, source: Path, run: dict[str, Any]) -> None:
             if "image/png" in output.get("data", {}):
                 output.data["image/png"] = smaller(output.data["image/png"])
     kept.cells[0].source = re.sub(r"\*\*Takes\*\*.*?(?=\n\n|\Z)",
-                                  takes(run["seconds"], run["peak_mb"]),
-                                  kept.cells[0].source, flags=re.DOTALL)
+                                  takes(run), kept.cells[0].source, flags=re.DOTALL)
     kept.metadata["course"] = run | {"source_sha256": source_hash(kept)}
     with replacing(source) as part:
         nbformat.write(kept, str(part))
@@ -180,10 +180,11 @@ def keep_outputs(executed: Path, source: Path, run: dict[str, Any]) -> None:
 def costs_table() -> str:
     """What each stored run took, and all of them, as Markdown."""
     costs = stored_costs(NOTEBOOKS)
-    rows = [(name, c["seconds"], c["peak_mb"]) for name, c in costs.items()]
-    rows.append(("all six", sum(r[1] for r in rows), max(r[2] for r in rows)))
-    return "| notebook | minutes | memory, GB |\n|---|---|---|\n" + "\n".join(
-        f"| {name} | {seconds / 60:.1f} | {peak / 1e3:.1f} |" for name, seconds, peak in rows)
+    rows = [(name, c["seconds"], c["peak_mb"], c["dtype"]) for name, c in costs.items()]
+    rows.append(("all six", sum(r[1] for r in rows), max(r[2] for r in rows),
+                 ", ".join(sorted({r[3] for r in rows}))))
+    return "| notebook | minutes | memory, GB | computed in |\n|---|---|---|---|\n" + "\n".join(
+        f"| {name} | {s / 60:.1f} | {peak / 1e3:.1f} | {dtype} |" for name, s, peak, dtype in rows)
 
 
 def keep_table(page: Path) -> None:

@@ -44,7 +44,8 @@ def known_plans(file: Path, base: Switchable, adapter: Path
         UserError: no such file, or a front of another base or adapter.
     """
     found = read_json(file)
-    require(isinstance(found, dict), f"{file} is no front of a search: search anew")
+    require(isinstance(found, dict) and found.get("front"),
+            f"{file} is no front of a search: search anew")
     for what, ours in (("base_hash", base.fingerprint), ("adapter", sha256(adapter / MANIFEST))):
         require(found.get(what) == ours, f"{file} is the front of another "
                 f"{what.split('_')[0]}: search anew")
@@ -64,7 +65,7 @@ class Deployed:
         loss: held-out loss, nats, of the plan with its embedding.
         embedding: how the tied embedding is stored.
         score: of test answers by the files as they were read back.
-        considered: how many known plans fit the budget, over all embeddings.
+        considered: how many known plans fit the budget, with one of the embeddings.
     """
 
     plan: Configuration
@@ -101,6 +102,7 @@ def deploy_packed(task: str, budget_mb: float, out: Path, *, examples: int = 32,
     require_new(task, budget_mb, out)
     quiet()
     base = Switchable.load(model)
+    require_tied(base)
     adapter = folder / "adapters" / f"{task}_coa"
     coa = CoaLora.from_pretrained(base, adapter)
     plans = known_plans(folder / "fronts" / f"{task}.json", base, adapter)
@@ -149,7 +151,7 @@ def _choose(held: list[Record], base: Switchable, coa: CoaLora,
         measured.append((_loss_with(base, coa, fits[plan[1]][1], rests[name],
                                     EMBEDDINGS[name], held), name, fits[plan[1]][1]))
     loss, name, plan = min(measured, key=lambda row: row[0])
-    return (plan, name, loss), len(fits)
+    return (plan, name, loss), len({plan for _, plan, _ in fits})
 
 
 def _loss_with(base: Switchable, coa: CoaLora, plan: Configuration,
@@ -226,6 +228,12 @@ def require_new(task: str, budget_mb: float, out: Path) -> None:
     require_free(out)
     require(not out.exists() or (out.is_dir() and not any(out.iterdir())),
             f"{out} exists: choose a new folder")
+
+
+def require_tied(base: Switchable) -> None:
+    """UserError for a model with a head of its own: nothing here would store it."""
+    require(base.model.config.tie_word_embeddings,
+            f"{base.name} has a head apart from its embedding: give a model with tied ones")
 
 
 def folder_size(folder: Path) -> int:

@@ -25,7 +25,7 @@ from lib.bundle import Reader
 from lib.client import ask_all, question
 from lib.configuration import KINDS
 from lib.correction import WEIGHED_BY, input_roots, low_rank
-from lib.deploy import MB, TASKS, folder_size, require_new
+from lib.deploy import MB, TASKS, folder_size, require_new, require_tied
 from lib.embedded import EMBEDDED, embedded_gguf
 from lib.errors import require
 from lib.feedback import KIND, round_layers
@@ -59,7 +59,7 @@ class DeployedGguf:
             adapter made anew for the base's rounded weights.
         types: how many matrices have each type.
         bits: bits a weight of all that is written, tokenizer included.
-        scores: test answers of each way through the server.
+        scores: validation answers of each way through the server, since they choose the way.
     """
 
     way: str
@@ -73,7 +73,7 @@ class DeployedGguf:
         types = ", ".join(f"{n} in {kind}" for kind, n in self.types.items() if n)
         scores = "; ".join(f"{way} {score}" for way, score in self.scores.items())
         return (f"{self.bits:.2f} bits a weight: {types}\nchosen: the adapter {self.way}; "
-                f"scores: {scores}")
+                f"validation: {scores}")
 
 
 def type_plan(sizes: Mapping[str, int], errors: Mapping[str, Sequence[float]], budget: float
@@ -123,6 +123,7 @@ def deploy_gguf(task: str, budget_mb: float, out: Path, *, examples: int = 32,
     quiet()
     adapter = folder / "adapters" / f"{task}_qlora"
     base = Switchable.load(model)
+    require_tied(base)
     plain = 2 * base.model.num_parameters() / MB
     require(budget_mb < plain, f"{budget_mb:g} MB hold the model in 16 bits "
             f"({plain:.0f} MB): nothing need be quantised")
@@ -154,7 +155,7 @@ def deploy_gguf(task: str, budget_mb: float, out: Path, *, examples: int = 32,
                    merged=None if beside else adapter, adapters=beside)
             made[way] = (plan, budget_mb - (left - size) / MB)
             scores[way] = served_score(
-                work / way, TASKS[task]("test", examples), task if beside else "")
+                work / way, TASKS[task]("validation", examples), task if beside else "")
         best = max(scores, key=lambda way: scores[way].share)
         swap(work / best, out)
     plan, predicted = made[best]

@@ -36,11 +36,11 @@ class Message(BaseModel, extra="allow"):
     content: str
 
 
-class Lora(BaseModel):
+class Lora(BaseModel, strict=True):
     """An adapter's scale for one request."""
 
     name: str
-    scale: float
+    scale: float = Field(allow_inf_nan=False)
 
 
 class Request(BaseModel, extra="allow", strict=True):
@@ -167,7 +167,10 @@ def application(bundle: Bundle, url: str, key: str, context: int, slots: int) ->
     async def complete(request: HTTPRequest) -> Response:
         kind = Chat if request.url.path.endswith("chat/completions") else Completion
         body = checked(await read_body(request), kind, bundle, context)
-        sent = engine.build_request("POST", request.url.path, json=body)
+        try:
+            sent = engine.build_request("POST", request.url.path, json=body)
+        except ValueError:  # a field that is only passed on
+            raise Refused(400, "a number is not finite: JSON has no such numbers") from None
         async with AsyncExitStack() as held:
             await _unless_gone(request, gate.acquire())
             held.callback(gate.release)

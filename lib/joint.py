@@ -1,8 +1,10 @@
 """Training over many configurations, and the baselines in the same harness.
 
 One configuration makes a dedicated adapter (QLoRA's way), many make
-Shared-LoRA, many with a mixing network make CoA-LoRA. Everything else (data,
-steps, step, optimizer) is the same, so a difference has one cause.
+Shared-LoRA, many with a mixing network make CoA-LoRA. Data, steps, step and
+optimizer are the same. Over many configurations the steps descend on the
+logarithm of the loss. "coa" is the paper's method with a change of ours, the
+components that layers of few bits own; "paper" is without it.
 """
 
 import random
@@ -107,7 +109,7 @@ def train_over(base: Switchable, records: Sequence[Record], plans: Sequence[Conf
     roots = (input_roots(base.model, base.layers.names, records[:WEIGHED_BY], name=base.name)
              if method in ("lq", "coa") else [])
     with scratch() as work:
-        trainer = make_trainer(base.model, load_tokenizer(), records, settings,
+        trainer = make_trainer(base.model, load_tokenizer(base.name), records, settings,
                                work=work, say_every=say_every)
         trainer.args.save_strategy = "no"
         coa = None

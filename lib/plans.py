@@ -141,7 +141,8 @@ def level_errors(base: Switchable, levels: Sequence[Level]) -> torch.Tensor:
         energy.append(weight.square().sum())
         blocks = weight[: weight.numel() // 64 * 64].view(-1, 64)
         part = blocks[:: weight.numel() // count].reshape(-1)[:count]
-        samples.append(part / part.square().mean().sqrt())
+        # A layer of zeros stays one.
+        samples.append(part / part.square().mean().sqrt().clamp(min=1e-30))
     stacked = torch.stack(samples)
     relative = [(rounded(stacked, level, base.grid) - stacked).square().mean(1)
                 for level in levels]

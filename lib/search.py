@@ -129,6 +129,8 @@ def search(start: Found, features: Features, evaluate: Evaluate, *, evaluations:
         surrogate = Surrogate(seed=seed).fit(features.sums(found.plans), found.points[:, 1])
         new = propose(found, features, surrogate, reference,
                       count=min(batch, left), rng=rng)
+        if not len(new):
+            break  # the climbs pass no plan that is not known: there is no more to try
         found = found + Found.at(new, features, evaluate, journal)
     return found
 
@@ -149,7 +151,8 @@ def propose(found: Found, features: Features, surrogate: Surrogate, reference: T
     known = {tuple(plan.tolist()) for plan in found.plans}
     new = [plan for plan in dict.fromkeys(
         tuple(p.tolist()) for p in passed + fillers(features, points)) if plan not in known]
-    require(new, "no plan that improves on the known ones was found")
+    if not new:
+        return found.plans[:0]
     pool = torch.tensor(new)
     bits, (mean, spread) = features.bits(pool), surrogate.predict(features.sums(pool))
     chosen: list[int] = []

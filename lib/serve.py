@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from lib.front import application
 from lib.profiles import ServeSettings
 
 HOST = "127.0.0.1"
+# Seconds that requests under way get to finish when the server stops.
+GRACE = 20
 
 
 def start_engine(bundle: Bundle, settings: ServeSettings, context: int, key: str) -> Any:
@@ -83,7 +86,7 @@ def serve(path: Path, settings: ServeSettings, loras: Sequence[str] = (), *,
               f"http://{HOST}:{listener.getsockname()[1]}/v1", flush=True)
         # Kept longer than clients keep a connection, so that none is cut as it is used.
         config = uvicorn.Config(app, log_level="error", timeout_keep_alive=60,
-                                timeout_graceful_shutdown=20)
+                                timeout_graceful_shutdown=GRACE)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         if until_eof:
             threading.Thread(target=_stop_at_eof, daemon=True).start()
@@ -112,14 +115,19 @@ def running(path: Path, *options: str) -> Iterator[Served]:
     """
     command = [sys.executable, "-X", "utf8", "-m", "lib", "serve", str(Path(path).resolve()),
                "--port", "0", "--until-eof", *options]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, cwd=ROOT, encoding="utf-8",
-                          errors="replace") as process:
+    # Not a pipe: it would fill up, and a server that cannot write stands still.
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said, \
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said,
+                             cwd=ROOT, encoding="utf-8", errors="replace") as process:
         line = process.stdout.readline()
         try:
             if not line:
-                raise UserError(process.stderr.read().strip().removeprefix("error: "))
+                process.wait()
+                said.seek(0)
+                raise UserError(said.read().strip().removeprefix("error: "))
             yield Served(line.split()[-1], process.pid)
         finally:
             process.stdin.close()  # asks it to stop, on every system
-            process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(2 * GRACE)
+            process.kill()  # nothing to one that has ended

@@ -243,6 +243,7 @@ def test_t5(tmp_path, minimal, slower, verdict):
 
 @pytest.mark.parametrize(("curve", "enough", "verdict"), [
     ((20, 40, 60, 70, 95), 5000, REPRODUCED), ((20, 60, 94, 95, 95), 1000, CORRECTED),
+    ((20, 80, 99, 84, 84), 1000, CORRECTED),  # 1,000 is clearly better than 300
     ((1, 1, 1, 1, 1), 100, REFUTED)])
 def test_t6(tmp_path, curve, enough, verdict):
     files = {f"curve_{n}": run(right) for n, right in zip(make.SIZES, curve, strict=True)}
@@ -445,6 +446,15 @@ def test_p2_says_what_more_steps_give(tmp_path):
     assert "in 2.6 times the steps, one seed, sensors: 1.00 [1.00, 1.00]" in made["finding"]
 
 
+def test_p2_says_how_many_seeds_it_has(tmp_path):
+    files = made_by("sensors", "dedicated", 0.1, 40)
+    first = {name: row for name, row in files.items() if name.endswith("-0")}
+    made = judge("P2", tmp_path, **made_by("sensors", "coa", 0.4, 10), **first)
+    assert made["verdict"] == REFUTED and "(1 of 3 seeds)" in made["finding"]
+    assert "still to come: coa/sensors-dedicated-greedy-2.5-1" in made["finding"]
+    assert "(3 of 3 seeds)" in judge("P2", tmp_path, **files)["finding"]
+
+
 def test_p2_waits_while_files_of_two_runs_are_mixed(tmp_path):
     made = judge("P2", tmp_path, **made_by("sensors", "coa", 0.1, 40, "new"),
                  **made_by("sensors", "dedicated", 0.1, 40, "old"))
@@ -459,7 +469,8 @@ def test_joint_runs_over_different_plans_are_not_compared(tmp_path):
 
 
 @pytest.mark.parametrize(("late", "train", "verdict"), [
-    ([-0.1, 0.1], 1000, REPRODUCED), ([-0.1, 0.1], 10, CORRECTED), ([0.1, 0.2], 1000, CORRECTED),
+    ([-0.1, 0.01], 1000, REPRODUCED), ([-0.1, 0.01], 10, CORRECTED),
+    ([-0.1, 0.1], 1000, CORRECTED), ([0.1, 0.2], 1000, CORRECTED),
     ([0.1, 0.2], 10, REFUTED)])
 def test_p3(tmp_path, late, train, verdict):
     row = {"new_configuration_s": 1.0, "new_configuration_s_spread": [0.9, 1.1],

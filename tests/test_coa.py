@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import alternate
 import gguf
 import pytest
 import torch
-from alternate import renewed
 from conftest import with_adapter
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -23,6 +23,7 @@ from lib.artifacts import read_json, writing
 from lib.coa import NAME, OWNED, CoaLora, MixingNetwork
 from lib.configuration import GRID, KINDS, LEVELS, Configuration, Layers, Level
 from lib.correction import input_roots, low_rank, start_from_error, start_owned
+from lib.embedded import EMBEDDED
 from lib.errors import UserError
 from lib.fused import fused
 from lib.gguf import save_adapter
@@ -31,7 +32,7 @@ from lib.lora import count_trainable, load_adapter
 from lib.plans import best_levels, random_plan
 from lib.profiles import TrainSettings
 from lib.quantize import rounded
-from lib.surrogate import Features
+from lib.surrogate import Features, numbers
 from lib.switchable import Switchable
 from lib.tasks import sensors
 from lib.train import TrainResult
@@ -385,10 +386,17 @@ def other_rank(part: Path) -> None:
     save_file(tensors, part / "coa.safetensors")
 
 
+def not_finite(part: Path) -> None:
+    tensors = load_file(part / "coa.safetensors")
+    tensors["network.3.weight"][0, 0] = float("nan")
+    save_file(tensors, part / "coa.safetensors")
+
+
 @pytest.mark.parametrize(("change", "word"), [
     (lambda part: (part / "coa.safetensors").unlink(), "no coa.safetensors"),
     (other_rank, "does not fit an adapter of rank 4"),
     (lambda part: (part / "coa.safetensors").write_bytes(b"x" * 20), "coa.safetensors"),
+    (lambda part: not_finite(part), "not finite"),
 ])
 def test_damaged_adapters(make_tiny: Callable[[], PreTrainedModel], tmp_path: Path,
                           change: Callable[[Path], None], word: str) -> None:
@@ -440,7 +448,12 @@ def trained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: 
 @pytest.fixture
 def quick(cheap_tokenizer: None, tokenizer: PreTrainedTokenizerBase,
           monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lib.joint.load_tokenizer", lambda *_: tokenizer)
+    def load(name: str) -> PreTrainedTokenizerBase:
+        """The base's own: another model's numbers of tokens would train on nonsense."""
+        assert name == EMBEDDED
+        return tokenizer
+
+    monkeypatch.setattr("lib.joint.load_tokenizer", load)
 
 
 @pytest.mark.usefixtures("quick")
@@ -508,7 +521,7 @@ def test_plans_are_renewed_by_a_search_with_the_adapter_of_now(
     plans = [some_plan(base, seed, 3.0 + seed) for seed in range(4)]
 
     def renew(coa: CoaLora, now: list[Configuration]) -> list[Configuration]:
-        sets.append((now, renewed(coa, now, features=features, held=held, evaluations=5)))
+        sets.append((now, alternate.renewed(coa, now, features=features, held=held, evaluations=5)))
         assert coa.model.training
         return sets[-1][1]
 
@@ -520,6 +533,27 @@ def test_plans_are_renewed_by_a_search_with_the_adapter_of_now(
     trained_on = [*seen[:2], *seen[11:13], *seen[-2:]]
     assert set(trained_on[:2]) <= set(plans) and set(trained_on[2:4]) <= set(second)
     assert set(trained_on[4:]) <= set(last)
+
+
+def test_plans_are_scored_on_one_batch_with_the_adapter_as_it_is(
+        base: Switchable, tokenizer: PreTrainedTokenizerBase,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """The released code scores on a random training batch, without U, and never anew."""
+    monkeypatch.setattr("alternate.load_tokenizer", lambda *_: tokenizer)
+    coa, held, batches = adapted(base, mixing=0.5), sensors("validation", 3), []
+    measured = alternate.held_out_loss
+
+    def watched(model: PeftModel, words: Any, records: Any) -> float:
+        batches.append(records)
+        return measured(model, words, records)
+
+    monkeypatch.setattr("alternate.held_out_loss", watched)
+    evaluate, plan = alternate.loss_with(coa, held), numbers(some_plan(base))
+    before = evaluate(plan)
+    assert evaluate(numbers(some_plan(base, 1))) != before == evaluate(plan)
+    assert all(batch is held for batch in batches)
+    torch.nn.init.zeros_(coa.network.network[-1].weight)  # as training would change it
+    assert evaluate(plan) != before
 
 
 # Components that layers of some bits own, and what an adapter starts from

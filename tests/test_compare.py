@@ -58,8 +58,12 @@ def test_scores_count_between_floor_and_ceiling(tmp_path: Path) -> None:
     put(tmp_path, "t-lora-0", {"a": row([1.0], "1000"), "b": row([1.0], "1111"),
                                "c": row([1.0], "0110"), "d": row([1.0], "0111")})
     found = compare_scores("t", "coa", "lora", ["a", "b", "c", "d"], tmp_path)
-    assert found.plans == 2  # b is at the ceiling, c was not scored
-    assert found.value == pytest.approx(25) and found.low < 25 < found.high
+    assert found.plans == 3  # b is at the ceiling; in c the first has nothing right
+    assert found.value == pytest.approx(0, abs=1e-9) and found.low < 0 < found.high
+    # All against nothing is no ceiling.
+    put(tmp_path, "t-coa-0", {"e": row([0.1], "1111"), "f": row([9.0])})
+    put(tmp_path, "t-lora-0", {"e": row([0.1], "0000"), "f": row([9.0])})
+    assert compare_scores("t", "coa", "lora", ["e", "f"], tmp_path).value == pytest.approx(100)
     assert compare_scores("t", "coa", "lora", ["b"], tmp_path) is None
     assert torch.isfinite(torch.tensor([found.low, found.high])).all()
 

@@ -287,3 +287,11 @@ def test_what_is_spent_stays_under_the_budget(seed: int, share: float) -> None:
     assert all(errors[i, c] <= errors[i, 0] for i, c in enumerate(chosen))
     if share == 1.0:
         assert chosen == errors.argmin(1).tolist()
+
+
+def test_a_layer_of_zeros_has_no_error(tiny: PreTrainedModel) -> None:
+    tiny.model.layers[0].mlp.up_proj.weight.data.zero_()
+    base = Switchable(tiny, dtype=torch.float32)
+    _, errors = error_table(base)
+    zero = [name.endswith("layers.0.mlp.up_proj") for name in base.layers.names].index(True)
+    assert not errors[zero].any() and errors.isfinite().all()

@@ -99,8 +99,9 @@ def test_what_a_run_took_goes_into_figures_and_opening(folders):
     assert {k: kept.metadata.course[k] for k in cost} == cost
     assert cost["peak_mb"] > 300 and cost["seconds"] > 0
     assert kept.cells[0].source == (
-        f"# One\n\n{course.takes(cost['seconds'], cost['peak_mb'])}\n\nThe end.")
-    assert course.takes(90, 1960).startswith("**Takes** 1.5 minutes and 2.0 GB")
+        f"# One\n\n{course.takes(kept.metadata.course)}\n\nThe end.")
+    assert course.takes({"seconds": 90, "peak_mb": 1960, "cores": 2, "dtype": "float32"}) == (
+        "**Takes** 1.5 minutes and 2.0 GB of memory on 2 cores that compute in float32.")
     assert f"{cost['seconds']} s, peak" in (out / "index.html").read_text()
 
 

@@ -6,13 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import with_adapter
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from lib import deploy as module
 from lib.artifacts import sha256, verified
+from lib.base_model import load_tokenizer
 from lib.coa import CoaLora
 from lib.configuration import KINDS, LEVELS, Configuration, Level
 from lib.deploy import deploy_packed, load_deployed
+from lib.deploy_gguf import deploy_gguf
 from lib.errors import UserError
 from lib.packing import PackedLinear
 from lib.surrogate import numbers
@@ -61,11 +63,24 @@ def test_the_size_stays_under_the_budget_and_near_the_prediction(
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_head_of_its_own_is_refused(folder: Path, tiny_directory: str, tmp_path: Path) -> None:
+    """It would be read back as random numbers."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_directory)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.save_pretrained(tmp_path / "untied")
+    load_tokenizer(tiny_directory).save_pretrained(tmp_path / "untied")
+    for way in (deploy_packed, deploy_gguf):
+        with pytest.raises(UserError, match="tied"):
+            way("sensors", 8.5, tmp_path / "out", model=str(tmp_path / "untied"), folder=folder)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_larger_budget_buys_a_lower_loss(folder: Path, tiny_directory: str,
                                            tmp_path: Path) -> None:
     done = [run(folder, tiny_directory, b, tmp_path / f"{b}") for b in (6.0, 8.5)]
     # At 6 MB only the 4-bit embedding fits; at 8.5 the better of the two is taken.
-    assert (done[0].embedding, done[0].considered, done[1].considered) == ("4 bits", 3, 6)
+    assert (done[0].embedding, done[0].considered, done[1].considered) == ("4 bits", 3, 3)
     assert done[1].loss <= done[0].loss
 
 

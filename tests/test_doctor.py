@@ -259,15 +259,15 @@ def pretend(monkeypatch: pytest.MonkeyPatch, system: str, machine: str, cores: i
     monkeypatch.setattr(doctor, "cores", lambda: cores)
 
 
-@pytest.mark.skipif(not hasattr(psutil.Process, "cpu_affinity"), reason="macOS pins no process")
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="Linux tells it")
 def test_cores_taken_away_do_not_count() -> None:
     """llama.cpp with more threads than cores is ten times slower."""
-    one = psutil.Process().cpu_affinity()[:1]
-    code = ("import psutil; from lib.doctor import cores; before = cores(); "
-            f"psutil.Process().cpu_affinity({one}); print(before, cores())")
+    mine = os.sched_getaffinity(0)
+    code = ("import os; from lib.doctor import cores; before = cores(); "
+            f"os.sched_setaffinity(0, {{{min(mine)}}}); print(before, cores())")
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
                           encoding="utf-8", check=True).stdout
-    assert said.split() == [str(len(psutil.Process().cpu_affinity())), "1"]
+    assert said.split() == [str(len(mine)), "1"]
 
 
 def test_a_single_core(monkeypatch: pytest.MonkeyPatch) -> None:

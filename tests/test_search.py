@@ -6,8 +6,8 @@ import random
 
 import pytest
 import torch
+from rivals import at_random, nsga2
 
-from lib.bench_search import at_random, nsga2
 from lib.configuration import LEVELS, Layers
 from lib.errors import UserError
 from lib.pareto import SEGMENTS, hypervolume, segment
@@ -166,6 +166,15 @@ def test_a_failure_in_the_search_raises(features, monkeypatch):
     monkeypatch.setattr(Surrogate, "fit", failing)
     with pytest.raises(FloatingPointError, match="positive definite"):
         search(start_of(features), features, loss_of(features), evaluations=5)
+
+
+def test_a_search_that_knows_everything_ends(features, monkeypatch):
+    """No error, and no plan twice: what it found comes back."""
+    start = start_of(features)
+    monkeypatch.setattr("lib.search.climb", lambda plan, *_: [plan])
+    monkeypatch.setattr("lib.search.fillers", lambda *_: [])
+    found = search(start, features, loss_of(features), evaluations=5)
+    assert torch.equal(found.plans, start.plans)
 
 
 def test_two_surrogates_are_independent(features):

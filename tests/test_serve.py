@@ -203,6 +203,13 @@ BAD = [
     (CHAT, {"messages": HELLO, "lora": [{"name": "green", "scale": 1}]}, 404),
     (CHAT, {"messages": HELLO, "lora": [{"name": "red"}]}, 400),
     (CHAT, {"messages": HELLO, "lora": [{"name": "red", "scale": "big"}]}, 400),
+    (CHAT, {"messages": HELLO, "lora": [{"name": "red", "scale": "0.5"}]}, 400),
+    (CHAT, {"messages": HELLO, "lora": [{"name": "red", "scale": True}]}, 400),
+    # json.dumps writes what is no JSON: NaN and Infinity.
+    (CHAT, {"messages": HELLO, "lora": [{"name": "red", "scale": float("nan")}]}, 400),
+    (CHAT, {"messages": HELLO, "lora": [{"name": "red", "scale": float("inf")}]}, 400),
+    (CHAT, {"messages": HELLO, "min_p": float("nan")}, 400),
+    (CHAT, b'{"messages": [{"role": "user", "content": "Hi"}], "min_p": 1e999}', 400),
     (CHAT, {"messages": HELLO, "stop": 5}, 400),
     (CHAT, {"messages": HELLO, "response_format": {"type": "poem"}}, 400),
     (CHAT, {"messages": [{"role": "user", "content": "word " * 400}]}, 400),

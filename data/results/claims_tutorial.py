@@ -156,8 +156,8 @@ def t5(at: Stored) -> Found:
 
 
 @rule("T6", "500 to 1,000 examples teach a style, 2,000 to 10,000 domain knowledge, 10,000 to "
-      "50,000 a new task.", "Runs on 100 to 5,000 examples of invented machines; enough is the "
-      "smallest set that no larger one, of as many steps, is clearly better than.",
+      "50,000 a new task.", "Runs on 100 to 5,000 examples of invented machines, one seed; "
+      "enough is the smallest set that no larger one, of as many steps, is clearly better than.",
       unit="examples", needs=[*(f"curve_{n}" for n in SIZES), LONGER, "base"])
 def t6(at: Stored) -> Found:
     """Reproduced if enough is within the claim's range; refuted if nothing is learned at all.
@@ -168,7 +168,8 @@ def t6(at: Stored) -> Found:
     top, floor = rows[SIZES[-1]], max(r["test"]["high"] for r in at["base"].values())
     more = points([top], [at[LONGER]["test"]])
     enough = SIZES[-1] if more.above() else next(
-        n for n in SIZES[:-1] if not points([rows[SIZES[-2]]], [rows[n]]).above())
+        n for n in SIZES[:-1] if not any(points([rows[m]], [rows[n]]).above()
+                                         for m in SIZES[:-1] if m > n))
     before = max((n for n in SIZES if n < enough), default=0)
     verdict = (REFUTED if top["low"] <= floor else
                REPRODUCED if KNOWLEDGE[0] <= enough <= KNOWLEDGE[1] else CORRECTED)
@@ -381,8 +382,8 @@ def t15(at: Stored) -> Found:
     quick = swap.high < 1000 * AT_ONCE
     verdict = REPRODUCED if right and quick else CORRECTED if right else REFUTED
     return Found(verdict, f"{row['with_own_adapter']} of {row['requests']} answers to "
-                 f"{row['clients']} clients came from their own adapter; a change delays the first "
-                 f"token by {swap:.1f} ms", swap.value, swap.ends)
+                 f"{row['clients']} clients had the form of their own adapter's; a change delays "
+                 f"the first token by {swap:.1f} ms", swap.value, swap.ends)
 
 
 @rule("T16", "The code of the page runs.", "Its calls with its arguments on a tiny model, on the "

@@ -20,9 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from alternate import loss_with
 from coa import COA, SEEDS, plans_of, text
 from make import ADAPTERS, RESULTS, run_pieces
+from rivals import at_random, nsga2
 
 from lib.artifacts import BUILD, read_json, sha256, write_json
-from lib.bench_search import HELD, at_random, nsga2
+from lib.bench_search import HELD
 from lib.coa import CoaLora
 from lib.errors import UserError, require
 from lib.pareto import hypervolume, kept, segment
