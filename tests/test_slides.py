@@ -181,7 +181,7 @@ def test_seconds_of_cells_are_those_of_this_very_code(tmp_path, monkeypatch):
 def test_the_guide_says_what_the_notebooks_took():
     guide = (ROOT / "notebooks" / "INSTRUCTORS.md").read_text(encoding="utf-8")
     runs = {path.stem: nbformat.read(path, as_version=4).metadata.course for path in ALL}
-    rows = [f"| {name} | {run.seconds / 60:.1f} | {run.peak_mb / 1e3:.1f} |"
+    rows = [f"| {name} | {run.seconds / 60:.1f} | {run.peak_mb / 1e3:.1f} | {run.dtype} |"
             for name, run in runs.items()]
     assert "\n".join(rows) in guide
     # The plans add up.
