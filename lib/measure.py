@@ -62,8 +62,8 @@ def paired_interval(differences: Tensor) -> tuple[float, float, float]:
     of the n_a means along the axis (two-way clusters, Cameron, Gelbach, Miller 2011,
     without the term that they take off again, so rather too wide than too narrow).
     Half the width is Student's t sqrt(V) with V^2 / sum(v_a^2 / (n_a - 1)) degrees of
-    freedom (Welch 1947). A bootstrap of the axes holds three
-    seeds in about three of four cases (notebook 06).
+    freedom (Welch 1947). Where three seeds differ, a bootstrap of the axes holds the
+    truth in about three of four cases (notebook 06).
 
     Args:
         differences: one axis for each thing drawn, such as (seeds, plans, examples).
