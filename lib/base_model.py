@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from lib.artifacts import verified
+from lib.doctor import cores
 from lib.embedded import EMBEDDED, locate, quiet
 from lib.errors import UserError, require
 
@@ -184,5 +185,5 @@ def _first_line(error: BaseException) -> str:
 def machine() -> dict[str, object]:
     """What a result depends on: processor, cores, threads, dtype."""
     return {"system": platform.system(), "machine": platform.machine(),
-            "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+            "cores": cores(), "threads": torch.get_num_threads(),
             "dtype": str(best_dtype()).removeprefix("torch.")}

@@ -18,7 +18,7 @@ from traitlets.config import Config
 
 from lib.artifacts import ROOT, read_json, replacing, saving, scratch, write_json
 from lib.base_model import machine
-from lib.doctor import cores, stored_costs
+from lib.doctor import stored_costs
 from lib.errors import UserError, require
 from lib.measure import peak_memory, run_directory
 from lib.pages import notebook_page
@@ -67,8 +67,7 @@ def run(profile: str, *, only: str = "", store: bool = False) -> Path:
             print(f"      done in {cost['seconds']} s, peak {cost['peak_mb']} MB", flush=True)
             keep_cost(out / f"{source.name[:2]}.json", cost, source, out / source.name)
             if store:
-                keep_outputs(out / source.name, source,
-                             {"profile": profile} | machine() | {"cores": cores()} | cost)
+                keep_outputs(out / source.name, source, {"profile": profile} | machine() | cost)
         if store:
             for name in ("START.md", "INSTRUCTORS.md"):
                 keep_table(NOTEBOOKS / name)
