@@ -52,7 +52,7 @@ def parser() -> Parser:
     export.add_argument("--model", default="embedded", help="hub id or directory")
 
     deploy = commands.add_parser("deploy", help="from a budget of bytes to files that run")
-    deploy.add_argument("--task", default="sensors", help="sensors (default) or movies")
+    deploy.add_argument("--task", default="sensors", help="sensors (default); for gguf movies, too")
     deploy.add_argument("--format", default="packed", choices=("packed", "gguf"))
     deploy.add_argument("--budget-mb", type=float, required=True, metavar="MB",
                         help="of all files, MB (10^6 bytes)")
@@ -220,10 +220,15 @@ def command_site(args: argparse.Namespace) -> None:
     print(f"{build(out)} pages; open {out / 'index.html'}")
 
 
+STOPPED = {"train": "stopped: run the same command again to go on from the last checkpoint",
+         "run": "stopped: go on with `--only NN`, one notebook at a time"}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command; 0, or 2 with one line for the user's mistake, 130 for Ctrl-C."""
+    typed = sys.argv[1:] if argv is None else argv
     try:
-        args = parser().parse_args(argv)
+        args = parser().parse_args(typed)
         globals()[f"command_{args.command}"](args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -235,8 +240,7 @@ def main(argv: list[str] | None = None) -> int:
               "`python -m lib doctor` says what is missing", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped: run the same command again to go on from the last checkpoint",
-              file=sys.stderr)
+        print(STOPPED.get(typed[0] if typed else "", "stopped: start it again"), file=sys.stderr)
         return 130
     return 0
 

@@ -60,7 +60,7 @@ def load_tokenizer(model: str = EMBEDDED) -> PreTrainedTokenizerBase:
         reserved = [t for t in tokenizer.all_special_tokens
                     if t not in (tokenizer.eos_token, tokenizer.bos_token)]
         require(reserved, f"{model} has no spare special token to pad with: add one")
-        tokenizer.pad_token = tokenizer.unk_token or reserved[0]
+        tokenizer.pad_token = max(reserved, key=lambda t: t == tokenizer.unk_token)
     return tokenizer
 
 
@@ -169,13 +169,14 @@ def _readable(model: str) -> Iterator[None]:
         if path.is_dir():
             remedy = "check that it is a whole model"
             if (path / "manifest.json").is_file():
-                verified(path)
-                remedy = "delete it and make it again"
+                verified(path)  # not its files, then
+                remedy = "they are whole: see that there is memory enough, and the pinned versions"
             raise UserError(f"{model or path} does not load ({_first_line(error)}): "
                             f"{remedy}") from error
         raise UserError(
-            f"model {model!r} is no local directory and could not be fetched from the "
-            "hub: check the name and the network, or use MODEL=embedded") from error
+            f"model {model!r} is no local directory and did not load from the hub "
+            f"({_first_line(error)}): check the name and the network, or use MODEL=embedded"
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:

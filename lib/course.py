@@ -18,7 +18,7 @@ from traitlets.config import Config
 
 from lib.artifacts import ROOT, read_json, replacing, saving, scratch, write_json
 from lib.base_model import machine
-from lib.doctor import stored_costs
+from lib.doctor import course_files, stored_costs
 from lib.errors import UserError, require
 from lib.measure import peak_memory, run_directory
 from lib.pages import notebook_page
@@ -30,7 +30,7 @@ CELL_TIMEOUT = 3600
 
 def notebooks(only: str = "") -> list[Path]:
     """The course's notebooks in order, or the one whose number is `only`."""
-    found = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+    found = course_files(NOTEBOOKS)
     if only:
         numbers = ", ".join(p.name[:2] for p in found)
         found = [p for p in found if p.name.startswith(f"{only:0>2}_")]

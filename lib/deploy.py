@@ -100,12 +100,15 @@ def deploy_packed(task: str, budget_mb: float, out: Path, *, examples: int = 32,
             smallest known plan or above the model in 16 bits; nothing is written.
     """
     require_new(task, budget_mb, out)
+    front = folder / "fronts" / f"{task}.json"
+    require(front.is_file(), f"no search was made for {task} yet ({front} is missing): "
+            "use --format gguf, or --task sensors")
     quiet()
     base = Switchable.load(model)
     require_tied(base)
     adapter = folder / "adapters" / f"{task}_coa"
     coa = CoaLora.from_pretrained(base, adapter)
-    plans = known_plans(folder / "fronts" / f"{task}.json", base, adapter)
+    plans = known_plans(front, base, adapter)
     with writing(out, task=task, budget_mb=budget_mb) as part:
         coa.materialise(plans[0][0], part / "adapter", dtype=torch.float16)
         load_tokenizer(base.name).save_pretrained(part)

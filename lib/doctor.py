@@ -28,6 +28,7 @@ NEWEST = (3, 13)  # the oldest stands in lib/__init__.py; the pins have wheels f
 DISK_MB = 2200
 FEATURES = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX-512 bf16",
             "amx_bf16": "AMX", "asimd": "NEON", "bf16": "bf16"}
+CGROUP = Path("/sys/fs/cgroup")
 PIP = "python -m pip install -r requirements.txt"
 
 
@@ -92,10 +93,16 @@ def few(names: list[str]) -> str:
     return ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
 
 
+def course_files(folder: Path = ROOT / "notebooks") -> list[Path]:
+    """The course's notebooks in order; a reader's copies beside them are not of it."""
+    return sorted(p for p in folder.glob("[0-9][0-9]_*.ipynb")
+                  if re.fullmatch(r"\d\d(_[a-z0-9]+)+", p.stem))
+
+
 def stored_costs(folder: Path = ROOT / "notebooks") -> dict[str, dict[str, float]]:
     """{notebook: seconds and peak_mb} of the runs whose outputs are stored."""
-    return {p.stem: read_json(p)["metadata"]["course"]
-            for p in sorted(folder.glob("[0-9][0-9]_*.ipynb"))}
+    found = {p.stem: read_json(p)["metadata"].get("course") for p in course_files(folder)}
+    return {name: cost for name, cost in found.items() if cost}
 
 
 def memory() -> tuple[str, str]:
@@ -108,7 +115,7 @@ def memory() -> tuple[str, str]:
     total = seen.total
     for file in ("memory.max", "memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):  # no container, or no limit in it
-            total = min(total, int((Path("/sys/fs/cgroup") / file).read_text(encoding="utf-8")))
+            total = min(total, int((CGROUP / file).read_text(encoding="utf-8")))
     free = min(total, seen.available)
     name, peak = max(((n, c["peak_mb"]) for n, c in stored_costs().items()), key=lambda x: x[1])
     said = f"{total / 1e9:.1f} GB, {free / 1e9:.1f} free; {name} takes {peak / 1e3:.1f}"
@@ -165,7 +172,11 @@ def cores() -> int:
     A thread of llama.cpp too many waits for a core that it never gets: ten times slower.
     """
     given = getattr(os, "sched_getaffinity", None)  # neither under macOS nor under Windows
-    return len(given(0)) if given else cpu_count() or 1
+    count = len(given(0)) if given else cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no container, or no limit in it
+        quota, period = map(int, (CGROUP / "cpu.max").read_text(encoding="utf-8").split())
+        count = min(count, max(1, quota // period))
+    return count
 
 
 def processor() -> tuple[str, str]:

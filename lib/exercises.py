@@ -42,7 +42,7 @@ def _judged(answer: Any, expected: Any, tolerance: float) -> str:
 
 def differs(yours: Any, expected: Any, tolerance: float = 1e-6) -> str:
     """How two values differ, in words; "" if they do not. Parts of a dict go by their names."""
-    both = f"yours {shown(yours)}, expected {shown(expected)}"
+    both = _beside(yours, expected)
     mine, wanted = ({f"part {i}": part for i, part in enumerate(x)}
                     if isinstance(x, list | tuple) else x for x in (yours, expected))
     if isinstance(wanted, dict):
@@ -63,6 +63,19 @@ def differs(yours: Any, expected: Any, tolerance: float = 1e-6) -> str:
     at = np.unravel_index(int((left.double() - right.double()).abs().argmax()), left.shape)
     most = f"; most at {list(map(int, at))}: {shown(left[at])}, expected {shown(right[at])}"
     return both + most * (left.numel() > 12)
+
+
+def _beside(yours: Any, expected: Any) -> str:
+    """Both on one line; where they look the same, with their kinds or in all digits."""
+    both = (yours, expected)
+    texts = [shown(x) for x in both]
+    if texts[0] == texts[1]:
+        kinds = [getattr(x, "dtype", type(x).__name__) for x in both]
+        if kinds[0] != kinds[1]:
+            texts = [f"{text} ({kind})" for text, kind in zip(texts, kinds, strict=True)]
+        elif "..." not in texts[0]:  # of a large one the largest difference is shown
+            texts = [repr(x.tolist() if hasattr(x, "tolist") else x) for x in both]
+    return f"yours {texts[0]}, expected {texts[1]}"
 
 
 def shown(value: Any, first: int = 4) -> str:

@@ -16,6 +16,8 @@ import httpx
 from pydantic import BaseModel, Field, ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -206,6 +208,9 @@ def application(bundle: Bundle, url: str, key: str, context: int, slots: int) ->
         routes=[*(Route(path, complete, methods=["POST"]) for path in PATHS),
                 Route("/v1/models", models), Route("/health", watch),
                 Route("/metrics", watch)],
+        # A web page whose own name is made to lead here (DNS rebinding) sends that name,
+        # and would read answers past the browser's guard.
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])],
         exception_handlers={kind: refuse for kind in (
             Refused, HTTPException, ClientDisconnect, httpx.HTTPError, ValueError)})
 

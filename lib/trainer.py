@@ -20,6 +20,8 @@ from lib.processes import first
 from lib.tasks import answer_loss
 
 IDENTITY = "identity.json"
+# Seconds after which a reader wonders whether anything happens.
+SILENCE = 45.0
 
 
 class CourseTrainer(SFTTrainer):
@@ -90,19 +92,21 @@ class CourseTrainer(SFTTrainer):
 
 
 class Progress(TrainerCallback):
-    """A plain line now and then: step, loss, seconds left. Silent if not wanted."""
+    """A plain line every so many steps, and where they are slow every `SILENCE` seconds."""
 
     def __init__(self, every: int) -> None:
-        self.every, self.start, self.first = every, 0.0, 0
+        self.every, self.start, self.said, self.first = every, 0.0, 0.0, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.start, self.first = time.monotonic(), state.global_step
+        self.start = self.said = time.monotonic()
+        self.first = state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        step, total = state.global_step, state.max_steps
-        if not first() or "loss" not in (logs or {}) or (step % self.every and step != total):
+        step, total, now = state.global_step, state.max_steps, time.monotonic()
+        due = step % self.every == 0 or step == total or now - self.said > SILENCE
+        if not first() or "loss" not in (logs or {}) or not due:
             return
-        pace = (time.monotonic() - self.start) / max(1, step - self.first)
+        pace, self.said = (now - self.start) / max(1, step - self.first), now
         print(f"step {step:4d}/{total}  loss {logs['loss']:.3f}  "
               f"about {pace * (total - step):.0f} s left", flush=True)
 

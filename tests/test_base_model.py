@@ -196,6 +196,33 @@ def test_pad_token_where_the_tokenizer_has_none(tmp_path: Path, tiny_directory: 
     assert loaded.pad_token_id not in (None, loaded.eos_token_id)
 
 
+def test_an_unknown_token_that_ends_is_no_pad_token(tmp_path: Path, tiny_directory: str) -> None:
+    """As SmolLM2's base models: one token begins, ends and stands for the unknown."""
+    directory = tmp_path / "model"
+    shutil.copytree(tiny_directory, directory, ignore=shutil.ignore_patterns("*.safetensors"))
+    file = directory / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    end = config["eos_token"]
+    config |= {"pad_token": None, "unk_token": end, "bos_token": end,
+               "additional_special_tokens": ["<|im_start|>"]}
+    file.write_text(json.dumps(config))
+    loaded = load_tokenizer(str(directory))
+    assert loaded.pad_token not in (None, loaded.eos_token)
+
+
+@pytest.mark.parametrize("name", ["someone/a-model", "DIRECTORY"])
+def test_the_cause_of_a_failure_is_said(monkeypatch: pytest.MonkeyPatch, tiny_directory: str,
+                                        name: str) -> None:
+    """Memory that is short is no matter of names, the network or files to delete."""
+    def short(*_: object, **__: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", short)
+    with pytest.raises(UserError, match="out of memory") as caught:
+        load_model(tiny_directory if name == "DIRECTORY" else name)
+    assert "delete" not in str(caught.value)
+
+
 def test_tiny_model_has_the_embedded_proportions() -> None:
     model = tiny_model(3)
     assert type(model) is LlamaForCausalLM and not model.training

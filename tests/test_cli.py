@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
+import lib.course
 import lib.measure
+import lib.slides
 import lib.train
 from lib.__main__ import main
 from lib.artifacts import verified
@@ -68,9 +70,14 @@ def test_ctrl_c(place: Path, monkeypatch: pytest.MonkeyPatch,
         raise KeyboardInterrupt
 
     monkeypatch.setattr(lib.train, "train", stop)
-    assert main(["train", "--data", "good.jsonl", "--out", "out"]) == 130
-    err = capfd.readouterr().err
-    assert err.count("\n") == 1 and "run the same command again" in err
+    monkeypatch.setattr(lib.course, "run", stop)
+    monkeypatch.setattr(lib.slides, "build", stop)
+    for command, advice in ((["train", "--data", "good.jsonl", "--out", "out"], "same command"),
+                            (["run"], "--only NN"), (["slides"], "start it again")):
+        assert main(command) == 130
+        err = capfd.readouterr().err
+        assert err.count("\n") == 1 and advice in err
+        assert ("checkpoint" in err) == (command[0] == "train")  # no other has one
 
 
 @pytest.fixture

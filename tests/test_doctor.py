@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -268,6 +269,27 @@ def test_cores_taken_away_do_not_count() -> None:
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
                           encoding="utf-8", check=True).stdout
     assert said.split() == [str(len(mine)), "1"]
+
+
+@pytest.mark.parametrize(("text", "count"), [
+    ("200000 100000", 2), ("150000 100000", 1), ("50000 100000", 1), ("max 100000", 8)])
+def test_a_containers_quota_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                   text: str, count: int) -> None:
+    """`docker run --cpus=2` leaves all cores in sight, and gives the time of two."""
+    (tmp_path / "cpu.max").write_text(f"{text}\n", encoding="utf-8")
+    monkeypatch.setattr(doctor, "CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert doctor.cores() == count
+
+
+def test_a_readers_copies_are_not_of_the_course(tmp_path: Path) -> None:
+    """Jupyter's copy of a notebook would be run, timed and put into the tables."""
+    whole = json.dumps({"metadata": {"course": {"seconds": 1, "peak_mb": 2}}})
+    for name in ("01_lora_math", "01_lora_math-Copy1", "01_LoRA my try"):
+        (tmp_path / f"{name}.ipynb").write_text(whole, encoding="utf-8")
+    (tmp_path / "07_mine.ipynb").write_text('{"metadata": {}}', encoding="utf-8")
+    assert [p.stem for p in doctor.course_files(tmp_path)] == ["01_lora_math", "07_mine"]
+    assert [*doctor.stored_costs(tmp_path)] == ["01_lora_math"]
 
 
 def test_a_single_core(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,6 +73,14 @@ def test_wrong_shape_and_wrong_kind_of_number():
     assert not differs(codes.long(), codes)
 
 
+@pytest.mark.parametrize(("yours", "expected"), [
+    (torch.tensor([1.0, 2.0]), torch.tensor([1, 2])), ([1.0, 2.0], torch.tensor([1, 2])),
+    (1.000003, 1.0), (torch.tensor([1.000003]), torch.tensor([1.0]))])
+def test_a_wrong_answer_never_looks_right(yours, expected):
+    mine, wanted = differs(yours, expected).removeprefix("yours ").split(", expected ")
+    assert mine != wanted
+
+
 def test_nothing_returned():
     assert wrong(lambda x: None, DOUBLES) == (
         "<lambda>(2): yours None, expected 4: no return?")

@@ -94,6 +94,13 @@ def test_the_climb_reaches_a_quadratic_s_optimum_from_any_start(start, target):
     assert end.tolist() == [target] * 3
 
 
+def test_the_reference_point_is_worse_than_the_dearest_plan():
+    dearest = torch.tensor([[8.625, -1.0], [4.0, 0.0]], dtype=torch.float64)
+    reference = reference_point(dearest)
+    assert (reference > dearest).all()
+    assert reference_point(dearest[1:])[0] == 8.6  # what is stored was measured from
+
+
 def test_the_search_reaches_the_known_front(features):
     start = start_of(features)
     found = search(start, features, loss_of(features), evaluations=60, seed=0)

@@ -95,6 +95,14 @@ def test_only_loopback_listens(server: Served) -> None:
     assert set(listening) == {"127.0.0.1"}
 
 
+@pytest.mark.parametrize(("host", "status"), [
+    ("127.0.0.1", 200), ("localhost:8080", 200), ("evil.example", 400), ("127.0.0.1.nip.io", 400)])
+def test_only_this_machines_names_are_answered(client: httpx.Client, host: str,
+                                               status: int) -> None:
+    """A web page can make its own name lead to 127.0.0.1, but it sends that name."""
+    assert client.get("models", headers={"Host": host}).status_code == status
+
+
 def test_engine_is_closed_to_others(server: Served) -> None:
     """The engine's own port would serve unchecked requests."""
     ports = {c.laddr.port for c in psutil.Process(server.pid).net_connections()

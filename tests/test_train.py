@@ -516,7 +516,7 @@ def test_a_single_step_trains(tiny_directory: str) -> None:
 
 
 def test_progress_is_a_plain_line_now_and_then(
-    tiny_directory: str, capsys: pytest.CaptureFixture[str]
+    tiny_directory: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = dataclasses.replace(SETTINGS["lora"], steps=3)
     train(RECORDS, settings, model=tiny_directory, say_every=2)
@@ -525,6 +525,9 @@ def test_progress_is_a_plain_line_now_and_then(
     assert all(re.search(r"  loss \d+\.\d+  about \d+ s left$", line) for line in lines)
     train(RECORDS, dataclasses.replace(settings, steps=2), model=tiny_directory)
     assert capsys.readouterr().out == ""
+    monkeypatch.setattr(lib.trainer, "SILENCE", 0.0)  # every step is a slow one now
+    train(RECORDS, settings, model=tiny_directory, say_every=3)
+    assert len(capsys.readouterr().out.splitlines()) == 3
 
 
 @pytest.mark.parametrize(("change", "message"), [
