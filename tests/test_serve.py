@@ -262,7 +262,7 @@ def test_clients_that_hang_up(client: httpx.Client, server: Served) -> None:
         with contextlib.suppress(httpx.ReadTimeout):
             httpx.post(f"{server.url}{CHAT}", json=body(max_tokens=200), timeout=0.01)
         with socket.create_connection(("127.0.0.1", httpx.URL(server.url).port)) as raw:
-            raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+            raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n"
                         b"Content-Length: 1000\r\n\r\n{")
     assert content(client.post(CHAT, json=body())) == wanted
     deadline = time.monotonic() + 20

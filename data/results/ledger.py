@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lib.artifacts import ROOT, read_json
-from lib.errors import UserError
+from lib.errors import UserError, require
 from lib.measure import paired_interval
 
 RESULTS, CLAIMS = ROOT / "data" / "results", ROOT / "data" / "claims.json"
@@ -40,6 +40,12 @@ class Stored:
 
     def __getitem__(self, name: str) -> Any:
         return read_json(self.file(name))["result"]
+
+    def require_one_dtype(self, *names: str) -> None:
+        """UserError if those of the pieces that are stored were made in different dtypes."""
+        made = {n: read_json(self.file(n))["machine"]["dtype"] for n in names if self.has(n)}
+        kinds = [f"{n} in {kind}" for n, kind in made.items()]
+        require(len({*made.values()}) < 2, f"Made in different dtypes: {', '.join(kinds)}")
 
 
 @dataclass(frozen=True)
