@@ -179,9 +179,17 @@ def require_free(target: Path) -> None:
     require(target.name, f"{target} is the folder you are in: choose a new one")
     with saving(target):
         recover(target)
-        require(not target.exists() or (target / MANIFEST).is_file() or
+        require(not target.exists() or _is_ours(target) or
                 (target.is_dir() and not any(target.iterdir())),
                 f"{target} holds something else: choose another folder")
+
+
+def _is_ours(target: Path) -> bool:
+    """It has a manifest as `writing` makes it: other programs name files so, too."""
+    try:
+        return {"files", "versions"} <= read_json(target / MANIFEST).keys()
+    except (UserError, AttributeError):
+        return False
 
 
 def swap(part: Path, target: Path) -> None:

@@ -73,7 +73,7 @@ def swap_seconds(served: Served, texts: list[str]) -> float:
     both see the same slow and fast moments of the machine.
     """
     names = itertools.cycle(("sensors", "sensors", "movies", "movies"))
-    with httpx.Client(base_url=served.url, timeout=600) as client:
+    with httpx.Client(base_url=served.url, timeout=600, trust_env=False) as client:
         marks = [ask(client, question(text, model=name, max_tokens=2)).first
                  for name, text in zip(names, texts, strict=False)]
     return statistics.median(marks[2::2]) - statistics.median(marks[1::2])
@@ -103,7 +103,7 @@ def _measure(int8: PreTrainedModel, merged: Served, base: Served, weights: int
         "bnb_int8_tokens_per_s", "q8_tokens_per_s", "ratio", "prefill_tokens_per_s", "ttft_ms",
         "throughput_1_client", "throughput_4_clients", "clients_ratio", "swap_ms",
         "bandwidth_fraction")}
-    with httpx.Client(base_url=merged.url, timeout=600) as client:
+    with httpx.Client(base_url=merged.url, timeout=600, trust_env=False) as client:
         for repeat in range(REPEATS):
             ids = tokenizer(render(tokenizer, next(fresh)), return_tensors="pt").input_ids
             slow = phases(int8, ids)[1]

@@ -1,6 +1,7 @@
 """A client that measures: streamed answers of the server, one or many at a time."""
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,8 +25,8 @@ class Answer:
 
     @property
     def decode(self) -> float:
-        """Tokens a second after the first one."""
-        return (self.tokens - 1) / (self.last - self.first)
+        """Tokens a second after the first one; not a number if all came at once."""
+        return (self.tokens - 1) / ((self.last - self.first) or math.nan)
 
 
 def question(instruction: str, *, model: str = "", **options: Any) -> Body:
@@ -56,6 +57,7 @@ def ask(client: httpx.Client, body: Body) -> Answer:
                 if piece := choice["delta"].get("content"):
                     marks.append(time.perf_counter() - start)
                     parts.append(piece)
+    marks = marks or [time.perf_counter() - start]  # an answer may end before it begins
     return Answer("".join(parts).strip(), usage["completion_tokens"], marks[0], marks[-1],
                   usage["prompt_tokens"])
 
@@ -65,6 +67,6 @@ def ask_all(url: str, bodies: Sequence[Body], *, clients: int = 4) -> list[Answe
     # No connection is used twice: threads that share a pool of kept ones may
     # close one that another thread has just taken.
     fresh = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-    with (httpx.Client(base_url=url, timeout=600, limits=fresh) as client,
+    with (httpx.Client(base_url=url, timeout=600, limits=fresh, trust_env=False) as client,
           ThreadPoolExecutor(clients) as pool):
         return list(pool.map(lambda body: ask(client, body), bodies))

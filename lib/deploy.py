@@ -101,11 +101,11 @@ def deploy_packed(task: str, budget_mb: float, out: Path, *, examples: int = 32,
     """
     require_new(task, budget_mb, out)
     front = folder / "fronts" / f"{task}.json"
-    require(front.is_file(), f"no search was made for {task} yet ({front} is missing): "
-            "use --format gguf, or --task sensors")
+    require(front.is_file(), f"no search was made for {task} ({front}): use --format gguf")
     quiet()
     base = Switchable.load(model)
     require_tied(base)
+    weights = base.model.num_parameters()  # soon the adapter's are among them
     adapter = folder / "adapters" / f"{task}_coa"
     coa = CoaLora.from_pretrained(base, adapter)
     plans = known_plans(front, base, adapter)
@@ -114,7 +114,7 @@ def deploy_packed(task: str, budget_mb: float, out: Path, *, examples: int = 32,
         load_tokenizer(base.name).save_pretrained(part)
         base.model.config.save_pretrained(part)
         fixed = folder_size(part) + HEADERS
-        plain = (2 * base.model.num_parameters() + fixed) / MB
+        plain = (2 * weights + fixed) / MB
         require(budget_mb < plain, f"{budget_mb:g} MB hold the model in 16 bits with its adapter "
                 f"({plain:.0f} MB): nothing need be quantised")
         rests = {name: _rest(base, level) for name, level in EMBEDDINGS.items()}

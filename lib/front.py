@@ -163,7 +163,7 @@ def application(bundle: Bundle, url: str, key: str, context: int, slots: int) ->
     gate = asyncio.Semaphore(slots)
     # The engine drops a kept connection now and then, so none is kept.
     engine = httpx.AsyncClient(
-        base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=None,
+        base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=None, trust_env=False,
         limits=httpx.Limits(max_connections=None, max_keepalive_connections=0))
 
     async def complete(request: HTTPRequest) -> Response:

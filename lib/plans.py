@@ -199,19 +199,3 @@ def spend(errors: torch.Tensor, costs: torch.Tensor, budget: float) -> list[int]
         elif row not in stuck:
             chosen[row], left = to, left - cost
     return chosen
-
-
-def starting_set(base: Switchable, table: tuple[Sequence[Level], torch.Tensor], *,
-                 count: int = 50, seed: int = 0) -> list[Configuration]:
-    """Configurations spread over the budgets: random and greedy ones in turn.
-
-    Args:
-        table: of `error_table`.
-    """
-    rng = random.Random(seed)
-    levels, errors = table
-    low, high = BUDGETS
-    budgets = [low + (high - low) * (i + 0.5) / (count // 2) for i in range(count // 2)]
-    greedy = functools.partial(greedy_plan, base.layers, levels=levels, errors=errors)
-    pairs = [(random_plan(base.layers, b, rng), greedy(b)) for b in budgets]
-    return [plan for pair in pairs for plan in pair]

@@ -133,8 +133,8 @@ class ServeSettings:
 
     def __post_init__(self) -> None:
         require(self.context >= 16, f"context {self.context} is too short: use 16 or more")
-        require(self.slots >= 1, f"{self.slots} slots serve nobody: use 1 or more")
-        require(self.threads >= 0, f"{self.threads} threads: use 0 for every core, or more")
+        require(1 <= self.slots <= 1024, f"{self.slots} slots serve nobody: use 1 to 1024")
+        require(0 <= self.threads <= 1024, f"{self.threads} threads: use 0, every core, to 1024")
         require(0 <= self.port < 65536, f"port {self.port} does not exist: use 0 to 65535")
 
 

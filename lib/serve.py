@@ -122,9 +122,10 @@ def running(path: Path, *options: str) -> Iterator[Served]:
         line = process.stdout.readline()
         try:
             if not line:
-                process.wait()
+                status = process.wait()
                 said.seek(0)
-                raise UserError(said.read().strip().removeprefix("error: "))
+                raise UserError(said.read().strip().removeprefix("error: ") or
+                                f"the server ended with status {status}: is there memory enough?")
             yield Served(line.split()[-1], process.pid)
         finally:
             process.stdin.close()  # asks it to stop, on every system

@@ -101,6 +101,18 @@ def test_does_not_remove_a_directory_that_is_no_artifact(tmp_path: Path) -> None
     assert listing(tmp_path) == {"results/thesis.txt": b"years of work"}
 
 
+@pytest.mark.parametrize("text", ['{"name": "My extension", "version": "1"}', "[]", "no JSON"])
+def test_another_programs_manifest_makes_no_artifact(tmp_path: Path, text: str) -> None:
+    """Browsers' extensions and web pages have a file of that name, too."""
+    target = tmp_path / "extension"
+    target.mkdir()
+    (target / "manifest.json").write_text(text)
+    (target / "background.js").write_text("years of work")
+    with pytest.raises(UserError, match="holds something else"):
+        make(target)
+    assert (target / "background.js").read_text() == "years of work"
+
+
 def test_an_empty_directory_may_be_the_target(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     assert value_of(make(tmp_path / "out")) == 1

@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from coa import starting_set
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,7 +24,6 @@ from lib.plans import (
     random_plan,
     sensitivities,
     spend,
-    starting_set,
 )
 from lib.plots import heat_map
 from lib.switchable import Switchable

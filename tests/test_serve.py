@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -347,6 +349,40 @@ def test_a_server_ends_with_the_program_that_started_it(place: Path) -> None:
     assert done.returncode == 9, done.stderr
     with contextlib.suppress(psutil.NoSuchProcess):
         psutil.Process(int(done.stdout)).wait(20)
+
+
+def test_a_proxy_sees_nothing_of_this_machines_own_traffic(
+        place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HTTP_PROXY is for the network: the engine's key and the prompts are not for it."""
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        proxy.setblocking(False)
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        for name in ("NO_PROXY", "no_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        with running(place / "tiny.gguf") as served:
+            assert ask_all(served.url, [question("Hello", max_tokens=4)])[0].tokens >= 1
+        with pytest.raises(BlockingIOError):
+            proxy.accept()
+
+
+@pytest.mark.parametrize("pieces", [[], ["one"]])
+def test_an_answer_of_no_piece_or_one(pieces: list[str]) -> None:
+    """A model of few bits may end at once: an empty answer, and no failure."""
+    events = [{"choices": [{"delta": {"content": piece}}]} for piece in pieces]
+    events += [{"choices": [], "usage": {"completion_tokens": 1, "prompt_tokens": 3}}]
+    text = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, text=text))
+    with httpx.Client(transport=transport, base_url="http://server") as client:
+        answer = ask(client, question("Hello"))
+    assert answer.text == "".join(pieces) and answer.last >= answer.first > 0
+    assert math.isnan(answer.decode)
+
+
+def test_a_server_that_dies_without_a_word(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lib.serve.sys.executable", shutil.which("false"))
+    with pytest.raises(UserError, match="ended with status 1"), running(place / "tiny.gguf"):
+        pass
 
 
 def test_load(server: Served) -> None:

@@ -32,7 +32,8 @@ from lib.configuration import Configuration, Layers, Level
 from lib.deploy import TASKS
 from lib.errors import UserError, require
 from lib.joint import train_over
-from lib.plans import error_table, greedy_plan, random_plan, sensitivities, starting_set
+from lib.plans import BUDGETS as SPREAD
+from lib.plans import error_table, greedy_plan, random_plan, sensitivities
 from lib.profiles import PROFILES, TrainSettings
 from lib.surrogate import Features, numbers, plan_of
 from lib.switchable import Switchable
@@ -116,6 +117,22 @@ def make_plans(task: str) -> dict[str, Any]:
     require(not set(tests.values()) & set(training), "a test plan is in the training set")
     return {"sensitivities": felt.tolist(), "training": [*map(text, training)],
             "tests": {name: text(plan) for name, plan in tests.items()}}
+
+
+def starting_set(base: Switchable, table: tuple[Sequence[Level], Tensor], *,
+                 count: int = 50, seed: int = 0) -> list[Configuration]:
+    """Configurations spread over the budgets: random and greedy ones in turn.
+
+    Args:
+        table: of `error_table`.
+    """
+    rng = random.Random(seed)
+    levels, errors = table
+    low, high = SPREAD
+    budgets = [low + (high - low) * (i + 0.5) / (count // 2) for i in range(count // 2)]
+    greedy = functools.partial(greedy_plan, base.layers, levels=levels, errors=errors)
+    pairs = [(random_plan(base.layers, b, rng), greedy(b)) for b in budgets]
+    return [plan for pair in pairs for plan in pair]
 
 
 def text(plan: Configuration) -> str:
