@@ -28,7 +28,6 @@ NEWEST = (3, 13)  # the oldest stands in lib/__init__.py; the pins have wheels f
 DISK_MB = 2200
 FEATURES = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX-512 bf16",
             "amx_bf16": "AMX", "asimd": "NEON", "bf16": "bf16"}
-CGROUP = Path("/sys/fs/cgroup")
 PIP = "python -m pip install -r requirements.txt"
 
 
@@ -115,7 +114,7 @@ def memory() -> tuple[str, str]:
     total = seen.total
     for file in ("memory.max", "memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):  # no container, or no limit in it
-            total = min(total, int((CGROUP / file).read_text(encoding="utf-8")))
+            total = min(total, int((Path("/sys/fs/cgroup") / file).read_text(encoding="utf-8")))
     free = min(total, seen.available)
     name, peak = max(((n, c["peak_mb"]) for n, c in stored_costs().items()), key=lambda x: x[1])
     said = f"{total / 1e9:.1f} GB, {free / 1e9:.1f} free; {name} takes {peak / 1e3:.1f}"
@@ -174,7 +173,8 @@ def cores() -> int:
     given = getattr(os, "sched_getaffinity", None)  # neither under macOS nor under Windows
     count = len(given(0)) if given else cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):  # no container, or no limit in it
-        quota, period = map(int, (CGROUP / "cpu.max").read_text(encoding="utf-8").split())
+        said = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8")
+        quota, period = map(int, said.split())
         count = min(count, max(1, quota // period))
     return count
 

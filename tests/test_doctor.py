@@ -273,11 +273,10 @@ def test_cores_taken_away_do_not_count() -> None:
 
 @pytest.mark.parametrize(("text", "count"), [
     ("200000 100000", 2), ("150000 100000", 1), ("50000 100000", 1), ("max 100000", 8)])
-def test_a_containers_quota_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
-                                   text: str, count: int) -> None:
+def test_a_containers_quota_counts(monkeypatch: pytest.MonkeyPatch, text: str,
+                                   count: int) -> None:
     """`docker run --cpus=2` leaves all cores in sight, and gives the time of two."""
-    (tmp_path / "cpu.max").write_text(f"{text}\n", encoding="utf-8")
-    monkeypatch.setattr(doctor, "CGROUP", tmp_path)
+    monkeypatch.setattr(Path, "read_text", lambda path, **_: f"{text}\n")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     assert doctor.cores() == count
 
