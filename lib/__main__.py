@@ -221,7 +221,7 @@ def command_site(args: argparse.Namespace) -> None:
 
 
 STOPPED = {"train": "stopped: run the same command again to go on from the last checkpoint",
-         "run": "stopped: go on with `--only NN`, one notebook at a time"}
+           "run": "stopped: go on with `--only NN`, one notebook at a time"}
 
 
 def main(argv: list[str] | None = None) -> int:
