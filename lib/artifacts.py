@@ -175,13 +175,13 @@ def writing(target: Path, **facts: Any) -> Iterator[Path]:
 
 
 def require_free(target: Path) -> None:
-    """UserError unless `target` is absent, empty, or an artifact to replace."""
+    """UserError unless `target` is absent, empty, or an artifact to replace; links stay."""
     require(target.name, f"{target} is the folder you are in: choose a new one")
     with saving(target):
+        require(not target.is_symlink(), f"{target} is a link: name the folder it leads to")
         recover(target)
-        require(not target.exists() or _is_ours(target) or
-                (target.is_dir() and not any(target.iterdir())),
-                f"{target} holds something else: choose another folder")
+        free = not target.exists() or (target.is_dir() and not any(target.iterdir()))
+        require(free or _is_ours(target), f"{target} holds something else: choose another folder")
 
 
 def _is_ours(target: Path) -> bool:

@@ -113,6 +113,15 @@ def test_another_programs_manifest_makes_no_artifact(tmp_path: Path, text: str) 
     assert (target / "background.js").read_text() == "years of work"
 
 
+def test_a_link_is_not_replaced(tmp_path: Path) -> None:
+    """A rename would put the artifact beside the disk that the link leads to."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk")
+    with pytest.raises(UserError, match="is a link"):
+        make(tmp_path / "out")
+    assert (tmp_path / "out").is_symlink()
+
+
 def test_an_empty_directory_may_be_the_target(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     assert value_of(make(tmp_path / "out")) == 1
