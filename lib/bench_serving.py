@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -14,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from lib.artifacts import scratch, versions
 from lib.base_model import load_tokenizer, machine
 from lib.bundle import Reader
-from lib.client import ask, ask_all, question
+from lib.client import ask, ask_all, connect, question
 from lib.gguf import export
 from lib.measure import middle_and_spread
 from lib.merge import load_saved, merge, save_int8, save_model
@@ -73,7 +72,7 @@ def swap_seconds(served: Served, texts: list[str]) -> float:
     both see the same slow and fast moments of the machine.
     """
     names = itertools.cycle(("sensors", "sensors", "movies", "movies"))
-    with httpx.Client(base_url=served.url, timeout=600, trust_env=False) as client:
+    with connect(served.url) as client:
         marks = [ask(client, question(text, model=name, max_tokens=2)).first
                  for name, text in zip(names, texts, strict=False)]
     return statistics.median(marks[2::2]) - statistics.median(marks[1::2])
@@ -103,7 +102,7 @@ def _measure(int8: PreTrainedModel, merged: Served, base: Served, weights: int
         "bnb_int8_tokens_per_s", "q8_tokens_per_s", "ratio", "prefill_tokens_per_s", "ttft_ms",
         "throughput_1_client", "throughput_4_clients", "clients_ratio", "swap_ms",
         "bandwidth_fraction")}
-    with httpx.Client(base_url=merged.url, timeout=600, trust_env=False) as client:
+    with connect(merged.url) as client:
         for repeat in range(REPEATS):
             ids = tokenizer(render(tokenizer, next(fresh)), return_tensors="pt").input_ids
             slow = phases(int8, ids)[1]

@@ -35,6 +35,11 @@ def question(instruction: str, *, model: str = "", **options: Any) -> Body:
             "temperature": 0, "max_tokens": 56, **options}
 
 
+def connect(url: str, **options: Any) -> httpx.Client:
+    """A client of a server on this machine; a proxy of the environment is not for it."""
+    return httpx.Client(base_url=url, timeout=600, trust_env=False, **options)
+
+
 def ask(client: httpx.Client, body: Body) -> Answer:
     """Stream one chat answer and time it.
 
@@ -67,6 +72,6 @@ def ask_all(url: str, bodies: Sequence[Body], *, clients: int = 4) -> list[Answe
     # No connection is used twice: threads that share a pool of kept ones may
     # close one that another thread has just taken.
     fresh = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-    with (httpx.Client(base_url=url, timeout=600, limits=fresh, trust_env=False) as client,
+    with (connect(url, limits=fresh) as client,
           ThreadPoolExecutor(clients) as pool):
         return list(pool.map(lambda body: ask(client, body), bodies))

@@ -13,11 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import httpx
-
 from lib.artifacts import ROOT, saving, scratch, swap
 from lib.base_model import load_tokenizer
-from lib.client import ask, question
+from lib.client import ask, connect, question
 from lib.deploy import TASKS, load_deployed, require_new
 from lib.errors import UserError, require
 from lib.measure import peak_memory
@@ -68,9 +66,9 @@ def _served(folder: Path, task: str) -> float:
     name = task if (folder / f"{task}.gguf").is_file() else ""
     body = question(TASKS[task]("test", 1)[0]["instruction"], model=name, max_tokens=TOKENS,
                     ignore_eos=True)
-    with running(folder) as at, httpx.Client(base_url=at.url, timeout=600, trust_env=False) as http:
-        ask(http, body)  # the prompt is in the cache from now on
-        return statistics.median(1e3 / ask(http, body).decode for _ in range(REPEATS))
+    with running(folder) as served, connect(served.url) as client:
+        ask(client, body)  # the prompt is in the cache from now on
+        return statistics.median(1e3 / ask(client, body).decode for _ in range(REPEATS))
 
 
 def _packed(folder: Path, task: str) -> float:

@@ -366,15 +366,14 @@ def t14(at: Stored) -> Found:
     full, lora = runs(at, "full"), runs(at, "lora")
     gaps = {split: points([r[split] for r in full], [r[split] for r in lora])
             for split in SPLITS}
-    ratios = {key: [one[key] / other[key] for one, other in zip(lora, full, strict=True)]
-              for key in ("peak_mb", "seconds", "saved_mb")}
-    costs = [*map(statistics.median, ratios.values())]
-    memory, time = (f"{percent(statistics.median(ratios[key]), 0)} "
-                    f"[{percent(min(ratios[key]), 0)}, {percent(max(ratios[key]), 0)}]"
-                    for key in ("peak_mb", "seconds"))
+    ratios = ([one[key] / other[key] for one, other in zip(lora, full, strict=True)]
+              for key in ("peak_mb", "seconds", "saved_mb"))
+    costs = [Interval(statistics.median(r), min(r), max(r)) for r in ratios]
+    memory, time = (f"{percent(c.value, 0)} [{percent(c.low, 0)}, {percent(c.high, 0)}]"
+                    for c in costs[:2])
     matches = all(gap.high <= MATCH for gap in gaps.values())
     worse = any(gap.above() for gap in gaps.values()) and not matches
-    cheap = max(costs) < 2 * COST
+    cheap = max(c.value for c in costs) < 2 * COST
     verdict = (REPRODUCED if matches and cheap else
                REFUTED if worse and not cheap else CORRECTED)
     said = ", ".join(f"{gap:+.1f} points on {SPLITS[split]}" for split, gap in gaps.items())
@@ -388,7 +387,7 @@ def t14(at: Stored) -> Found:
     gb, files = at["sizes"]["memory_gb"], at["sizes"]["files_gb"]
     big = gb["LoRA"]["sum"] / gb["full, mixed precision"]["sum"]
     return Found(verdict, f"Full less LoRA {said}; LoRA takes {memory} of the memory, {time} of "
-                 f"the time (seed by seed), {percent(costs[2])} of the bytes "
+                 f"the time (seed by seed), {percent(costs[2].value)} of the bytes "
                  f"(at 7B by formula {percent(big, 0)} of the memory, "
                  f"{percent(files['adapter, float32'] / files['merged'])} of the bytes)",
                  gaps["test"].value, gaps["test"].ends)
