@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lib.artifacts import BUILD, write_json
 from lib.errors import UserError, require
 
 
@@ -31,8 +32,7 @@ def parser() -> Parser:
     run = commands.add_parser("run", help="execute the notebooks in order")
     run.add_argument("--profile", default=default_profile(), help=", ".join(PROFILES))
     run.add_argument("--only", default="", metavar="NN", help="one notebook, by number")
-    run.add_argument("--store", action="store_true",
-                     help="also keep the outputs in notebooks/")
+    run.add_argument("--store", action="store_true", help="also keep the outputs in notebooks/")
 
     train = commands.add_parser("train", help="train an adapter on your own JSONL")
     train.add_argument("--data", required=True, type=Path, metavar="FILE.jsonl")
@@ -74,12 +74,14 @@ def parser() -> Parser:
     bench.add_argument("--json", type=Path, metavar="FILE")
 
     slides = commands.add_parser("slides", help="build a deck for each notebook")
-    slides.add_argument("--out", type=Path, metavar="DIR", help="default build/slides")
+    slides.add_argument("--out", type=Path, metavar="DIR", default=BUILD / "slides",
+                        help="default build/slides")
     slides.add_argument("--solutions", action="store_true",
                         help="show solutions below their exercises, not only as notes")
 
     site = commands.add_parser("site", help="build the course as a static site")
-    site.add_argument("--out", type=Path, metavar="DIR", help="default build/site")
+    site.add_argument("--out", type=Path, metavar="DIR", default=BUILD / "site",
+                      help="default build/site")
     return root
 
 
@@ -98,8 +100,8 @@ def _add_fields(command: argparse.ArgumentParser, settings: type, but: tuple[str
 
 
 def _from_fields(settings: type, args: argparse.Namespace) -> Any:
-    names = {f.name for f in dataclasses.fields(settings)}
-    return settings(**{k: v for k, v in vars(args).items() if k in names})
+    names = {f.name for f in dataclasses.fields(settings)} & vars(args).keys()
+    return settings(**{name: getattr(args, name) for name in names})
 
 
 def command_doctor(_: argparse.Namespace) -> None:
@@ -183,13 +185,11 @@ def command_serve(args: argparse.Namespace) -> None:
     from lib.serve import serve
 
     with contextlib.suppress(KeyboardInterrupt):  # the ordinary way to stop it
-        serve(args.path, _from_fields(ServeSettings, args), args.lora,
-              until_eof=args.until_eof)
+        serve(args.path, _from_fields(ServeSettings, args), args.lora, until_eof=args.until_eof)
 
 
 def command_bench(args: argparse.Namespace) -> None:
     """Run a benchmark; print it, and keep it as JSON."""
-    from lib.artifacts import write_json
     from lib.bench import run_bench
 
     result: dict[str, Any] = run_bench(args.name)
@@ -202,22 +202,18 @@ def command_bench(args: argparse.Namespace) -> None:
 
 def command_slides(args: argparse.Namespace) -> None:
     """Build the decks and say how long each is planned to take."""
-    from lib.artifacts import BUILD
     from lib.slides import build
 
-    out = args.out or BUILD / "slides"
-    for name, minutes in build(out, solutions=args.solutions).items():
+    for name, minutes in build(args.out, solutions=args.solutions).items():
         print(f"{name:24} about {minutes:.0f} minutes")
-    print(f"open {out / 'index.html'}")
+    print(f"open {args.out / 'index.html'}")
 
 
 def command_site(args: argparse.Namespace) -> None:
     """Build the site and say where it is."""
-    from lib.artifacts import BUILD
     from lib.site import build
 
-    out = args.out or BUILD / "site"
-    print(f"{build(out)} pages; open {out / 'index.html'}")
+    print(f"{build(args.out)} pages; open {args.out / 'index.html'}")
 
 
 STOPPED = {"train": "stopped: run the same command again to go on from the last checkpoint",

@@ -6,32 +6,22 @@ artifact or the new one, never half of one.
 """
 
 import contextlib
-import errno
 import gc
-import glob
 import hashlib
 import importlib.metadata
 import json
 import os
-import platform
-import re
 import shutil
-import tempfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lib.errors import UserError, require
+from lib.scratch import replacing, saving, scratch
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = Path(os.environ.get("COURSE_BUILD", ROOT / "build"))
 MANIFEST = "manifest.json"
-# What the user can mend: full, over quota, too large, read-only, not a folder.
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
-              errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
-# A process is known by its number only on its own machine.
-HOST = f"{zlib.crc32(platform.node().encode()):x}"
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "gguf", "xllamacpp")
 
 
@@ -69,91 +59,6 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A scratch file that becomes `path` only if the block succeeds."""
-    path = Path(path)
-    with saving(path), scratch(path) as folder:
-        part = folder / "part"
-        yield part
-        part.replace(path)
-
-
-_MINE: set[str] = set()
-
-
-@contextlib.contextmanager
-def scratch(target: Path | None = None) -> Iterator[Path]:
-    """A folder beside `target`, or among the system's temporary ones, for the block alone.
-
-    What killed processes have left there goes first; what living ones use stays.
-    """
-    target = target or Path(tempfile.gettempdir()) / "course"
-    with parents(target):
-        prefix = f".{target.name}.{HOST}-"
-        for left in target.parent.glob(f"{glob.escape(prefix)}*.part"):
-            if _abandoned(left):
-                shutil.rmtree(left, ignore_errors=True)
-        part = Path(tempfile.mkdtemp(".part", f"{prefix}{os.getpid()}-", target.parent))
-        _MINE.add(part.name)
-        try:
-            yield part
-        finally:
-            # Windows deletes no file that a tensor is mapped to; the next run will.
-            shutil.rmtree(part, ignore_errors=True)
-            _MINE.discard(part.name)
-
-
-def _abandoned(part: Path) -> bool:
-    """The process that made this folder is no more, whoever has its number now."""
-    import psutil  # here, because the doctor reads this module where it may be missing
-
-    number = part.name.split("-")[-2]
-    if part.name in _MINE or not number.isdecimal():
-        return False
-    try:
-        owner = psutil.Process(int(number))
-        # In a container every run may have the same number. Starting times are rounded.
-        return (owner.pid == os.getpid() or owner.status() == psutil.STATUS_ZOMBIE
-                or owner.create_time() > part.stat().st_mtime + 2)
-    except (psutil.NoSuchProcess, FileNotFoundError):
-        return True
-
-
-@contextlib.contextmanager
-def parents(target: Path) -> Iterator[None]:
-    """Make the folders above `target`; those that stay empty go again."""
-    new = [folder for folder in target.parents if not folder.exists()]
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield
-    finally:
-        for folder in new:
-            with contextlib.suppress(OSError):  # not empty
-                folder.rmdir()
-
-
-@contextlib.contextmanager
-def saving(where: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into a UserError that says where."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in UNWRITABLE:
-            raise UserError(
-                f"cannot write {where} ({error.strerror}): free some space or "
-                "choose another folder; nothing was left behind") from None
-        raise
-    except Exception as error:
-        # safetensors (in Rust) reports the same conditions as its own error.
-        number = re.search(r"(?:os error|code:) (\d+)", str(error))
-        if number and int(number[1]) in UNWRITABLE:
-            reason = os.strerror(int(number[1])).lower()
-            raise UserError(f"cannot write {where} ({reason}): free some space or choose "
-                            "another folder; nothing was left behind") from None
-        raise
-
-
-@contextlib.contextmanager
 def writing(target: Path, **facts: Any) -> Iterator[Path]:
     """A scratch directory that becomes `target` only if the block succeeds.
 
@@ -162,7 +67,7 @@ def writing(target: Path, **facts: Any) -> Iterator[Path]:
     """
     target = Path(target)
     require_free(target)
-    with saving(target), scratch(target) as part:
+    with scratch(target) as part:
         yield part
         files = {f.relative_to(part).as_posix(): sha256(f)
                  for f in sorted(part.rglob("*")) if f.is_file()}
@@ -174,26 +79,40 @@ def writing(target: Path, **facts: Any) -> Iterator[Path]:
         swap(part, target)
 
 
-def require_free(target: Path) -> None:
-    """UserError unless `target` is absent, empty, or an artifact to replace; links stay."""
+def require_free(target: Path, *sources: Path | str) -> None:
+    """UserError unless `target` is absent, empty, or an artifact to replace; links stay.
+
+    It may hold no other files and none of the `sources`: they would go with it.
+    """
     require(target.name, f"{target} is the folder you are in: choose a new one")
+    for source in map(Path, sources):
+        inside = target.resolve() in (source.resolve(), *source.resolve().parents)
+        require(not (inside and source.exists()),
+                f"{target} holds {source}, which is read here: choose another folder")
     with saving(target):
         require(not target.is_symlink(), f"{target} is a link: name the folder it leads to")
         recover(target)
-        free = not target.exists() or (target.is_dir() and not any(target.iterdir()))
-        require(free or _is_ours(target), f"{target} holds something else: choose another folder")
+        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+            ours = _files(target)
+            require(ours, f"{target} holds something else: choose another folder")
+            for file in target.rglob("*"):
+                require(file.relative_to(target).as_posix() in ours or file.is_dir(),
+                        f"{file} is no part of what would be replaced: move it away, or "
+                        "choose another folder")
 
 
-def _is_ours(target: Path) -> bool:
-    """It has a manifest as `writing` makes it: other programs name files so, too."""
+def _files(target: Path) -> set[str]:
+    """What an artifact says it has; nothing for what other programs name a manifest."""
     try:
-        return {"files", "versions"} <= read_json(target / MANIFEST).keys()
-    except (UserError, AttributeError):
-        return False
+        manifest = read_json(target / MANIFEST)
+        return {MANIFEST, *manifest["files"]} if "versions" in manifest else set()
+    except (UserError, LookupError, TypeError):
+        return set()
 
 
 def swap(part: Path, target: Path) -> None:
     """Rename `part` to `target`, keeping the old one until the new one is in."""
+    require_free(target)  # somebody may have put something there meanwhile
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
@@ -217,7 +136,7 @@ def _rename(source: Path, target: Path) -> None:
 def recover(target: Path) -> None:
     """Put the old artifact back if a run died between the two renames."""
     old = target.with_name(f".{target.name}.old")
-    if old.exists() and not target.exists():
+    if os.path.exists(old) and not target.exists():
         old.rename(target)
 
 
@@ -229,7 +148,8 @@ def verified(target: Path) -> dict[str, Any]:
     """
     target = Path(target)
     recover(target)
-    require((target / MANIFEST).is_file(),
+    # pathlib's own raises for a name that is too long.
+    require(os.path.isfile(target / MANIFEST),
             f"{target} is no artifact of this course (no {MANIFEST}): check the path")
     manifest = read_json(target / MANIFEST)
     files = manifest.get("files") if isinstance(manifest, dict) else None

@@ -134,8 +134,7 @@ def best_dtype() -> torch.dtype:
     `COURSE_DTYPE=float32` overrides the probe.
     """
     if name := os.environ.get("COURSE_DTYPE"):
-        require(name in ("float32", "bfloat16"),
-                f"COURSE_DTYPE={name}: use float32 or bfloat16")
+        require(name in ("float32", "bfloat16"), f"COURSE_DTYPE={name}: use float32 or bfloat16")
         return getattr(torch, name)
     if torch.cuda.is_available():
         return torch.bfloat16

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from lib.artifacts import ROOT, read_json, versions
-from lib.base_model import load_tokenizer, machine, quiet
+from lib.artifacts import ROOT, read_json
+from lib.base_model import load_tokenizer, quiet
 from lib.coa import CoaLora
 from lib.measure import middle_and_spread
 from lib.plans import BUDGETS, random_plan, sensitivities
@@ -47,6 +47,6 @@ def search() -> dict[str, Any]:
         base.switch(plan)
         held_out_loss(coa.model, tokenizer, held)
         rows["evaluation_s"].append(time.perf_counter() - start)
-    return {"machine": machine(), "versions": versions(), "hypervolume": {
+    return {"hypervolume": {
         file.stem: read_json(file)["result"]["hypervolume"]
         for file in sorted(STORED.glob("*-*.json"))}} | middle_and_spread(rows)

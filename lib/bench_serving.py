@@ -10,13 +10,13 @@ import psutil
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from lib.artifacts import scratch, versions
-from lib.base_model import load_tokenizer, machine
+from lib.base_model import load_tokenizer
 from lib.bundle import Reader
 from lib.client import ask, ask_all, connect, question
 from lib.gguf import export
 from lib.measure import middle_and_spread
 from lib.merge import load_saved, merge, save_int8, save_model
+from lib.scratch import scratch
 from lib.serve import Served, running
 from lib.tasks import DATA, movies, render, sensors
 
@@ -118,7 +118,6 @@ def _measure(int8: PreTrainedModel, merged: Served, base: Served, weights: int
                     1e3 * swap_seconds(base, [next(fresh) for _ in range(24)]),
                     fast * weights / read_bandwidth()), strict=True):
                 rows[key].append(value)
-    return {"machine": machine(), "versions": versions(), "repeats": REPEATS,
-            "weight_mb": weights / 1e6,
+    return {"repeats": REPEATS, "weight_mb": weights / 1e6,
             "peak_rss_mb": psutil.Process(merged.pid).memory_info().rss / 1e6
             } | middle_and_spread(rows)

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 
-from lib.artifacts import scratch, versions
-from lib.base_model import load_model, machine, quiet
+from lib.base_model import load_model, quiet
 from lib.bench_training import StepClock
 from lib.coa import CoaLora
 from lib.configuration import Configuration
@@ -22,6 +21,7 @@ from lib.measure import middle_and_spread
 from lib.packing import load_packed, save_packed
 from lib.plans import random_plan
 from lib.profiles import TrainSettings, seed_everything
+from lib.scratch import scratch
 from lib.switchable import Switchable
 from lib.tasks import sensors
 
@@ -58,8 +58,7 @@ def switching() -> dict[str, Any]:
         rows["packed_over_plain"] = _packed(place, plans[0])
     rows["step_ratio"] = _step_ratios(plans)
     theta = sum(p.numel() for p in coa.network.parameters())
-    return {"machine": machine(), "versions": versions(), "theta_parameters": theta
-            } | middle_and_spread(rows)
+    return {"theta_parameters": theta} | middle_and_spread(rows)
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""The training step against the stock one: tokens a second, loss."""
+"""The training step against the stock one, and with each set of target modules."""
 
 import itertools
 import statistics
@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from lib.artifacts import scratch, versions
-from lib.base_model import load_model, load_tokenizer, machine, quiet
+from lib.base_model import load_model, load_tokenizer, quiet
 from lib.measure import middle_and_spread
-from lib.profiles import TrainSettings, seed_everything
+from lib.profiles import TARGETS, TrainSettings, seed_everything
+from lib.scratch import scratch
 from lib.tasks import sensors
 from lib.train import make_trainer, run_trainer
 
@@ -78,8 +78,7 @@ def training() -> dict[str, Any]:
                     time_arm(arm, TrainSettings(targets=targets, steps=STEPS)))
     speed = {name: [tokens for tokens, _ in pairs] for name, pairs in runs.items()}
     loss = {name: statistics.mean(loss for _, loss in pairs) for name, pairs in runs.items()}
-    result: dict[str, Any] = {"machine": machine(), "versions": versions(),
-                              "repeats": REPEATS, "steps": STEPS}
+    result: dict[str, Any] = {"repeats": REPEATS, "steps": STEPS}
     ratios = {}
     for suffix in sets:
         result |= {f"{name}_tokens_per_s{suffix}": statistics.median(speed[name + suffix])
@@ -90,3 +89,16 @@ def training() -> dict[str, Any]:
     return result | middle_and_spread({
         name: [a / b for a, b in zip(speed[one], speed[other], strict=True)]
         for name, (one, other) in ratios.items()})
+
+
+def targets() -> dict[str, Any]:
+    """Time of a step with each target set over one with the smallest, on the same batches."""
+    quiet()
+    speed: dict[str, list[float]] = {name: [] for name in TARGETS}
+    for _ in range(REPEATS):
+        for name in TARGETS:
+            speed[name].append(time_arm(OURS, TrainSettings(targets=name, steps=STEPS))[0])
+    least, *others = TARGETS
+    return {"repeats": REPEATS, "steps": STEPS, "tokens_per_s": speed} | middle_and_spread({
+                f"{name}_step_ratio": [a / b for a, b in zip(
+                    speed[least], speed[name], strict=True)] for name in others})

@@ -3,6 +3,7 @@
 Nothing here needs torch, so that a server stays small.
 """
 
+import os
 import re
 import struct
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from lib.errors import UserError, require
 
 BASE_KEY = "general.base_model.0.name"
 # What the reader raises for bytes that make no sense.
-DAMAGE = (ValueError, LookupError, OverflowError, TypeError, AttributeError, struct.error)
+DAMAGE = (ValueError, LookupError, OverflowError, TypeError, AttributeError, struct.error, OSError)
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def open_bundle(path: Path, loras: Sequence[str] = ()) -> Bundle:
     Raises:
         UserError: missing, damaged or foreign file; an adapter that does not fit.
     """
-    require(path.exists(), f"{path} does not exist: check the path")
+    require(os.path.exists(path), f"{path} does not exist: check the path")
     model, name, adapters = path, path.stem, {}
     if path.is_dir():
         facts = verified(path)
@@ -108,7 +109,7 @@ def fact(reader: Reader, key: str) -> Any:
 
 
 def _read(path: Path) -> Reader:
-    require(Path(path).is_file(), f"{path} does not exist: check the path")
+    require(os.path.isfile(path), f"{path} does not exist: check the path")
     try:
         reader = Reader(path)
         architecture = fact(reader, "general.architecture")

@@ -72,6 +72,5 @@ def ask_all(url: str, bodies: Sequence[Body], *, clients: int = 4) -> list[Answe
     # No connection is used twice: threads that share a pool of kept ones may
     # close one that another thread has just taken.
     fresh = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-    with (connect(url, limits=fresh) as client,
-          ThreadPoolExecutor(clients) as pool):
+    with connect(url, limits=fresh) as client, ThreadPoolExecutor(clients) as pool:
         return list(pool.map(lambda body: ask(client, body), bodies))

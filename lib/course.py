@@ -16,13 +16,14 @@ from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from PIL import Image
 from traitlets.config import Config
 
-from lib.artifacts import ROOT, read_json, replacing, saving, scratch, write_json
+from lib.artifacts import ROOT, read_json, write_json
 from lib.base_model import machine
 from lib.doctor import course_files, stored_costs
 from lib.errors import UserError, require
 from lib.measure import peak_memory, run_directory
 from lib.pages import notebook_page
 from lib.profiles import get_profile
+from lib.scratch import replacing, saving, scratch
 
 NOTEBOOKS = ROOT / "notebooks"
 CELL_TIMEOUT = 3600
@@ -143,8 +144,7 @@ def cell_seconds(source: Path) -> list[float]:
 
 def own_cells(executed: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
     """The cells of an executed copy without the one that papermill put in."""
-    return [c for c in executed.cells
-            if "injected-parameters" not in c.metadata.get("tags", [])]
+    return [c for c in executed.cells if "injected-parameters" not in c.metadata.get("tags", [])]
 
 
 def takes(run: dict[str, Any]) -> str:

@@ -200,7 +200,8 @@ def load_deployed(directory: Path, *, packed_layers: bool = True) -> PeftModel:
         UserError: no such directory, a missing or damaged file.
     """
     verified(directory)
-    return _read(Path(directory), packed_layers=packed_layers)
+    require((directory / "deployed.json").is_file(), f"{directory} is not from `deploy`: check it")
+    return _read(directory, packed_layers=packed_layers)
 
 
 def _read(directory: Path, *, packed_layers: bool) -> PeftModel:
@@ -229,8 +230,7 @@ def require_new(task: str, budget_mb: float, out: Path) -> None:
     require(task in TASKS, f"unknown task {task!r}: use one of {', '.join(TASKS)}")
     require(budget_mb > 0, f"budget of {budget_mb:g} MB: use a number above 0")
     require_free(out)
-    require(not out.exists() or (out.is_dir() and not any(out.iterdir())),
-            f"{out} exists: choose a new folder")
+    require(not (out / MANIFEST).exists(), f"{out} exists: choose a new folder")
 
 
 def require_tied(base: Switchable) -> None:

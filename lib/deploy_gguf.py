@@ -9,17 +9,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from lib.artifacts import (
-    MANIFEST,
-    ROOT,
-    read_json,
-    saving,
-    scratch,
-    sha256,
-    swap,
-    write_json,
-    writing,
-)
+from lib.artifacts import MANIFEST, ROOT, read_json, sha256, swap, write_json, writing
 from lib.base_model import quiet
 from lib.bundle import Reader
 from lib.client import ask_all, question
@@ -34,6 +24,7 @@ from lib.lora import adapter_factors, load_adapter
 from lib.merge import dequantized_base
 from lib.plans import sensitivities, spend
 from lib.quantize import rounded
+from lib.scratch import scratch
 from lib.serve import running
 from lib.switchable import Switchable
 from lib.tasks import Record, Score, keyword_hit
@@ -141,7 +132,7 @@ def deploy_gguf(task: str, budget_mb: float, out: Path, *, examples: int = 32,
         folded, base.layers.names, TASKS[task]("train", WEIGHED_BY), name=model), strict=True))
     ways = {"folded": (folded, room), "beside": (quantised, room - _lora_bytes(adapter))}
     made, scores = {}, {}
-    with saving(out), scratch(out) as work:
+    with scratch(out) as work:
         for way, (weights, left) in ways.items():
             if left < least:
                 continue  # there is room for the adapter only inside the weights
@@ -221,8 +212,7 @@ def _norms(weights: PreTrainedModel) -> int:
 def served_score(path: Path, records: Sequence[Record], name: str = "") -> Score:
     """Keyword score of a server's answers, by the adapter of this name if any."""
     with running(path) as served:
-        answers = ask_all(served.url, [question(r["instruction"], model=name)
-                                       for r in records])
+        answers = ask_all(served.url, [question(r["instruction"], model=name) for r in records])
     return Score(tuple(keyword_hit(a.text, r["expected_keyword"])
                        for a, r in zip(answers, records, strict=True)),
                  tuple(a.text for a in answers))

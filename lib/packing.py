@@ -9,10 +9,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lib.artifacts import replacing
 from lib.configuration import Configuration, Layers, Level
 from lib.errors import UserError, require
 from lib.quantize import DTYPES, GRIDS, Quantized, dequantize, quantize
+from lib.scratch import replacing
 from lib.switchable import Switchable
 
 PARTS = ("codes", "scale_codes", "group_scales", "mean")
@@ -153,8 +153,7 @@ def unpack(model: PreTrainedModel) -> None:
     """Decode the packed layers of a model once, in place: plain linear layers."""
     for name, layer in [*model.named_modules()]:
         if isinstance(layer, PackedLinear):
-            plain = nn.Linear(layer.in_features, layer.out_features, bias=False,
-                              device="meta")
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
             plain.weight = nn.Parameter(layer.weight.to(model.dtype), requires_grad=False)
             plain.bias = layer.bias
             model.set_submodule(name, plain)

@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lib.artifacts import replacing
 from lib.configuration import GRID
 from lib.errors import UserError, require
 from lib.pareto import HIGH, LOW, SEGMENTS, expected_improvement, kept, require_reference, segment
 from lib.plans import best_levels, spend
+from lib.scratch import replacing
 from lib.surrogate import NUMBERS, Features, Surrogate
 
 Evaluate = Callable[[Tensor], float]

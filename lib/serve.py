@@ -110,6 +110,9 @@ class Served:
 def running(path: Path, *options: str) -> Iterator[Served]:
     """A server process for as long as the block runs.
 
+    Args:
+        options: as `serve` has them; files in them by their whole paths.
+
     Raises:
         UserError: what the server said when it could not start.
     """

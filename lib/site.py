@@ -7,9 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lib.artifacts import ROOT, read_json, writing
+from lib.artifacts import BUILD, ROOT, read_json, writing
 from lib.course import NOTEBOOKS, notebooks, read_notebook
 from lib.pages import TEMPLATES, notebook_page, relinked, text_page
+from lib.scratch import HOST
 
 RESULTS, CLAIMS = ROOT / "data" / "results", ROOT / "data" / "claims.json"
 CARD, PICTURE = "data/adapters/README.md", "data/results/picture.png"
@@ -28,8 +29,7 @@ def build(out: Path) -> int:
         shutil.copyfile(CLAIMS, part / "claims.json")
         shutil.copyfile(ROOT / PICTURE, part / "picture.png")
         shutil.copyfile(TEMPLATES / "page" / "static" / "search.js", part / "search.js")
-        made = {path.stem: notebook_page(read_notebook(path), nav=nav())
-                for path in notebooks()}
+        made = {path.stem: notebook_page(read_notebook(path), nav=nav()) for path in notebooks()}
         texts = {path.stem: path.read_text(encoding="utf-8") for path in guides()} | {
             "index": (ROOT / "README.md").read_text(encoding="utf-8").replace(
                 PICTURE, "picture.png").replace(CARD, "CARD.md"),
@@ -119,8 +119,11 @@ def reference(out: Path) -> None:
     pdoc.render.configure(docformat="google", show_source=False,
                           template_directory=TEMPLATES / "reference")
     pdoc.pdoc("lib", output_directory=out)
-    for path in out.rglob("*.html"):
-        path.write_text(without_dead_links(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in out.rglob("*.*"):
+        text = path.read_text(encoding="utf-8")
+        # pdoc shows what the constants are on this machine.
+        text = text.replace(BUILD.as_posix(), "build").replace(ROOT.as_posix(), ".")
+        path.write_text(without_dead_links(text.replace(HOST, "HOST")), encoding="utf-8")
 
 
 def without_dead_links(text: str) -> str:

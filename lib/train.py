@@ -168,7 +168,7 @@ def train(
     for number, record in enumerate(records, 1):
         check_record(record, f"record {number}")
     if out is not None:
-        require_free(Path(out))
+        require_free(Path(out), model)
     processes = join()
     with processes.local_main_process_first():
         locate(model)  # one makes the embedded model's files, the others find them
@@ -179,8 +179,7 @@ def train(
     identity = {"settings": dataclasses.asdict(settings), "model": model,
                 "records": [[r["instruction"], r["response"]] for r in records]}
     with work_directory(out, identity, processes) as work:
-        trainer = make_trainer(base, tokenizer, records, settings, work=work,
-                               say_every=say_every)
+        trainer = make_trainer(base, tokenizer, records, settings, work=work, say_every=say_every)
         result = run_trainer(trainer, settings, resume=last_checkpoint(work))
         whole = trainer.accelerator.get_state_dict(trainer.model) if sharded() else None
         if out is not None and first():

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
-from lib.artifacts import parents, read_json, saving, scratch, verified, write_json, writing
+from lib.artifacts import read_json, verified, write_json, writing
 from lib.processes import first
+from lib.scratch import parents, saving, scratch
 from lib.tasks import answer_loss
 
 IDENTITY = "identity.json"
@@ -56,8 +57,7 @@ class CourseTrainer(SFTTrainer):
                 tensors[f"{key}.{name}"] = (value.clone() if key.startswith("qmap")
                                             else torch.as_tensor(value))
         with writing(folder, scheduler=self.lr_scheduler.state_dict()) as part:
-            save_file({k: t.contiguous() for k, t in tensors.items()},
-                      part / "state.safetensors")
+            save_file({k: t.contiguous() for k, t in tensors.items()}, part / "state.safetensors")
             self.state.save_to_json(str(part / "trainer_state.json"))
         for old in Path(self.args.output_dir).glob("checkpoint-*"):
             if old != folder:
@@ -80,8 +80,7 @@ class CourseTrainer(SFTTrainer):
                 kind: t.item() if t.dtype == torch.int64 else t for kind, t in found.items()}
         scheduler = read_json(Path(checkpoint) / "manifest.json")["scheduler"]
         self.lr_scheduler.load_state_dict(scheduler)
-        for group, rate in zip(self.optimizer.param_groups, scheduler["_last_lr"],
-                               strict=True):
+        for group, rate in zip(self.optimizer.param_groups, scheduler["_last_lr"], strict=True):
             group["lr"] = rate
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -132,7 +131,7 @@ def work_directory(out: Path | None, identity: dict[str, Any],
     records) and of as many processes. The first process keeps house for all.
     """
     if out is None:
-        with scratch() as work, saving(work):
+        with scratch() as work:
             yield work
         return
     out = Path(out)

@@ -22,11 +22,12 @@ import torch
 
 import lib.train
 from lib import course, embedded, measure
-from lib.artifacts import scratch, write_json, writing
+from lib.artifacts import write_json, writing
 from lib.base_model import quiet
 from lib.configuration import LEVELS
 from lib.gguf import export
 from lib.profiles import TrainSettings, get_profile
+from lib.scratch import scratch
 from lib.search import Found, Journal, search
 from lib.slides import build
 from lib.surrogate import Features

@@ -19,7 +19,7 @@ from lib import artifacts
 from lib.artifacts import (
     read_json,
     recover,
-    saving,
+    require_free,
     sha256,
     size_mb,
     verified,
@@ -28,6 +28,7 @@ from lib.artifacts import (
     writing,
 )
 from lib.errors import UserError
+from lib.scratch import saving
 
 Change = Callable[[Path], None]
 
@@ -111,6 +112,38 @@ def test_another_programs_manifest_makes_no_artifact(tmp_path: Path, text: str) 
     with pytest.raises(UserError, match="holds something else"):
         make(target)
     assert (target / "background.js").read_text() == "years of work"
+
+
+def test_what_a_person_put_into_an_artifact_stays(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for _ in range(2):  # its own files are replaced, those of an artifact in it, too
+        with writing(out) as part, writing(part / "inner") as inner:
+            (inner / "weights").write_text("new")
+    (out / "inner" / "notes.txt").write_text("my own")
+    with pytest.raises(UserError, match=r"notes.txt is no part .* move it away"), writing(out):
+        pytest.fail("it began to work")
+    assert (out / "inner" / "notes.txt").read_text() == "my own"
+    verified(out)
+
+
+def test_what_came_there_meanwhile_stays(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="holds something else"), writing(out) as part:
+        (part / "weights").write_text("new")
+        out.mkdir()
+        (out / "thesis.txt").write_text("years of work")
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "thesis.txt"]
+
+
+@pytest.mark.parametrize("source", ["out", "out/adapter", "out/gone/../adapter"])
+def test_what_is_read_is_not_replaced(tmp_path: Path, source: str) -> None:
+    with writing(tmp_path / "out") as part:
+        (part / "adapter").mkdir()
+    (tmp_path / "out" / "gone").mkdir()
+    with pytest.raises(UserError, match="which is read here: choose another"):
+        require_free(tmp_path / "out", tmp_path / source)
+    require_free(tmp_path / "out", "embedded", tmp_path / "out" / "none", tmp_path / "other")
+    require_free(tmp_path / "out" / "adapter" / "new", tmp_path / source)
 
 
 def test_a_link_is_not_replaced(tmp_path: Path) -> None:
@@ -343,7 +376,7 @@ def test_injected_disk_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nu
                                   "Error while serializing: IoError(Os { code: 28, kind: "
                                   'StorageFull, message: "No space left on device" })'])
 def test_safetensors_own_full_disk_error(tmp_path: Path, text: str) -> None:
-    with pytest.raises(UserError, match="cannot write .*no space left"), \
+    with pytest.raises(UserError, match="cannot write .*No space left"), \
             writing(tmp_path / "out"):
         raise SafetensorError(text)
     assert names(tmp_path) == []

@@ -37,6 +37,7 @@ from lib.joint import train_over
 from lib.limits import Cost, deploy_within
 from lib.lora import adapter_factors, load_adapter
 from lib.merge import load_saved, merge
+from lib.merge import save_model as save_merged
 from lib.packing import load_packed, save_packed
 from lib.plans import random_plan
 from lib.profiles import TrainSettings
@@ -128,6 +129,12 @@ def add_models(root: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokeniz
             other.model.layers[1].mlp.up_proj.weight.data[3, 3] = float("nan")
         other.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
+    reworded = shutil.copytree(root / "nan_model", root / "reworded") / "tokenizer.json"
+    words = read_json(reworded)
+    vocabulary = words["model"]["vocab"]
+    one, other = [*vocabulary][1000:1002]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    reworded.write_text(json.dumps(words))
     weights = root / "cut_model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     shutil.copytree(root / "words", root / "no_config").joinpath("config.json").write_text("{")
@@ -278,12 +285,27 @@ def unreadable(place: Place) -> None:
         typed(data("good.jsonl"), place)
 
 
+def no_right_to_read(place: Place) -> None:
+    def denied(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with place.patch.context() as patch:
+        patch.setattr("gguf.gguf_reader.np.memmap", denied)
+        typed(["serve", "SHELF/edge/model.gguf"], place)
+
+
+def _huge(place: Place) -> LlamaForCausalLM:
+    model = load_model(place.tiny)
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = 1e5
+    return model
+
+
 def bench_into(target: str) -> Callable[[Place], None]:
     def run(place: Place) -> None:
         module = types.ModuleType("lib.bench_quick")
         vars(module)["quick"] = lambda: {}
         place.patch.setitem(sys.modules, "lib.bench_quick", module)
-        place.patch.setattr("lib.bench.BENCHES", ("quick",))
+        place.patch.setattr("lib.bench.BENCHES", {"quick": "quick"})
         typed(["bench", "quick", "--json", target], place)
     return run
 
@@ -487,7 +509,22 @@ ROWS: dict[str, tuple[Call, str, str]] = {
     "export: out is not mine": ([*EXPORT, "--route", "original", "--out", "locked/edge"],
                                 "cannot write locked/edge", "choose another folder"),
     "export: model not finite": (["export", "--model", "SHELF/nan_model", "--out", "edge"],
-                                 "blk.1.ffn_up.weight has a weight that is no finite", "anew"),
+                                 "blk.1.ffn_up.weight has a weight of nan", "make it anew"),
+    "export: out is the adapter": ([*EXPORT, "--adapter", "x=SHELF/adapter", "--out",
+                                    "SHELF/adapter"], "holds .*adapter, which is read",
+                                   "choose another folder"),
+    "export: out holds the adapter": (
+        [*EXPORT, "--merge", "SHELF/edge/mine.gguf", "--out", "SHELF/edge"],
+        "edge holds .*mine.gguf, which is read", "choose another folder"),
+    "export: out is the model": (["export", "--model", "SHELF/words", "--out", "SHELF/words"],
+                                 "words holds .*words, which is read", "choose another folder"),
+    "train: out is the model": ([*TRAIN, "--model", "SHELF/words", "--out", "SHELF/words"],
+                                "words holds .*words, which is read", "choose another folder"),
+    "export: the same number of other words": (
+        ["export", "--model", "SHELF/reworded", "--route", "original", "--out", "edge"],
+        "reworded has another vocabulary", "convert it with"),
+    "save_model(): too large for 16 bits": (
+        lambda p: save_merged(_huge(p), Path("new/out")), "float16 cannot hold", "make it anew"),
     "export: other words": (["export", "--model", "SHELF/words", "--route", "original", "--out",
                              "edge"], "only models with the embedded model's vocabulary",
                             "convert others with"),
@@ -546,7 +583,14 @@ ROWS: dict[str, tuple[Call, str, str]] = {
                                 folder=p.shelf / "data"), "below the smallest", "MB more"),
     "load_deployed(): nothing there": (lambda _: load_deployed(Path("none")), "none is no artifact",
                                        "check the path"),
+    "load_deployed(): another artifact": (lambda p: load_deployed(p.shelf / "edge"),
+                                          "edge is not from `deploy`", "check it"),
 
+    "serve: too long a name": (["serve", LONG], "x does not exist", "check the path"),
+    "serve: adapter's name too long": (["serve", "SHELF/edge", "--lora", f"x={LONG}"],
+                                       "x does not exist", "check the path"),
+    "serve: may not be read": (no_right_to_read, "model.gguf is no whole.*Permission",
+                               "make it again"),
     "serve: nothing": (["serve", "nothing"], "nothing does not exist", "check the path"),
     "serve: a folder": (["serve", "folder"], "folder is no artifact", "check the path"),
     "serve: an adapter": (["serve", "SHELF/adapter"], "adapter is not from .* export", "make one"),
@@ -626,6 +670,8 @@ ROWS: dict[str, tuple[Call, str, str]] = {
     "coa adapter without its network": (
         lambda p: CoaLora.from_pretrained(Switchable.load(p.tiny), p.shelf / "adapter"),
         "adapter has no coa.safetensors", "it is no configuration-aware"),
+    "verified() of too long a name": (lambda _: verified(Path(LONG)), "x is no artifact",
+                                      "check the path"),
     "verified() through a file": (lambda _: verified(Path("taken")), "taken is no artifact",
                                   "check the path"),
     "journal of something else": (
@@ -657,7 +703,8 @@ def test_bad_input(name: str, place: Place, capfd: pytest.CaptureFixture[str]) -
     assert "Traceback" not in err and len(err) < 700
     for said in (wrong, remedy):
         assert re.search(said, err) or said in err, err
-    assert all(line.startswith("step ") for line in out.splitlines())
+    # A benchmark prints what it has measured before it keeps it.
+    assert all(line.startswith("step ") for line in out.splitlines()) or "bench" in name
     assert listing(place.here) == before and marks(place.shelf) == kept
 
 

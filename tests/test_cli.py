@@ -92,7 +92,7 @@ def fake_bench(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     module = types.ModuleType("lib.bench_quick")
     module.quick = quick  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "lib.bench_quick", module)
-    monkeypatch.setattr("lib.bench.BENCHES", ("quick",))
+    monkeypatch.setattr("lib.bench.BENCHES", {"quick": "quick"})
     return ran
 
 
@@ -101,6 +101,7 @@ def test_bench_prints_and_keeps(place: Path, fake_bench: list[str],
     assert main(["bench", "quick", "--json", "new/bench.json"]) == 0
     assert "ratio" in (out := capfd.readouterr().out) and "1.5" in out
     stored = json.loads((place / "new" / "bench.json").read_text())
+    assert stored.pop("versions")["torch"]
     assert stored == {"ratio": 1.5, "machine": {"cores": 2}}
     assert fake_bench == ["quick"]
 

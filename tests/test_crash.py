@@ -19,8 +19,9 @@ import pytest
 from conftest import ROOT
 
 from lib import trainer
-from lib.artifacts import BUILD, HOST, read_json, scratch, verified, write_json, writing
+from lib.artifacts import BUILD, read_json, verified, write_json, writing
 from lib.errors import UserError
+from lib.scratch import HOST, scratch
 from lib.search import Journal
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="SIGKILL and fork")

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import with_adapter
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from lib import deploy as module
@@ -61,6 +62,21 @@ def test_the_size_stays_under_the_budget_and_near_the_prediction(
     assert done.predicted_mb - done.actual_mb < 0.16
     verified(tmp_path / "out")
     assert not list(tmp_path.glob(".*"))
+
+
+def test_the_model_in_16_bits_has_its_adapter_once(
+        folder: Path, tiny_directory: str, tmp_path: Path) -> None:
+    """Loaded, the adapter is among the model's parameters; as a file, it is counted anyway."""
+    out = tmp_path / "out"
+    run(folder, tiny_directory, 8.5, out)
+    files = size(out / "adapter") + sum(
+        f.stat().st_size for f in out.glob("*.json") if "tokenizer" in f.name or "config" in f.name)
+    numbers = Switchable.load(tiny_directory).model.num_parameters()
+    adapter = 2 * sum(t.numel() for t in load_file(
+        out / "adapter" / "adapter_model.safetensors").values())
+    whole = 2 * numbers + files + module.HEADERS
+    with pytest.raises(UserError, match="hold the model in 16 bits"):
+        run(folder, tiny_directory, (whole + adapter / 2) / 1e6, tmp_path / "large")
 
 
 def test_a_head_of_its_own_is_refused(folder: Path, tiny_directory: str, tmp_path: Path) -> None:

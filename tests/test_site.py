@@ -9,8 +9,9 @@ from conftest import ROOT
 from links import Links, faults
 
 from lib import site
-from lib.artifacts import read_json, verified
+from lib.artifacts import BUILD, read_json, verified
 from lib.course import notebooks
+from lib.scratch import HOST
 
 RESULTS = ROOT / "data" / "results"
 
@@ -47,6 +48,15 @@ def test_all_links_lead_somewhere_and_nothing_is_remote(built):
 def test_the_link_checker_can_fail(page, fault, tmp_path):
     (tmp_path / "a.html").write_text(f"<p id='here'><a href='a.html#here'>{page}")
     assert len(faults(tmp_path)) == 1 and fault in faults(tmp_path)[0]
+
+
+def test_nothing_tells_where_it_was_built(built):
+    for path in [*built.rglob("*.html"), *built.rglob("*.js")]:
+        text = path.read_text(encoding="utf-8")
+        for told in (ROOT.as_posix(), BUILD.as_posix(), HOST):
+            assert told not in text, (path, told)
+    page = (built / "reference" / "lib" / "artifacts.html").read_text(encoding="utf-8")
+    assert "Path(&#39;build&#39;)" in page
 
 
 def test_it_has_the_notebooks_with_their_outputs(built):

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from alternate import renewed
 from make import ADAPTERS, RESULTS, run_pieces, score_row, training_row
 
-from lib.artifacts import BUILD, read_json, replacing
+from lib.artifacts import BUILD, read_json
 from lib.base_model import load_tokenizer
 from lib.compare import MAIN
 from lib.configuration import Configuration, Layers, Level
@@ -35,6 +35,7 @@ from lib.joint import train_over
 from lib.plans import BUDGETS as SPREAD
 from lib.plans import error_table, greedy_plan, random_plan, sensitivities
 from lib.profiles import PROFILES, TrainSettings
+from lib.scratch import replacing
 from lib.surrogate import Features, numbers, plan_of
 from lib.switchable import Switchable
 from lib.tasks import held_out_loss, keyword_score

@@ -274,7 +274,9 @@ def edge() -> dict[str, Any]:
     for kind in ("F16", "Q8_0", "Q4_1", "Q8_0_lora"):
         name = "sensors" if kind.endswith("_lora") else ""
         rows[kind] = {"test": score_row(served_score(edge_files() / kind, records, name)),
-                      "mb": sum(map(size_mb, (WORK / "edge" / kind).rglob("*.gguf")))}
+                      # The other adapter beside the base has no part in it.
+                      "mb": sum(size_mb(f) for f in (WORK / "edge" / kind).glob("*.gguf")
+                                if f.stem in ("model", name))}
         print(f"  {kind} {rows[kind]['test']['share']:.1%}", flush=True)
     return rows
 

@@ -10,9 +10,10 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from PIL import Image
 
-from lib.artifacts import ROOT, read_json, replacing
+from lib.artifacts import ROOT, read_json
 from lib.compare import rows
 from lib.plots import COLOURS, use_style
+from lib.scratch import replacing
 
 PICTURE = ROOT / "data" / "results" / "picture.png"
 METHODS = {"base": "no adapter", "lora": "one plain adapter for all",
