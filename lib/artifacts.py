@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import UserError, require
-from lib.scratch import replacing, saving, scratch
+from lib.scratch import replacing, saving, scratch, there
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = Path(os.environ.get("COURSE_BUILD", ROOT / "build"))
@@ -136,7 +136,7 @@ def _rename(source: Path, target: Path) -> None:
 def recover(target: Path) -> None:
     """Put the old artifact back if a run died between the two renames."""
     old = target.with_name(f".{target.name}.old")
-    if os.path.exists(old) and not target.exists():
+    if there(old) and not target.exists():
         old.rename(target)
 
 
@@ -148,8 +148,7 @@ def verified(target: Path) -> dict[str, Any]:
     """
     target = Path(target)
     recover(target)
-    # pathlib's own raises for a name that is too long.
-    require(os.path.isfile(target / MANIFEST),
+    require(there(target / MANIFEST),
             f"{target} is no artifact of this course (no {MANIFEST}): check the path")
     manifest = read_json(target / MANIFEST)
     files = manifest.get("files") if isinstance(manifest, dict) else None

@@ -109,8 +109,7 @@ def _step_ratios(plans: list[Configuration]) -> list[float]:
     for turn in range(RUNS):
         for method in sorted(taken, reverse=bool(turn % 2)):
             taken[method].append(_steps(method, plans))
-    ours, plain = ([min(times) for times in zip(*runs, strict=True)]
-                   for runs in taken.values())
+    ours, plain = ([min(times) for times in zip(*runs, strict=True)] for runs in taken.values())
     return [a / b for a, b in zip(ours, plain, strict=True)]
 
 

@@ -3,7 +3,6 @@
 Nothing here needs torch, so that a server stays small.
 """
 
-import os
 import re
 import struct
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ import numpy as np
 
 from lib.artifacts import verified
 from lib.errors import UserError, require
+from lib.scratch import there
 
 BASE_KEY = "general.base_model.0.name"
 # What the reader raises for bytes that make no sense.
@@ -42,7 +42,7 @@ def open_bundle(path: Path, loras: Sequence[str] = ()) -> Bundle:
     Raises:
         UserError: missing, damaged or foreign file; an adapter that does not fit.
     """
-    require(os.path.exists(path), f"{path} does not exist: check the path")
+    require(there(path), f"{path} does not exist: check the path")
     model, name, adapters = path, path.stem, {}
     if path.is_dir():
         facts = verified(path)
@@ -109,7 +109,7 @@ def fact(reader: Reader, key: str) -> Any:
 
 
 def _read(path: Path) -> Reader:
-    require(os.path.isfile(path), f"{path} does not exist: check the path")
+    require(there(path) and path.is_file(), f"{path} does not exist: check the path")
     try:
         reader = Reader(path)
         architecture = fact(reader, "general.architecture")

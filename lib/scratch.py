@@ -59,6 +59,13 @@ def scratch(target: Path | None = None) -> Iterator[Path]:
             _MINE.discard(part.name)
 
 
+def there(path: Path) -> bool:
+    """Something has this name; a name that nothing can have, say a long one, is free."""
+    with contextlib.suppress(OSError):
+        return path.exists()
+    return False
+
+
 def _abandoned(part: Path) -> bool:
     """The process that made this folder is no more, whoever has its number now."""
     import psutil  # here, because the doctor reads this module where it may be missing

@@ -104,8 +104,7 @@ class Found:
         return cls(plans, torch.stack([bits, torch.tensor(losses, dtype=torch.float64)], 1))
 
     def __add__(self, other: "Found") -> "Found":
-        return Found(torch.cat([self.plans, other.plans]),
-                     torch.cat([self.points, other.points]))
+        return Found(torch.cat([self.plans, other.plans]), torch.cat([self.points, other.points]))
 
 
 def reference_point(points: Tensor) -> Tensor:
@@ -127,8 +126,7 @@ def search(start: Found, features: Features, evaluate: Evaluate, *, evaluations:
     found, reference = start, reference_point(start.points)
     while (left := len(start.plans) + evaluations - len(found.plans)) > 0:
         surrogate = Surrogate(seed=seed).fit(features.sums(found.plans), found.points[:, 1])
-        new = propose(found, features, surrogate, reference,
-                      count=min(batch, left), rng=rng)
+        new = propose(found, features, surrogate, reference, count=min(batch, left), rng=rng)
         if not len(new):
             break  # the climbs pass no plan that is not known: there is no more to try
         found = found + Found.at(new, features, evaluate, journal)

@@ -91,9 +91,9 @@ def test_paths_are_paths_and_scratch_may_stay(path: Path) -> None:
     """Windows deletes no mapped file: a scratch folder must not fail for that."""
     source = path.read_text(encoding="utf-8")
     assert "os.path" not in source and "os.sep" not in source
-    # `lib.artifacts.scratch` does it, and cleans up after a killed run, too.
+    # `lib.scratch` does it, and cleans up after a killed run, too.
     assert "TemporaryDirectory(" not in source
-    assert source.count("mkdtemp(") == (path.stem == "artifacts")
+    assert source.count("mkdtemp(") == (path.stem == "scratch")
 
 
 @pytest.mark.parametrize("bad", [
