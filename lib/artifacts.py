@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,8 @@ from lib.scratch import replacing, saving, scratch, there
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = Path(os.environ.get("COURSE_BUILD", ROOT / "build"))
 MANIFEST = "manifest.json"
+# What systems and programs leave in a folder that somebody has looked into.
+LITTER = re.compile(r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini|\.nfs.*|\.ipynb_checkpoints")
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "gguf", "xllamacpp")
 
 
@@ -85,20 +88,25 @@ def require_free(target: Path, *sources: Path | str) -> None:
     It may hold no other files and none of the `sources`: they would go with it.
     """
     require(target.name, f"{target} is the folder you are in: choose a new one")
-    for source in map(Path, sources):
-        inside = target.resolve() in (source.resolve(), *source.resolve().parents)
-        require(not (inside and source.exists()),
-                f"{target} holds {source}, which is read here: choose another folder")
     with saving(target):
         require(not target.is_symlink(), f"{target} is a link: name the folder it leads to")
         recover(target)
-        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-            ours = _files(target)
+        if not target.exists():
+            return
+        # Files are compared, since names may differ in case, links and dots.
+        for source in filter(there, map(Path, sources)):
+            require(not any(place.samefile(target) for place in
+                            (source.resolve(), *source.resolve().parents)),
+                    f"{target} holds {source}, which is read here: choose another folder")
+        ours = _files(target)
+        require(target.is_dir(), f"{target} holds something else: choose another folder")
+        for file in target.rglob("*") if ours else target.iterdir():
+            name = file.relative_to(target)
+            if any(map(LITTER.fullmatch, name.parts)) or (ours and file.is_dir()):
+                continue
             require(ours, f"{target} holds something else: choose another folder")
-            for file in target.rglob("*"):
-                require(file.relative_to(target).as_posix() in ours or file.is_dir(),
-                        f"{file} is no part of what would be replaced: move it away, or "
-                        "choose another folder")
+            require(name.as_posix() in ours, f"{file} is no part of what would be replaced: "
+                    "move it away, or choose another folder")
 
 
 def _files(target: Path) -> set[str]:

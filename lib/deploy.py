@@ -199,9 +199,8 @@ def load_deployed(directory: Path, *, packed_layers: bool = True) -> PeftModel:
     Raises:
         UserError: no such directory, a missing or damaged file.
     """
-    verified(directory)
-    require((directory / "deployed.json").is_file(), f"{directory} is not from `deploy`: check it")
-    return _read(directory, packed_layers=packed_layers)
+    require("budget_mb" in verified(directory), f"{directory} is not from `deploy`: check it")
+    return _read(Path(directory), packed_layers=packed_layers)
 
 
 def _read(directory: Path, *, packed_layers: bool) -> PeftModel:

@@ -56,12 +56,14 @@ def wheel_file() -> Path:
 
 def locate(model: str) -> str:
     """Directory or hub id to load from; the embedded model is made on first use."""
-    if model != EMBEDDED:
-        return model
-    cache = model_cache()
-    if not (cache / "manifest.json").is_file():
-        _convert(cache)
-    return str(cache)
+    if model == EMBEDDED and not (model_cache() / "manifest.json").is_file():
+        _convert(model_cache())
+    return place(model)
+
+
+def place(model: str) -> str:
+    """Directory or hub id that `locate` gives; the embedded model need not be there."""
+    return str(model_cache()) if model == EMBEDDED else model
 
 
 def _convert(cache: Path) -> None:

@@ -20,7 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from lib.artifacts import require_free, verified, writing
 from lib.base_model import CHAT_TEMPLATE, load_model, load_tokenizer
 from lib.bundle import Reader, opened
-from lib.embedded import EMBEDDED, embedded_gguf
+from lib.embedded import EMBEDDED, embedded_gguf, place
 from lib.errors import UserError, require
 from lib.lora import adapter_factors
 from lib.merge import ROUTES, dequantized_base, merge
@@ -28,9 +28,8 @@ from lib.scratch import replacing
 
 # What the pure-Python writer makes; bits a weight: 32, 16, 8.5, 6, 5.5, 5, 4.5.
 TYPES = ("F32", "F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
-
-# The largest numbers; in the smaller types the scales of blocks are float16.
-FLOAT32, FLOAT16 = (float(np.finfo(t).max) for t in ("float32", "float16"))
+OTHER_WORDS = ("only models with the embedded model's vocabulary are exported: "
+               "convert others with llama.cpp's convert_hf_to_gguf.py")
 
 
 def known(kind: str) -> None:
@@ -135,7 +134,7 @@ def export(out: Path, *, kind: str = "Q8_0", route: str = "dequantized",
     require(route in ROUTES[:2], f"unknown route {route!r}: use {' or '.join(ROUTES[:2])}")
     known(kind)
     sources = [*([merged] if merged else []), *(adapters or {}).values()]
-    require_free(out, *sources, model)
+    require_free(out, *sources, place(model))
     for name in adapters or {}:
         require(re.fullmatch(r"\w[\w.-]*", name) and name not in ("base", "model"),
                 f"adapter name {name!r} makes no file beside the model: use letters and "
@@ -145,9 +144,8 @@ def export(out: Path, *, kind: str = "Q8_0", route: str = "dequantized",
     for adapter in sources:
         verified(adapter)
     if model != EMBEDDED:
-        require(load_tokenizer(model).get_vocab() == load_tokenizer(EMBEDDED).get_vocab(),
-                f"{model} has another vocabulary than the embedded model: convert it with "
-                "llama.cpp's convert_hf_to_gguf.py")
+        words, ours = (load_tokenizer(m).get_vocab() for m in (model, EMBEDDED))
+        require(words == ours, OTHER_WORDS)
     if merged:
         weights = weights or merge(merged, route=route, model=model)
     else:
@@ -202,9 +200,7 @@ def _add_config(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
 def _add_tokenizer(writer: gguf.GGUFWriter, vocabulary: int) -> None:
     """The embedded file's tokenizer, with the course's chat template."""
     for key, value, kinds in _tokenizer():
-        require(not key.endswith(".tokens") or len(value) == vocabulary,
-                "only models with the embedded model's vocabulary are exported: "
-                "convert others with llama.cpp's convert_hf_to_gguf.py")
+        require(not key.endswith(".tokens") or len(value) == vocabulary, OTHER_WORDS)
         writer.add_key_value(key, value, *kinds)
     writer.add_chat_template(CHAT_TEMPLATE)
 
@@ -220,11 +216,15 @@ def _tokenizer() -> list[tuple[str, Any, list[gguf.GGUFValueType]]]:
 
 def _add(writer: gguf.GGUFWriter, name: str, rows: np.ndarray, kind: str) -> None:
     known(kind)
-    largest = np.abs(rows).max()
-    require(largest <= (FLOAT32 if kind == "F32" else FLOAT16), f"{name} has a weight of "
-            f"{largest:g}, which {kind} cannot hold: it is damaged, make it anew")
     try:
-        data = gguf.quants.quantize(rows, gguf.GGMLQuantizationType[kind])
+        with np.errstate(over="ignore", invalid="ignore"):  # said below
+            data = gguf.quants.quantize(rows, gguf.GGMLQuantizationType[kind])
     except gguf.quants.QuantError as error:
         raise UserError(f"{name} cannot be {kind} ({error}): use F16 for it") from None
+    largest = np.abs(rows).max()
+    # Scales of blocks are float16: only what is larger may be lost.
+    whole = largest <= 65504 or np.isfinite(
+        gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind])).all()
+    require(whole, f"{name} has a weight of {largest:g}, which {kind} cannot hold: "
+            "use F32, or take the weights anew if they are damaged")
     writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[kind])

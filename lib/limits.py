@@ -102,24 +102,23 @@ def deploy_within(deploy: Callable[..., Kind], task: str, budget_mb: float, out:
             f"limits of {limits} cannot be kept: use numbers above 0")
     require_new(task, budget_mb, out)
     tried: list[Cost] = []
-    try:
-        with scratch(out) as work:
-            for place in (work / str(i) for i in range(TRIES)):
+    with scratch(out) as work:
+        for place in (work / str(i) for i in range(TRIES)):
+            try:
                 made = deploy(task, budget_mb, place, **options)
-                tried.append(cost(place, task))
-                spare, slow = (limits.memory_mb - tried[-1].memory_mb,
-                               tried[-1].token_ms / limits.token_ms)
-                if spare >= 0 and slow <= 1:
-                    swap(place, out)
-                    return made, tried[-1]
-                # A MB less on the disk is about one less in memory; time goes with bytes read.
-                budget_mb = min(made.actual_mb + min(spare, -1.0),
-                                made.actual_mb / max(slow, 1.0))
-    except UserError as error:
-        if not tried:
-            raise
-        raise UserError(f"no known files keep within {limits}: the last tried took "
-                        f"{tried[-1]} ({error})") from None
+            except UserError as error:
+                if not tried:
+                    raise
+                raise UserError(f"no known files keep within {limits}: the last tried took "
+                                f"{tried[-1]} ({error})") from None
+            tried.append(cost(place, task))
+            spare, slow = (limits.memory_mb - tried[-1].memory_mb,
+                           tried[-1].token_ms / limits.token_ms)
+            if spare >= 0 and slow <= 1:
+                swap(place, out)
+                return made, tried[-1]
+            # A MB less on the disk is about one less in memory; time goes with bytes read.
+            budget_mb = min(made.actual_mb + min(spare, -1.0), made.actual_mb / max(slow, 1.0))
     raise UserError(f"no files within {limits} in {TRIES} tries: the last took {tried[-1]}: "
                     "raise the limits or lower the budget")
 

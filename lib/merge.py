@@ -76,7 +76,7 @@ def _converted(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.Te
         if tensor.is_floating_point():
             state[name] = done.setdefault(tensor.data_ptr(), tensor.to(dtype))
             require(state[name].isfinite().all(),
-                    f"{name} has a weight that {dtype} cannot hold: it is damaged, make it anew")
+                    f"{name} has a weight that {dtype} cannot hold: use dtype=None")
     return state
 
 

@@ -103,8 +103,7 @@ def nearest(numbers: Tensor, levels: Tensor) -> Tensor:
     cells, below, middles = _cells(tuple(levels.tolist()))
     # Rounding keeps order: a number in a higher cell than a middle is above it.
     cell = _cell(numbers, cells)
-    return (below.index_select(0, cell)
-            + (numbers > middles.index_select(0, cell)))
+    return below.index_select(0, cell) + (numbers > middles.index_select(0, cell))
 
 
 def _cell(numbers: Tensor, cells: int) -> Tensor:

@@ -21,7 +21,7 @@ from lib.errors import UserError
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
               errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
 # A process is known by its number only on its own machine.
-HOST = f"{zlib.crc32(platform.node().encode()):x}"
+_HOST = f"{zlib.crc32(platform.node().encode()):x}"
 
 
 @contextlib.contextmanager
@@ -43,13 +43,15 @@ def scratch(target: Path | None = None) -> Iterator[Path]:
 
     What killed processes have left there goes first; what living ones use stays.
     """
+    watched = saving(target) if target else contextlib.nullcontext()
     target = target or Path(tempfile.gettempdir()) / "course"
-    with saving(target), parents(target):
-        prefix = f".{target.name}.{HOST}-"
+    with watched, parents(target):
+        prefix = f".{target.name}.{_HOST}-"
         for left in target.parent.glob(f"{glob.escape(prefix)}*.part"):
             if _abandoned(left):
                 shutil.rmtree(left, ignore_errors=True)
-        part = Path(tempfile.mkdtemp(".part", f"{prefix}{os.getpid()}-", target.parent))
+        with saving(target):
+            part = Path(tempfile.mkdtemp(".part", f"{prefix}{os.getpid()}-", target.parent))
         _MINE.add(part.name)
         try:
             yield part
@@ -104,7 +106,8 @@ def saving(where: Path) -> Iterator[None]:
         # safetensors (in Rust) reports the same conditions as its own error.
         found = re.search(r"(?:os error|code:) (\d+)", str(error))
         number = error.errno if isinstance(error, OSError) else found and int(found[1])
-        if number not in UNWRITABLE:
+        if isinstance(error, UserError) or number not in UNWRITABLE:
             raise
-        raise UserError(f"cannot write {where} ({os.strerror(number)}): free some space or "
+        reason = getattr(error, "strerror", None) or os.strerror(number)
+        raise UserError(f"cannot write {where} ({reason}): free some space or "
                         "choose another folder; nothing was left behind") from None

@@ -223,8 +223,7 @@ def climb(plan: Tensor, acquire: _Acquisition, *, steps: int = STEPS) -> list[Te
         if values.max() <= value:
             break
         plan = stacked[int(values.argmax())]
-        bits, sums, value = (features.bits(plan[None]), features.sums(plan[None]),
-                             values.max())
+        bits, sums, value = (features.bits(plan[None]), features.sums(plan[None]), values.max())
         passed.append(plan)
         layer, new = neighbours(plan)
     return passed

@@ -4,13 +4,13 @@ import html
 import json
 import re
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
+from unittest import mock
 
 from lib.artifacts import BUILD, ROOT, read_json, writing
 from lib.course import NOTEBOOKS, notebooks, read_notebook
 from lib.pages import TEMPLATES, notebook_page, relinked, text_page
-from lib.scratch import HOST
 
 RESULTS, CLAIMS = ROOT / "data" / "results", ROOT / "data" / "claims.json"
 CARD, PICTURE = "data/adapters/README.md", "data/results/picture.png"
@@ -118,12 +118,18 @@ def reference(out: Path) -> None:
 
     pdoc.render.configure(docformat="google", show_source=False,
                           template_directory=TEMPLATES / "reference")
-    pdoc.pdoc("lib", output_directory=out)
-    for path in out.rglob("*.*"):
-        text = path.read_text(encoding="utf-8")
-        # pdoc shows what the constants are on this machine.
-        text = text.replace(BUILD.as_posix(), "build").replace(ROOT.as_posix(), ".")
-        path.write_text(without_dead_links(text.replace(HOST, "HOST")), encoding="utf-8")
+    # It shows what constants are: the same on every machine, in pages and in its search.
+    with mock.patch.object(PurePath, "__repr__", _shown):
+        pdoc.pdoc("lib", output_directory=out)
+    for path in out.rglob("*.html"):
+        path.write_text(without_dead_links(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def _shown(path: PurePath) -> str:
+    for place, name in ((BUILD, "build"), (ROOT, ".")):
+        if path.is_relative_to(place):
+            path = name / path.relative_to(place)
+    return f"Path({path.as_posix()!r})"
 
 
 def without_dead_links(text: str) -> str:

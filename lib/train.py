@@ -22,7 +22,7 @@ from trl import SFTConfig, SFTTrainer
 
 from lib.artifacts import require_free, write_json, writing
 from lib.base_model import best_dtype, hold_memory, load_model, load_tokenizer, machine, quiet
-from lib.embedded import locate
+from lib.embedded import locate, place
 from lib.errors import require
 from lib.fused import fused
 from lib.lora import count_trainable, lora_config, make_portable
@@ -168,7 +168,7 @@ def train(
     for number, record in enumerate(records, 1):
         check_record(record, f"record {number}")
     if out is not None:
-        require_free(Path(out), model)
+        require_free(Path(out), place(model))
     processes = join()
     with processes.local_main_process_first():
         locate(model)  # one makes the embedded model's files, the others find them
@@ -236,6 +236,8 @@ def save_result(result: TrainResult, out: Path, settings: TrainSettings, model: 
         # The vocabulary is never resized: peft need not look for the base's files.
         options = {"save_embedding_layers": False} if settings.mode != "full" else {}
         result.model.save_pretrained(part, state_dict=whole, **options)
+        if settings.mode == "full":  # else nothing could load it
+            load_tokenizer(model).save_pretrained(part)
         if (part / "adapter_config.json").is_file():
             make_portable(part, model)
             (part / "README.md").unlink(missing_ok=True)

@@ -131,7 +131,7 @@ def work_directory(out: Path | None, identity: dict[str, Any],
     records) and of as many processes. The first process keeps house for all.
     """
     if out is None:
-        with scratch() as work:
+        with scratch() as work, saving(work):
             yield work
         return
     out = Path(out)

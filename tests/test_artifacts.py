@@ -28,7 +28,7 @@ from lib.artifacts import (
     writing,
 )
 from lib.errors import UserError
-from lib.scratch import saving
+from lib.scratch import saving, scratch
 
 Change = Callable[[Path], None]
 
@@ -126,6 +126,21 @@ def test_what_a_person_put_into_an_artifact_stays(tmp_path: Path) -> None:
     verified(out)
 
 
+@pytest.mark.parametrize("name", [
+    ".DS_Store", "inner/._weights", "Thumbs.db", ".ipynb_checkpoints/a-checkpoint.ipynb"])
+def test_what_systems_leave_in_a_folder_goes_with_it(tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    for _ in range(2):  # into an empty folder, and over an artifact
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).touch()
+        if name.startswith("inner"):
+            shutil.rmtree(out / "inner")  # a folder of one's own is more than that
+        with writing(out) as part:
+            (part / "inner").mkdir()
+            (part / "inner" / "weights").write_text("new")
+        assert sorted(p.name for p in out.iterdir()) == ["inner", "manifest.json"]
+
+
 def test_what_came_there_meanwhile_stays(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(UserError, match="holds something else"), writing(out) as part:
@@ -144,6 +159,45 @@ def test_what_is_read_is_not_replaced(tmp_path: Path, source: str) -> None:
         require_free(tmp_path / "out", tmp_path / source)
     require_free(tmp_path / "out", "embedded", tmp_path / "out" / "none", tmp_path / "other")
     require_free(tmp_path / "out" / "adapter" / "new", tmp_path / source)
+
+
+def test_links_that_lead_in_a_circle_are_named(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(UserError, match="loop is a link"):
+        require_free(tmp_path / "loop", tmp_path / "loop")
+    with writing(tmp_path / "out"):
+        pass
+    require_free(tmp_path / "out", tmp_path / "loop")
+
+
+def test_a_link_to_what_would_be_replaced_is_seen_through(tmp_path: Path) -> None:
+    with writing(tmp_path / "out"):
+        pass
+    (tmp_path / "other").symlink_to(tmp_path / "out")
+    with pytest.raises(UserError, match="out holds .*other, which is read"):
+        require_free(tmp_path / "out", tmp_path / "other")
+
+
+def test_an_error_of_the_users_stays_what_it_is(tmp_path: Path) -> None:
+    """What it quotes may look like the system's number."""
+    with pytest.raises(UserError, match="exit code: 1"), saving(tmp_path):
+        raise UserError("cell 3: RuntimeError: exit code: 1")
+
+
+def test_another_place_that_is_full_is_not_the_temporary_folder(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left"), scratch():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path))
+    with pytest.raises(UserError, match="cannot write .*other"), scratch(tmp_path / "other"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_temporary_folder_that_takes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("tempfile.mkdtemp", full)
+    with pytest.raises(UserError, match="cannot write .*course .No space left"), scratch():
+        pytest.fail("it began to work")
 
 
 def test_a_link_is_not_replaced(tmp_path: Path) -> None:

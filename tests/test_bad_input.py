@@ -33,6 +33,7 @@ from lib.configuration import KINDS, Configuration, Layers, Level
 from lib.deploy import deploy_packed, load_deployed
 from lib.deploy_gguf import deploy_gguf
 from lib.gguf import export
+from lib.gguf import save_model as save_gguf
 from lib.joint import train_over
 from lib.limits import Cost, deploy_within
 from lib.lora import adapter_factors, load_adapter
@@ -509,7 +510,7 @@ ROWS: dict[str, tuple[Call, str, str]] = {
     "export: out is not mine": ([*EXPORT, "--route", "original", "--out", "locked/edge"],
                                 "cannot write locked/edge", "choose another folder"),
     "export: model not finite": (["export", "--model", "SHELF/nan_model", "--out", "edge"],
-                                 "blk.1.ffn_up.weight has a weight of nan", "make it anew"),
+                                 "blk.1.ffn_up.weight has a weight of nan", "the weights anew"),
     "export: out is the adapter": ([*EXPORT, "--adapter", "x=SHELF/adapter", "--out",
                                     "SHELF/adapter"], "holds .*adapter, which is read",
                                    "choose another folder"),
@@ -522,9 +523,12 @@ ROWS: dict[str, tuple[Call, str, str]] = {
                                 "words holds .*words, which is read", "choose another folder"),
     "export: the same number of other words": (
         ["export", "--model", "SHELF/reworded", "--route", "original", "--out", "edge"],
-        "reworded has another vocabulary", "convert it with"),
+        "only models with the embedded model's vocabulary", "convert others with"),
     "save_model(): too large for 16 bits": (
-        lambda p: save_merged(_huge(p), Path("new/out")), "float16 cannot hold", "make it anew"),
+        lambda p: save_merged(_huge(p), Path("new/out")), "float16 cannot hold", "dtype=None"),
+    "save_model() as GGUF: too large": (
+        lambda p: save_gguf(_huge(p), Path("new/out"), kind="F16"), "100000, which F16 cannot hold",
+        "use F32"),
     "export: other words": (["export", "--model", "SHELF/words", "--route", "original", "--out",
                              "edge"], "only models with the embedded model's vocabulary",
                             "convert others with"),

@@ -21,7 +21,7 @@ from conftest import ROOT
 from lib import trainer
 from lib.artifacts import BUILD, read_json, verified, write_json, writing
 from lib.errors import UserError
-from lib.scratch import HOST, scratch
+from lib.scratch import _HOST, scratch
 from lib.search import Journal
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="SIGKILL and fork")
@@ -191,15 +191,15 @@ def test_only_a_dead_process_loses_its_folder(
 
 
 def test_the_number_of_a_container_is_always_the_same(tmp_path: Path) -> None:
-    mine = tmp_path / f".out.{HOST}-{os.getpid()}-abc.part"
+    mine = tmp_path / f".out.{_HOST}-{os.getpid()}-abc.part"
     mine.mkdir()
     write(tmp_path)
     assert not mine.exists()
 
 
 @pytest.mark.parametrize("name", [
-    ".out.0-1-abc.part", ".out.part", ".out.mine", f".out.{HOST}-x-abc.part",
-    f".out2.{HOST}-999999999-abc.part", f".out.{HOST}-999999999-abc"])
+    ".out.0-1-abc.part", ".out.part", ".out.mine", f".out.{_HOST}-x-abc.part",
+    f".out2.{_HOST}-999999999-abc.part", f".out.{_HOST}-999999999-abc"])
 def test_what_another_machine_or_a_person_made_stays(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
     write(tmp_path)
@@ -208,10 +208,10 @@ def test_what_another_machine_or_a_person_made_stays(tmp_path: Path, name: str) 
 
 def test_a_name_is_no_pattern(tmp_path: Path) -> None:
     for name in ("[ab]", "a"):
-        (tmp_path / f".{name}.{HOST}-999999999-abc.part").mkdir()
+        (tmp_path / f".{name}.{_HOST}-999999999-abc.part").mkdir()
     with writing(tmp_path / "[ab]"):
         pass
-    assert [p.name for p in leftovers(tmp_path)] == [f".a.{HOST}-999999999-abc.part"]
+    assert [p.name for p in leftovers(tmp_path)] == [f".a.{_HOST}-999999999-abc.part"]
 
 
 @pytest.mark.parametrize("left", [

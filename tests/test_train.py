@@ -19,7 +19,7 @@ from bitsandbytes.functional import dequantize_4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import lib.train
 import lib.trainer
@@ -127,7 +127,8 @@ def test_loss_falls_and_the_artifact_is_whole(undisturbed: Callable[[str], Run],
     names = {p.name for p in files(out)}
     if mode == "full":
         assert names == {"config.json", "generation_config.json", "losses.json",
-                         "manifest.json", "model.safetensors"}
+                         "manifest.json", "model.safetensors", "chat_template.jinja",
+                         "tokenizer.json", "tokenizer_config.json"}
         assert result.trainable == result.parameters
     else:
         assert names == {"adapter_config.json", "adapter_model.safetensors",
@@ -453,13 +454,17 @@ def test_saved_adapter_in_stock_peft(undisturbed: Callable[[str], Run], mode: st
     assert config["base_model_name_or_path"] == tiny_directory
 
 
-def test_saved_full_model_reloads(undisturbed: Callable[[str], Run]) -> None:
+def test_saved_full_model_reloads(undisturbed: Callable[[str], Run],
+                                  tiny_directory: str) -> None:
     result, out = undisturbed("full")
     ids = torch.arange(100, 120)[None]
     with torch.no_grad():
         expected = result.model(input_ids=ids).logits
         again = load_model(str(out), dtype=torch.float32)
         assert torch.equal(again(input_ids=ids).logits, expected)
+    # Its words are its own, without the base's folder: `export --model` and others need them.
+    words, base = (AutoTokenizer.from_pretrained(p) for p in (out, tiny_directory))
+    assert words.get_vocab() == base.get_vocab()
 
 
 def test_4bit_backward_is_right(tiny_directory: str) -> None:
