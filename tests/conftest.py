@@ -12,6 +12,9 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 # The notebooks run as tests, in their smallest size.
 os.environ["COURSE_PROFILE"] = "smoke"
+# Workers side by side: two threads in each would wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
