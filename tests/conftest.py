@@ -3,6 +3,7 @@
 import copy
 import gc
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,6 +38,13 @@ settings.register_profile(
     "course", deadline=None, max_examples=40, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 settings.load_profile("course")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Workers share the base model's files: they are made before there are any."""
+    if session.config.getoption("numprocesses", None):
+        subprocess.run([sys.executable, "-c", "from lib.embedded import locate; "
+                        "locate('embedded')"], cwd=ROOT, check=True)
 
 
 @pytest.fixture(scope="session", autouse=True)
