@@ -100,8 +100,8 @@ def _add_fields(command: argparse.ArgumentParser, settings: type, but: tuple[str
 
 
 def _from_fields(settings: type, args: argparse.Namespace) -> Any:
-    names = {f.name for f in dataclasses.fields(settings)} & vars(args).keys()
-    return settings(**{name: getattr(args, name) for name in names})
+    names = {f.name for f in dataclasses.fields(settings)}
+    return settings(**{k: v for k, v in vars(args).items() if k in names})
 
 
 def command_doctor(_: argparse.Namespace) -> None:

@@ -86,15 +86,13 @@ def serving() -> dict[str, Any]:
         save_model(weights, work / "merged")
         save_int8(work / "merged", work / "int8")
         export(work / "q8", merged=adapter, weights=weights)
-        export(work / "edge", adapters={n: ADAPTERS / f"{n}_qlora"
-                                        for n in ("sensors", "movies")})
+        export(work / "edge", adapters={n: ADAPTERS / f"{n}_qlora" for n in ("sensors", "movies")})
         with running(work / "q8") as merged, running(work / "edge") as base:
             return _measure(load_saved(work / "int8"), merged, base,
                             weight_bytes(work / "q8" / "model.gguf"))
 
 
-def _measure(int8: PreTrainedModel, merged: Served, base: Served, weights: int
-             ) -> dict[str, Any]:
+def _measure(int8: PreTrainedModel, merged: Served, base: Served, weights: int) -> dict[str, Any]:
     tokenizer = load_tokenizer()
     texts = [r["instruction"] for r in sensors("test")]
     fresh, long = iter(texts), "\n".join(r["instruction"] for r in movies("test", 14))

@@ -36,8 +36,7 @@ EMBEDDINGS = {"8 bits": Level(8, 8, "bf16", 64, 256), "4 bits": Level(4, 4, "bf1
 EMBEDDING = "model.embed_tokens.weight"
 
 
-def known_plans(file: Path, base: Switchable, adapter: Path
-                ) -> list[tuple[Configuration, float]]:
+def known_plans(file: Path, base: Switchable, adapter: Path) -> list[tuple[Configuration, float]]:
     """The front that a search found: configurations with their held-out loss.
 
     Raises:

@@ -15,8 +15,7 @@ KIND, BLOCK = "Q4_0", 32
 
 
 @torch.no_grad()
-def round_layers(weights: Mapping[str, Tensor], roots: Mapping[str, Tensor]
-                 ) -> dict[str, Tensor]:
+def round_layers(weights: Mapping[str, Tensor], roots: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Each weight (out, in) as Q4_0 stores it, float32; roots are `input_roots`' L, (in, in)."""
     found: dict[str, Tensor] = {}
     groups: dict[torch.Size, list[str]] = {}

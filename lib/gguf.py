@@ -216,15 +216,15 @@ def _tokenizer() -> list[tuple[str, Any, list[gguf.GGUFValueType]]]:
 
 def _add(writer: gguf.GGUFWriter, name: str, rows: np.ndarray, kind: str) -> None:
     known(kind)
+    stored = gguf.GGMLQuantizationType[kind]
     try:
         with np.errstate(over="ignore", invalid="ignore"):  # said below
-            data = gguf.quants.quantize(rows, gguf.GGMLQuantizationType[kind])
+            data = gguf.quants.quantize(rows, stored)
     except gguf.quants.QuantError as error:
         raise UserError(f"{name} cannot be {kind} ({error}): use F16 for it") from None
     largest = np.abs(rows).max()
     # Scales of blocks are float16: only what is larger may be lost.
-    whole = largest <= 65504 or np.isfinite(
-        gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind])).all()
+    whole = largest <= 65504 or np.isfinite(gguf.quants.dequantize(data, stored)).all()
     require(whole, f"{name} has a weight of {largest:g}, which {kind} cannot hold: "
             "use F32, or take the weights anew if they are damaged")
-    writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[kind])
+    writer.add_tensor(name, data, raw_dtype=stored)

@@ -102,8 +102,7 @@ def adapter_files(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 "train a plain LoRA adapter")
     try:
         tensors = load_file(weights)
-        finite = all(t.is_floating_point() and t.float().isfinite().all()
-                     for t in tensors.values())
+        finite = all(t.is_floating_point() and t.float().isfinite().all() for t in tensors.values())
     except Exception as error:  # of safetensors, of torch for a dtype
         raise UserError(f"{weights} is damaged ({error}): train the adapter again") from error
     require(finite, f"{weights} holds what are no finite numbers: train the adapter again")

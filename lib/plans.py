@@ -40,8 +40,7 @@ def random_plan(layers: Layers, budget: float, rng: random.Random) -> Configurat
             return Configuration(layers, tuple(levels))
         index = rng.randrange(len(levels))
         new = rng.choices(LEVELS, weights)[0]
-        change = (new.bits_per_parameter - levels[index].bits_per_parameter
-                  ) * layers.sizes[index]
+        change = (new.bits_per_parameter - levels[index].bits_per_parameter) * layers.sizes[index]
         if abs(spent + change - budget * total) < abs(spent - budget * total):
             levels[index], spent = new, spent + change
     raise UserError(f"no mixture of levels was found at {budget} bits a weight for "
@@ -144,8 +143,7 @@ def level_errors(base: Switchable, levels: Sequence[Level]) -> torch.Tensor:
         # A layer of zeros stays one.
         samples.append(part / part.square().mean().sqrt().clamp(min=1e-30))
     stacked = torch.stack(samples)
-    relative = [(rounded(stacked, level, base.grid) - stacked).square().mean(1)
-                for level in levels]
+    relative = [(rounded(stacked, level, base.grid) - stacked).square().mean(1) for level in levels]
     return torch.stack(relative, 1) * torch.stack(energy)[:, None]
 
 

@@ -43,15 +43,15 @@ def scratch(target: Path | None = None) -> Iterator[Path]:
 
     What killed processes have left there goes first; what living ones use stays.
     """
-    watched = saving(target) if target else contextlib.nullcontext()
-    target = target or Path(tempfile.gettempdir()) / "course"
-    with watched, parents(target):
-        prefix = f".{target.name}.{_HOST}-"
-        for left in target.parent.glob(f"{glob.escape(prefix)}*.part"):
+    # What fails in a block without a target was written elsewhere.
+    place = target or Path(tempfile.gettempdir()) / "course"
+    with saving(target) if target else contextlib.nullcontext(), parents(place):
+        prefix = f".{place.name}.{_HOST}-"
+        for left in place.parent.glob(f"{glob.escape(prefix)}*.part"):
             if _abandoned(left):
                 shutil.rmtree(left, ignore_errors=True)
-        with saving(target):
-            part = Path(tempfile.mkdtemp(".part", f"{prefix}{os.getpid()}-", target.parent))
+        with saving(place):
+            part = Path(tempfile.mkdtemp(".part", f"{prefix}{os.getpid()}-", place.parent))
         _MINE.add(part.name)
         try:
             yield part

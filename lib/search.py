@@ -95,8 +95,7 @@ class Found:
     points: Tensor
 
     @classmethod
-    def at(cls, plans: Tensor, features: Features, evaluate: Evaluate, journal: Journal
-           ) -> "Found":
+    def at(cls, plans: Tensor, features: Features, evaluate: Evaluate, journal: Journal) -> "Found":
         """Evaluate plans."""
         bits = features.bits(plans)
         losses = [math.log(journal(plan, float(b), evaluate))

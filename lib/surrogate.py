@@ -67,13 +67,11 @@ class Features:
 
     def sums(self, plans: Tensor) -> Tensor:
         """(n, layers) level numbers to (n, features) sums of noise."""
-        rows = torch.arange(self.noise.shape[0])
-        return self.noise[rows, plans] @ self.groups
+        return self.noise[torch.arange(len(self.noise)), plans] @ self.groups
 
     def bits(self, plans: Tensor) -> Tensor:
         """(n, layers) level numbers to (n,) bits a weight, exact."""
-        rows = torch.arange(self.cost.shape[0])
-        return self.cost[rows, plans].sum(1)
+        return self.cost[torch.arange(len(self.cost)), plans].sum(1)
 
 
 class Surrogate:

@@ -708,7 +708,8 @@ def test_bad_input(name: str, place: Place, capfd: pytest.CaptureFixture[str]) -
     for said in (wrong, remedy):
         assert re.search(said, err) or said in err, err
     # A benchmark prints what it has measured before it keeps it.
-    assert all(line.startswith("step ") for line in out.splitlines()) or "bench" in name
+    printed = ("machine ", "versions ") if name.startswith("bench: ") else "step "
+    assert all(line.startswith(printed) for line in out.splitlines())
     assert listing(place.here) == before and marks(place.shelf) == kept
 
 
