@@ -13,9 +13,15 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 # The notebooks run as tests, in their smallest size.
 os.environ["COURSE_PROFILE"] = "smoke"
-# Workers side by side: two threads in each would wait for each other.
+# Workers side by side: two threads in each would wait for each other. Those of llama.cpp wait
+# in a loop: two servers of two threads each stood nearly still for ten minutes. So a worker,
+# and what it starts, has one core.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if hasattr(os, "sched_setaffinity"):  # neither under macOS nor under Windows
+        cores = sorted(os.sched_getaffinity(0))
+        number = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+        os.sched_setaffinity(0, {cores[number % len(cores)]})
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
