@@ -77,7 +77,7 @@ def train_over(base: Switchable, records: Sequence[Record], plans: Sequence[Conf
                renew: Renew | None = None, renew_at: Container[int] = (),
                callbacks: Sequence[TrainerCallback] = ()
                ) -> tuple[TrainResult, CoaLora | None]:
-    """Train one adapter on a base that is at another configuration in each step.
+    """Train one adapter on a base that is at another configuration in each part of a step.
 
     Args:
         base: a fresh switchable model; the adapter is added to it.

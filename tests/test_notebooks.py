@@ -96,6 +96,14 @@ def test_plain_words(path):
         assert sign not in text
 
 
+@each
+def test_no_cell_asks_a_proxy(path):
+    """A proxy set for the network is not for a server on this machine."""
+    for node in (n for c in code(path) for n in ast.walk(ast.parse(c.source))):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("httpx."):
+            assert "trust_env=False" in ast.unparse(node), ast.unparse(node)
+
+
 def tagged(path: Path, tag: str) -> list[ast.stmt]:
     """Top-level statements of the code cells with a tag."""
     return [node for c in code(path) if tag in c.metadata.get("tags", [])

@@ -14,6 +14,7 @@ from links import faults
 from lib import course, measure, pages, slides
 from lib.artifacts import verified
 from lib.course import cell_seconds, notebooks, source_hash
+from lib.pages import described
 from lib.slides import plan, steps
 
 ALL = notebooks()
@@ -188,6 +189,32 @@ def test_the_guide_says_what_the_notebooks_took():
     sums = [sum(int(m) for m in re.findall(r"(?m)^\| (\d+) \|", part))
             for part in re.split(r"\| minutes \| (?:what|day \d) ", guide)[1:]]
     assert sums == [90, 300, 300]
+
+
+def numbers_after(word: str, text: str) -> list[int]:
+    """1, 2, 3 and 6 of "sections 1 to 3 and 6"."""
+    named = re.search(word + r"s? ((?:\d+(?: to |, | and )?)+)", text)
+    found = []
+    for first, last in re.findall(r"(\d+)(?: to (\d+))?", named[1] if named else ""):
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
+def test_the_guide_gives_each_line_the_minutes_of_its_sections():
+    guide = (ROOT / "notebooks" / "INSTRUCTORS.md").read_text(encoding="utf-8")
+    planned = {path.stem[:2]: plan(steps(described(nbformat.read(path, as_version=4))))
+               for path in ALL}
+    checked = 0
+    for minutes, name, rest in re.findall(r"(?m)^\| (\d+) \| .+ \| (\d\d)(, .+) \|$", guide):
+        heads = ([f"{i}. " for i in numbers_after("section", rest)]
+                 + [f"Exercise {i} " for i in numbers_after("exercise", rest)])
+        assert heads or "with its exercises" in rest
+        wanted = [row[2] for row in planned[name]
+                  if not heads or row[0].startswith(tuple(heads))]
+        assert len(wanted) == (len(heads) or len(planned[name])), rest
+        assert int(minutes) >= sum(wanted), f"{name}{rest} needs {sum(wanted):.0f}"
+        checked += 1
+    assert checked == len(re.findall(r"(?m)^\| \d+ \| .+ \| \d\d\b", guide)) >= 14
 
 
 MEASURE = """

@@ -48,8 +48,9 @@ LONGER = ("curve_5000", "curve_1600_longer")
 MATCH = 2.0
 SPLITS = {"test": "the test", "test_phrasings": "new phrasings"}
 SWEEPS = ("sweeps_1", "sweeps_2")
-# Full fine-tuning at the rate that was the best of the short runs.
-FASTER = "full_3e-4"
+# Full fine-tuning at a third of that rate, which changes nothing of what a step computes. These
+# runs were made as LoRA's were, seed by seed, those at the best rate were not: costs are of them.
+SLOWER = "full_1e-4"
 
 
 def runs(at: Stored, mode: str) -> list[dict[str, Any]]:
@@ -211,7 +212,8 @@ def log_losses(at: Stored, part: str) -> dict[str, list[float]]:
       "Short runs at four rates each by held-out loss; the interval is what the grid's "
       "steps leave open.", unit="times", needs=["sweeps"], also=SWEEPS)
 def t7(at: Stored) -> Found:
-    """Reproduced if the ratio of the best rates is in the range, corrected if only above 1."""
+    """Reproduced if all ratios that the grid leaves open are in the range, corrected if the best
+    rates' ratio is above 1."""
     every = log_losses(at, "learning_rate")
     best, steps, curves = {}, {}, {}
     for mode in ("lora", "full"):
@@ -224,9 +226,9 @@ def t7(at: Stored) -> Found:
                          "sweep further")
         best[mode], steps[mode] = rates[place], (rates[place - 1], rates[place + 1])
     times = best["lora"] / best["full"]
-    verdict = (REPRODUCED if RATES[0] <= round(times) <= RATES[1] else
-               CORRECTED if times > 1 else REFUTED)
     low, high = steps["lora"][0] / steps["full"][1], steps["lora"][1] / steps["full"][0]
+    verdict = (REPRODUCED if RATES[0] <= round(low) and round(high) <= RATES[1] else
+               CORRECTED if times > 1 else REFUTED)
     near = min(curves["lora"], key=lambda rate: abs(math.log(rate / best["full"])))
     cost = math.exp(curves["lora"][near] - curves["lora"][best["lora"]])
     return Found(verdict, f"Best rates {best['lora']:g} and {best['full']:g}, {times:.0f} times "
@@ -244,20 +246,26 @@ def count(every: dict[str, list[float]]) -> str:
       "times it, held-out loss over that of the best; other ranks and rsLoRA beside.",
       unit="times the best loss", needs=["sweeps"], also=[*SWEEPS, "alpha"])
 def t8(at: Stored) -> Found:
-    """Reproduced if it is within a tenth of the best loss, refuted if it is the worst."""
+    """Reproduced if it is within a tenth of the best loss, refuted if it is the worst.
+
+    A best at the grid's edge may have a better one beyond it: that corrects the claim at most.
+    """
     every = log_losses(at, "alpha")
     mean = {key: statistics.mean(logs) for key, logs in every.items()}
     best, ruled = min(mean, key=lambda key: mean[key]), "alpha 32"
     above = math.exp(mean[ruled] - mean[best])
-    verdict = (REPRODUCED if above <= 1 + NEAR_LOSS else
+    alphas = sorted(mean, key=lambda key: int(key.split()[1]))
+    inside = best not in (alphas[0], alphas[-1])
+    verdict = (REPRODUCED if above <= 1 + NEAR_LOSS and inside else
                REFUTED if mean[ruled] == max(mean.values()) else CORRECTED)
     more = "".join(
         f"; at {rank} alpha = 2 r has {rows['alpha 2r']['validation_loss'] / least:.2f} times the "
         f"least loss of {', '.join(rows)}" for rank, rows in (
             at["alpha"].items() if at.has("alpha") else ())
         for least in [min(r["validation_loss"] or math.inf for r in rows.values())])
+    edge = "" if inside else " and the last of the grid"
     return Found(verdict, f"The loss with {ruled} is {above:.2f} times that with {best}, the best "
-                 f"of {len(mean)} ({count(every)}){more}", above)
+                 f"of {len(mean)}{edge} ({count(every)}){more}", above)
 
 
 @rule("T9", "paged_adamw_8bit saves memory and prevents running out of it.",
@@ -354,19 +362,20 @@ def t13(at: Stored) -> Found:
 
 
 @rule("T14", "LoRA matches full fine-tuning at 1 % of the cost.",
-      "Three seeds of each on the same data, scored on the same examples, with new phrasings; "
-      "cost in peak memory, time and bytes.", unit="points",
-      needs=[*of_seeds("full"), *of_seeds("lora"), "sizes"], also=[*of_seeds("qlora"), FASTER])
+      "Three seeds of each on the same data, each at the best rate of the sweep, scored on the "
+      "same examples, with new phrasings; cost in peak memory, time and bytes.", unit="points",
+      needs=[*of_seeds("full"), *of_seeds("lora"), *of_seeds(SLOWER), "sizes"],
+      also=of_seeds("qlora"))
 def t14(at: Stored) -> Found:
     """Reproduced if it matches and no cost is above 2 %, refuted if it is worse and dear.
 
     It matches if the whole interval says that full is at most 2 points better; it is
     worse if full is clearly better. Neither is an open question, and corrects the claim.
     """
-    full, lora = runs(at, "full"), runs(at, "lora")
+    full, lora, beside = runs(at, "full"), runs(at, "lora"), runs(at, SLOWER)
     gaps = {split: points([r[split] for r in full], [r[split] for r in lora])
             for split in SPLITS}
-    ratios = ([one[key] / other[key] for one, other in zip(lora, full, strict=True)]
+    ratios = ([one[key] / other[key] for one, other in zip(lora, beside, strict=True)]
               for key in ("peak_mb", "seconds", "saved_mb"))
     costs = [Interval(statistics.median(r), min(r), max(r)) for r in ratios]
     memory, time = (f"{percent(c.value, 0)} [{percent(c.low, 0)}, {percent(c.high, 0)}]"
@@ -380,10 +389,8 @@ def t14(at: Stored) -> Found:
     if at.has(*of_seeds("qlora")):
         less = points([r["test"] for r in lora], [r["test"] for r in runs(at, "qlora")])
         said += f", LoRA less QLoRA {less:+.1f}"
-    if at.has(FASTER):
-        row = at[FASTER]
-        said += (f", full at {row['settings']['learning_rate']:g} instead of "
-                 f"{full[0]['settings']['learning_rate']:g} {percent(row['test']['share'])}")
+    less = points([r["test"] for r in beside], [r["test"] for r in lora])
+    said += f", full at a third of its rate less LoRA {less:+.1f}"
     gb, files = at["sizes"]["memory_gb"], at["sizes"]["files_gb"]
     big = gb["LoRA"]["sum"] / gb["full, mixed precision"]["sum"]
     return Found(verdict, f"Full less LoRA {said}; LoRA takes {memory} of the memory, {time} of "
