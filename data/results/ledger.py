@@ -22,6 +22,8 @@ REPRODUCED, CORRECTED, REFUTED = "reproduced", "corrected", "refuted"
 # Arithmetic agrees, and nothing of that size was run.
 COMPUTED = "computed"
 NOT_HERE, NOT_YET = "not measurable here", "not measured yet"
+# Of random plans, below which they are looked at apart.
+FEW_BITS = 4
 VERDICTS = (REPRODUCED, CORRECTED, REFUTED, COMPUTED, NOT_HERE, NOT_YET)
 SOURCES = {"T": "tutorial", "P": "paper"}
 
@@ -134,6 +136,11 @@ def entries(stored: Stored) -> list[dict[str, Any]]:
     """The whole ledger, the tutorial's claims first."""
     order = sorted(RULES, key=lambda name: (name[0] != "T", int(name[1:])))
     return [entry(RULES[name], stored) for name in order]
+
+
+def few_at_random(plans: dict[str, Any]) -> list[str]:
+    """Random plans of few bits: there adapters differ most, so they are looked at apart."""
+    return [p for p, row in plans.items() if "random" in p and row["bits"] < FEW_BITS]
 
 
 def listed(names: Sequence[str]) -> str:

@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 sys.path.append(str(HERE))  # so that this file can also be loaded from elsewhere
 
-from ledger import SEEDS, claims_table
+from ledger import SEEDS, claims_table, few_at_random
 from mixed import mixed
 from outliers import outliers
 from page import page
@@ -67,8 +67,6 @@ REFERENCE = PROFILES["reference"].train
 SWEEP = dataclasses.replace(REFERENCE, mode="lora", steps=30, batch_size=8)
 # The best of `sweeps`, as LoRA's is: claim T14 compares them.
 FULL_RATE = 3e-4
-# Random plans of fewer bits stand on the model card, too.
-CARD_BITS = 4
 SIZES = (100, 300, 1000, 1600, 5000)
 Task = Callable[[str], list[Record]]
 
@@ -148,8 +146,8 @@ def variants() -> dict[str, dict[str, Any]]:
             | {f"curve_{size}": {"mode": "lora", "examples": size, "steps": max(
                 REFERENCE.steps, math.ceil(size / REFERENCE.batch_size))} for size in SIZES}
             | {"curve_1600_longer": {"mode": "lora", "examples": 1600, "steps": longest}}
-            | {f"full_1e-4{number}": {"mode": "full", "learning_rate": 1e-4, "seed": seed}
-               for seed, number in ((0, ""), (1, "_1"), (2, "_2"))})
+            | {f"full_1e-4_{seed}".removesuffix("_0"): {
+                "mode": "full", "learning_rate": 1e-4, "seed": seed} for seed in SEEDS})
 
 
 def ship(source: Path, target: Path) -> None:
@@ -483,8 +481,8 @@ def card_table() -> str:
     for task, method in (("sensors", "coa"), ("sensors", "long"), ("movies", "coa")):
         plans = read_json(RESULTS / "coa" / f"{task}-{method}-0.json")["result"]["plans"]
         # Those that the measured scores are of, and random plans of few bits.
-        for plan in (p for p in plans if p in MAIN or (
-                "random" in p and plans[p]["bits"] < CARD_BITS)):
+        few = few_at_random(plans)
+        for plan in (p for p in plans if p in MAIN or p in few):
             row = plans[plan].get("score")
             score = f"{_share(row)} of {row['examples']}" if row else "not scored"
             lines.append(f"| {task}_{method} | {plan} bits | {score} | {plans[plan]['loss']:.4f} |")
