@@ -80,7 +80,7 @@ def compare_losses(task: str, one: str, other: str, plans: Sequence[str] = MAIN,
     """Ratio of held-out losses; None where no seed has all plans.
 
     Logarithms are averaged, so a plan that few bits have broken counts no more
-    than another. Seeds, plans and groups of ten examples are drawn anew.
+    than another. Seeds, plans and groups of ten examples each add to the interval.
     """
     found = pairs(task, one, other, plans, stored)
     if not found:

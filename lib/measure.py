@@ -63,7 +63,8 @@ def paired_interval(differences: Tensor) -> tuple[float, float, float]:
     without the term that they take off again, so rather too wide than too narrow).
     Half the width is Student's t sqrt(V) with V^2 / sum(v_a^2 / (n_a - 1)) degrees of
     freedom (Welch 1947). Where three seeds differ, a bootstrap of the axes holds the
-    truth in about three of four cases (notebook 06).
+    truth in about three of four cases (notebook 06). Where another axis adds a tenth or
+    a fifth of what three seeds do, this one holds it in 92 to 93 % instead of 95.
 
     Args:
         differences: one axis for each thing drawn, such as (seeds, plans, examples).

@@ -255,7 +255,8 @@ def test_t5(tmp_path, minimal, slower, verdict):
 def curve(*right: int) -> dict[str, Any]:
     """Files of 100, 300, 1,000 and 1,600 examples, and 5,000 beside 1,600 seen as long."""
     names = (*tutorial.CURVE.values(), *tutorial.LONGER)
-    return {name: run(r) for name, r in zip(names, right, strict=False)}
+    return {name: run(r) for name, r in zip(names, right, strict=False)} | {
+        name: run(r, r - 3) for name, r in zip(tutorial.ALIKE, (95, 94, 91), strict=True)}
 
 
 @pytest.mark.parametrize(("right", "enough", "verdict"), [
@@ -269,6 +270,8 @@ def test_t6(tmp_path, right, enough, verdict):
     made = judge("T6", tmp_path, base={"course": run(2)}, **curve(*right))
     assert (made["verdict"], made["value"]) == (verdict, enough)
     assert ("still to come" in made["finding"]) == (len(right) == 4 and verdict != NOT_YET)
+    if verdict != NOT_YET:
+        assert "alike but for the seed, differ by up to 4.0 and 4.0 points" in made["finding"]
 
 
 def test_enough_for_the_test_may_be_too_little_for_new_phrasings(tmp_path):
@@ -457,7 +460,7 @@ def test_t16(tmp_path, error, gpu, fault, verdict):
 def plans(loss: float, right: int = 32, plan: str = "p", only: tuple[str, ...] = MAIN
           ) -> dict[str, Any]:
     """A stored run of coa.py; losses spread a little, so that intervals have a width."""
-    return {"seconds": 100, "plans": {name: {
+    return {"seconds": 100, "losses": [1.0] * 100, "plans": {name: {
         "plan": plan, "bits": float(name.split()[-1]), "loss": loss,
         "losses": [loss * x for x in (0.9, 1.0, 1.1)],
         "score": score(right, 64)} for name in only}}
@@ -483,8 +486,28 @@ def test_p1_is_corrected_where_some_plans_are_broken(tmp_path):
     some = {name: plans(0.1, 60)["plans"][name] for name in MAIN}
     del some["greedy 2.5"]["score"]  # its loss was hopeless
     made = judge("P1", tmp_path, **{"coa__sensors-base": plans(4.0)},
-                 **{f"coa__sensors-coa-{seed}": {"plans": some} for seed in SEEDS})
+                 **{f"coa__sensors-coa-{seed}": {"plans": some, "losses": [1.0]}
+                    for seed in SEEDS})
     assert made["verdict"] == CORRECTED and "of use at 5 of 6 main plans" in made["finding"]
+
+
+def test_p1_is_no_more_than_corrected_where_one_plan_is_hopeless(tmp_path):
+    """One of all, in one seed; the claim says any."""
+    files = made_by("sensors", "coa", 0.1, 60) | {"coa__sensors-base": plans(40.0)}
+    files["coa__sensors-coa-1"]["plans"]["random 6"]["loss"] = 23.0
+    made = judge("P1", tmp_path, **files)
+    assert made["verdict"] == CORRECTED and "at worst 23.0 nats (random 6 bits)" in made["finding"]
+
+
+def test_p1_is_judged_by_the_longest_training_that_all_seeds_have(tmp_path):
+    files = made_by("sensors", "coa", 0.1, 36) | {"coa__sensors-base": plans(4.0)}
+    longer = made_by("sensors", "long", 0.1, 60)
+    for row in longer.values():
+        row["losses"] = [1.0] * 260
+    some = dict([*longer.items()][:2])
+    assert judge("P1", tmp_path, **files, **some)["verdict"] == REFUTED
+    made = judge("P1", tmp_path, **longer)
+    assert made["verdict"] == REPRODUCED and "after 260 steps" in made["finding"]
 
 
 @pytest.mark.parametrize(("loss", "right", "verdict"), [
@@ -560,6 +583,16 @@ def searched(**gains: float) -> dict[str, Any]:
 def test_p4(tmp_path, ours, random, nsga2, verdict):
     made = judge("P4", tmp_path, **searched(ours=ours, random=random, nsga2=nsga2))
     assert made["verdict"] == verdict
+
+
+def test_p4_pairs_nothing(tmp_path):
+    """A seed draws other things in another method: its number says nothing."""
+    files = searched(ours=3, random=1, nsga2=2)
+    before = judge("P4", tmp_path, **files)
+    seeds = [*paper.SEARCHES]
+    turned = {f"search__random-{a}": files[f"search__random-{b}"]
+              for a, b in zip(seeds, seeds[::-1], strict=True)}
+    assert judge("P4", tmp_path, **turned)["interval"] == before["interval"]
 
 
 def test_p4_compares_only_searches_from_one_start(tmp_path):

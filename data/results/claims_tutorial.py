@@ -44,6 +44,8 @@ AT_ONCE = 1.0
 # {examples: piece} of as many steps; the last two take three times them.
 CURVE = {n: f"curve_{n}" for n in (100, 300, 1000, 1600)}
 LONGER = ("curve_5000", "curve_1600_longer")
+# The settings of `curve_1600`, seed by seed.
+ALIKE = ("lora", "lora_1", "lora_2")
 # Points that one may lose and still be called a match.
 MATCH = 2.0
 SPLITS = {"test": "the test", "test_phrasings": "new phrasings"}
@@ -163,13 +165,14 @@ def t5(at: Stored) -> Found:
       "50,000 a new task.", "Runs on 100 to 5,000 examples of invented machines, one seed; "
       "enough is the smallest set that no larger one, of as many steps, is clearly better than, "
       "on the test and on new phrasings.",
-      unit="examples", needs=[*CURVE.values(), "base"], also=LONGER)
+      unit="examples", needs=[*CURVE.values(), "base"], also=[*LONGER, *ALIKE])
 def t6(at: Stored) -> Found:
     """Reproduced if enough is within the claim's range; refuted if nothing is learned at all.
 
     All 5,000 take three times the steps of the others; as many on 1,600 are beside them.
     While those two are missing and the largest set is the best, there is no verdict.
-    Only the number of examples may differ, so all must be of one dtype.
+    Only the number of examples may differ, so all must be of one dtype. What the seed alone
+    changes is said beside: a size has one run.
     """
     at.require_one_dtype(*CURVE.values(), *LONGER)
     rows = {n: at[name] for n, name in CURVE.items()}
@@ -193,8 +196,13 @@ def t6(at: Stored) -> Found:
     verdict = (REFUTED if top <= floor else
                REPRODUCED if KNOWLEDGE[0] <= enough <= KNOWLEDGE[1] else CORRECTED)
     before = max((n for n in CURVE if n < enough), default=0)
+    alike = [at[name] for name in ALIKE if at.has(name)]
+    apart = [max(shares) - min(shares) for split in SPLITS if len(alike) > 1
+             for shares in [[100 * row[split]["share"] for row in alike]]]
+    luck = (f"; a size has one run, and {len(alike)} runs on 1,600, alike but for the seed, differ "
+            f"by up to {' and '.join(f'{x:.1f}' for x in apart)} points") if apart else ""
     return Found(verdict, f"Enough for this domain are {enough:,} (right on the test and on new "
-                 f"phrasings: {curve}); larger sets and other kinds of task were not tried",
+                 f"phrasings: {curve}){luck}; larger sets and other kinds of task were not tried",
                  enough, (before, enough))
 
 

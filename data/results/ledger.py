@@ -159,7 +159,7 @@ def percent(share: float, digits: int = 1) -> str:
 
 
 def points(ones: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> Interval:
-    """Difference of scores on the same examples in points; rows are seeds, drawn as blocks."""
+    """Difference of scores on the same examples in points; rows are seeds."""
     gaps = [hits(a) - hits(b) for a, b in zip(ones, others, strict=True)]
     return Interval(*(100 * x for x in paired_interval(torch.stack(gaps))))
 
