@@ -29,6 +29,7 @@ sys.path.append(str(HERE))  # so that this file can also be loaded from elsewher
 from ledger import SEEDS, claims_table, few_at_random
 from mixed import mixed
 from outliers import outliers
+from packed import packed
 from page import page
 from picture import draw
 from sevenb import sizes
@@ -385,6 +386,7 @@ PIECES: dict[str, Callable[[], dict[str, Any]]] = {
     "engine": engine,
     "load": load,
     "mixed": lambda: mixed(WORK, edge_files() / "Q8_0", score_row),
+    "packed": lambda: packed(WORK, score_tests),
     "sizes": sizes,
     "page": page,
     "outliers": lambda: outliers(merged_files()),
@@ -441,6 +443,8 @@ def readme_table() -> str:
         row = next(iter(results["mixed"].values()))
         rows += [(f"merged, GGUF of mixed types ({row['bits']:.2g} bits), served", row,
                   f"{row['mb']:.1f}")]
+    rows += [(f"CoA-LoRA, longer trained, packed ({row['bits']:.2g} bits)", row,
+              f"{row['mb']:.1f}") for row in results.get("packed", {}).values()]
     lines = ["| model | test | new phrasings | saved, MB |", "|---|---|---|---|"]
     for label, row, size in rows:
         cells = [_share(row[split]) if row.get(split) else "-"
@@ -478,14 +482,14 @@ def card_table() -> str:
         row = read_json(RESULTS / f"{piece}.json")["result"]
         lines.append(f"| {name} | its own base | {_share(row['test'])} of "
                      f"{row['test']['examples']} | {row['validation_loss']:.4f} |")
-    for task, method in (("sensors", "coa"), ("sensors", "long"), ("movies", "coa")):
-        plans = read_json(RESULTS / "coa" / f"{task}-{method}-0.json")["result"]["plans"]
+    for task in ("sensors", "movies"):
+        plans = read_json(RESULTS / "coa" / f"{task}-long-0.json")["result"]["plans"]
         # Those that the measured scores are of, and random plans of few bits.
         few = few_at_random(plans)
         for plan in (p for p in plans if p in MAIN or p in few):
             row = plans[plan].get("score")
             score = f"{_share(row)} of {row['examples']}" if row else "not scored"
-            lines.append(f"| {task}_{method} | {plan} bits | {score} | {plans[plan]['loss']:.4f} |")
+            lines.append(f"| {task}_coa | {plan} bits | {score} | {plans[plan]['loss']:.4f} |")
     return "\n".join(lines)
 
 

@@ -17,10 +17,12 @@ from lib.scratch import replacing
 
 PICTURE = ROOT / "data" / "results" / "picture.png"
 METHODS = {"base": "no adapter", "lora": "one plain adapter for all",
-           "dedicated": "one for each", "coa": "CoA-LoRA"}
+           "dedicated": "one for each", "coa": "CoA-LoRA",
+           "long": "CoA-LoRA, 2.6 times the steps"}
 FILES = {"16 bits": ("pipeline", "dequantized"), "LLM.int8": ("pipeline", "int8"),
          "NF4, rounded anew": ("pipeline", "nf4"), "GGUF Q8_0": ("edge", "Q8_0"),
-         "GGUF Q4_1": ("edge", "Q4_1"), "GGUF mixed, 80 MB": ("mixed", "80")}
+         "GGUF Q4_1": ("edge", "Q4_1"), "GGUF mixed, 80 MB": ("mixed", "80"),
+         "CoA-LoRA, packed": ("packed", "65")}
 
 
 def drawn(folder: Path) -> dict[str, Any]:
@@ -64,22 +66,22 @@ def draw(folder: Path, picture: Path = PICTURE) -> None:
 
 
 def _curves(axes: Axes, curves: dict[str, list[tuple[float, float]]]) -> None:
-    for (method, points), mark, colour in zip(curves.items(), "xs^o", COLOURS[::-1][3:],
-                                              strict=True):
+    for (method, points), mark, colour in zip(curves.items(), "xs^oD",
+                                              [*COLOURS[3::-1], COLOURS[6]], strict=True):
         if points:
             axes.semilogy(*zip(*points, strict=True), marker=mark, color=colour,
                           ms=4, label=METHODS[method])
     axes.set(xlabel="bits a weight", ylabel="held-out loss (nats)",
              title="One adapter, configurations never trained on")
-    axes.legend(fontsize=9)
+    axes.legend(fontsize=8, ncols=2, loc="upper right", bbox_to_anchor=(1, 0.83))
 
 
 def _files(axes: Axes, files: dict[str, tuple[float, float, float, float]]) -> None:
-    for (label, (mb, share, low, high)), mark, colour in zip(files.items(), "osDP^v", COLOURS,
+    for (label, (mb, share, low, high)), mark, colour in zip(files.items(), "osDP^vX", COLOURS,
                                                              strict=False):
         axes.errorbar(mb, 100 * share, yerr=[[100 * (share - low)], [100 * (high - share)]],
                       marker=mark, ls="", capsize=4, color=colour, label=label)
     axes.set(xlabel="file (MB)", ylabel="right answers (%)", ylim=(0, 102),
-             title="The trained model, stored in several ways")
+             title="Trained models, stored in several ways")
     axes.set_xlim(0, 1.05 * axes.get_xlim()[1])
     axes.legend(fontsize=9, loc="center right")
