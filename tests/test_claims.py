@@ -69,6 +69,13 @@ def test_evidence_is_there_and_names_its_command(stored):
             assert (ROOT / script).is_file() and Path(file).stem == name
 
 
+def test_films_are_scored_at_every_main_plan():
+    """One word is right by luck in half of them: what is not scored cannot count as wrong."""
+    for file in make.RESULTS.glob("coa/movies-*-[0-9].json"):
+        rows = read_json(file)["result"]["plans"]
+        assert all("score" in rows[plan] for plan in MAIN if plan in rows), file.name
+
+
 def test_the_last_notebook_shows_the_ledger(stored):
     """Stored again by `python -m lib run --only 06 --store` when this fails."""
     book = nbformat.read(ROOT / "notebooks" / "06_evaluation.ipynb", as_version=4)
