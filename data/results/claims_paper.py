@@ -55,6 +55,10 @@ def joint(task: str, *methods: str) -> list[str]:
     return [f"coa/{task}-{method}-{seed}" for method in methods for seed in SEEDS]
 
 
+# The same in more steps: P1 and P2 say what they give.
+LONGER = [name for task in TASKS for name in joint(task, "long")]
+
+
 def dedicated(task: str, *seeds: int) -> list[str]:
     """Pieces of adapters that were made for one plan each."""
     return [f"coa/{task}-dedicated-{plan.replace(' ', '-')}-{seed}"
@@ -125,16 +129,11 @@ def longer_too(at: Stored, task: str) -> str:
     return f"; in {steps / others:.1f} times the steps ({seeds} of {len(SEEDS)} seeds) {said}"
 
 
-def over_base(at: Stored, task: str, method: str) -> tuple[dict[str, Interval], Interval]:
+def over_base(rows: Sequence[Plans], base: Plans) -> tuple[dict[str, Interval], Interval]:
     """Share of right answers at each main plan, and the loss over the bare base's at all plans.
 
     A seed that was not scored at a plan, because its loss was hopeless, has none right there.
     """
-    require_alike(at, joint(task, method))
-    base = at[f"coa/{task}-base"]["plans"]
-    rows = [at[name]["plans"] for name in joint(task, method)]
-    require(all(row[plan]["plan"] == base[plan]["plan"] for row in rows for plan in base),
-            f"{task}: {method} and base were measured at different plans: run them again")
     shares = {}
     for plan in MAIN:
         scores = [row[plan].get("score") for row in rows]
@@ -157,27 +156,27 @@ def log_ratios(rows: Sequence[Plans], others: Sequence[Plans], plans: Sequence[s
       f"{OURS} at plans that it never trained on, three seeds: right answers at the six main "
       "ones (of use: clearly more than half), the loss over the bare base's at all 26, and the "
       "largest of them.", unit="% of the main plans", needs=p1_pieces("sensors"),
-      also=[*p1_pieces("movies"), *(name for task in TASKS for name in joint(task, "long"))])
+      also=[*p1_pieces("movies"), *LONGER])
 def p1(at: Stored) -> Found:
     """Reproduced if of use at every main plan, hopeless at none, and better than the bare base.
 
     Corrected if of use at some. The verdict is of the 100 steps that both tasks have.
     """
-    verdicts, said, useful, every = [], [], 0, 0
-    for task in ready(at, p1_pieces):
-        verdict, words, good = of_use(at, task, "coa")
-        verdicts.append(verdict)
-        said.append(words)
-        useful, every = useful + good, every + len(MAIN)
-    said += [of_use(at, task, "long")[1] for task in ready(at, p1_pieces)
-             if at.has(*joint(task, "long"))]
-    return Found(over_tasks(verdicts), "; ".join(said), 100 * useful / every)
+    tasks = ready(at, p1_pieces)
+    verdicts, said, good = zip(*(of_use(at, task, "coa") for task in tasks), strict=True)
+    longer = [of_use(at, task, "long")[1] for task in tasks if at.has(*joint(task, "long"))]
+    return Found(over_tasks(verdicts), "; ".join([*said, *longer]),
+                 100 * sum(good) / (len(MAIN) * len(tasks)))
 
 
 def of_use(at: Stored, task: str, method: str) -> tuple[str, str, int]:
     """P1's verdict on one way of training, in words, and the count of plans where it is of use."""
-    shares, times = over_base(at, task, method)
-    rows = [at[name]["plans"] for name in joint(task, method)]
+    runs = [at[name] for name in joint(task, method)]
+    rows, base = [run["plans"] for run in runs], at[f"coa/{task}-base"]["plans"]
+    require_alike(at, joint(task, method))
+    require(all(row[plan]["plan"] == base[plan]["plan"] for row in rows for plan in base),
+            f"{task}: {method} and base were measured at different plans: run them again")
+    shares, times = over_base(rows, base)
     worst, where = max((row[plan]["loss"], plan) for row in rows for plan in row)
     good = [plan for plan, share in shares.items() if share.above(USEFUL)]
     every = len(good) == len(shares)
@@ -185,10 +184,9 @@ def of_use(at: Stored, task: str, method: str) -> tuple[str, str, int]:
                CORRECTED if good and times.below(1) else REFUTED)
     each = ", ".join(f"{plan} bits {100 * share.value:.0f} [{100 * share.low:.0f}, "
                      f"{100 * share.high:.0f}] %" for plan, share in shares.items())
-    steps = len(at[joint(task, method)[0]]["losses"])
-    return verdict, (f"{task}, after {steps} steps: of use at {len(good)} of {len(shares)} main "
-                     f"plans ({each}), {times:.2g} times the bare base's loss, at worst "
-                     f"{worst:.1f} nats ({where} bits)"), len(good)
+    return verdict, (f"{task}, after {len(runs[0]['losses'])} steps: of use at {len(good)} of "
+                     f"{len(shares)} main plans ({each}), {times:.2g} times the bare base's "
+                     f"loss, at worst {worst:.1f} nats ({where} bits)"), len(good)
 
 
 @rule("P2", "It matches or beats adapters tuned for each configuration.",
@@ -199,7 +197,7 @@ def of_use(at: Stored, task: str, method: str) -> tuple[str, str, int]:
       "at the same one of three diverged.",
       unit="times the loss",
       needs=p2_pieces("sensors"),
-      also=[*p2_pieces("movies"), *(name for task in TASKS for name in joint(task, "long"))])
+      also=[*p2_pieces("movies"), *LONGER])
 def p2(at: Stored) -> Found:
     """Reproduced if it matches in both, refuted if worse in both; anything else corrects.
 

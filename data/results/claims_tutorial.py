@@ -197,8 +197,8 @@ def t6(at: Stored) -> Found:
                REPRODUCED if KNOWLEDGE[0] <= enough <= KNOWLEDGE[1] else CORRECTED)
     before = max((n for n in CURVE if n < enough), default=0)
     alike = [at[name] for name in ALIKE if at.has(name)]
-    apart = [max(shares) - min(shares) for split in SPLITS if len(alike) > 1
-             for shares in [[100 * row[split]["share"] for row in alike]]]
+    shares = [[100 * row[split]["share"] for row in alike] for split in SPLITS]
+    apart = [max(x) - min(x) for x in shares] if len(alike) > 1 else []
     luck = (f"; a size has one run, and {len(alike)} runs on 1,600, alike but for the seed, differ "
             f"by up to {' and '.join(f'{x:.1f}' for x in apart)} points") if apart else ""
     return Found(verdict, f"Enough for this domain are {enough:,} (right on the test and on new "
