@@ -129,8 +129,8 @@ def tiny_model(layers: int = 2, *, vocabulary: int = 49152) -> LlamaForCausalLM:
 def best_dtype() -> torch.dtype:
     """bfloat16 where a short matrix product proves it faster than float32.
 
-    On a CPU without AMX or AVX-512 bf16 a bfloat16 step is tens of times
-    slower, so we time both (a few milliseconds) instead of guessing.
+    Without instructions for it a bfloat16 product takes up to 40 times as long as
+    a float32 one, so we time both (a few milliseconds) instead of guessing.
     `COURSE_DTYPE=float32` overrides the probe.
     """
     if name := os.environ.get("COURSE_DTYPE"):

@@ -18,8 +18,8 @@ from lib.measure import paired_interval
 
 STORED = ROOT / "data" / "results" / "coa"
 # Made once for all plans; the others once for each plan.
-JOINT = ("coa", "lora", "paper", "alternated", "long")
-# The greedy plans at the paper's budgets, two random ones, and twenty more between.
+JOINT = ("coa", "lora", "paper", "alternated", "long", "lora-long")
+# The greedy plans at the paper's budgets, and two random ones.
 MAIN = ("greedy 2.5", "greedy 3", "greedy 3.5", "greedy 4", "random 4.5", "random 6")
 
 
@@ -75,6 +75,14 @@ def pairs(task: str, one: str, other: str, plans: Sequence[str], stored: Path = 
     return [[(a[seed], b[seed]) for a, b in both] for seed in seeds]
 
 
+def log_ratios(found: Sequence[Sequence[Sequence[dict[str, Any]]]]) -> Tensor:
+    """(seeds, plans, groups of ten examples) of rows in pairs: log of the first's loss over
+    the second's, of the groups that all have."""
+    count = min(len(x["losses"]) for row in found for pair in row for x in pair)
+    return torch.tensor([[[x["losses"][:count] for x in pair[::-1]] for pair in row]
+                         for row in found], dtype=torch.float64).log().diff(dim=2).squeeze(2)
+
+
 def compare_losses(task: str, one: str, other: str, plans: Sequence[str] = MAIN,
                    stored: Path = STORED) -> Compared | None:
     """Ratio of held-out losses; None where no seed has all plans.
@@ -85,11 +93,7 @@ def compare_losses(task: str, one: str, other: str, plans: Sequence[str] = MAIN,
     found = pairs(task, one, other, plans, stored)
     if not found:
         return None
-    count = min(len(a["losses"]) for row in found for a, _ in row)
-    logs = torch.tensor([[[a["losses"][:count], b["losses"][:count]] for a, b in row]
-                         for row in found], dtype=torch.float64).log()
-    mean, low, high = paired_interval(logs[:, :, 0] - logs[:, :, 1])
-    ratios = torch.tensor([mean, low, high]).exp().tolist()
+    ratios = torch.tensor(paired_interval(log_ratios(found))).exp().tolist()
     return Compared(*ratios, seeds=len(found), plans=len(plans))
 
 

@@ -26,8 +26,8 @@ class TrainSettings:
         targets: key of TARGETS, or module names separated by commas.
         dropout: 0 here, 0.05 in the tutorial: each example is seen a few
             times at most, and a random mask costs a pass over every input.
-        learning_rate: 3e-3 here, 2e-4 in the tutorial: a small model and a
-            few hundred steps (`data/results/` has the sweep).
+        learning_rate: 3e-3 here, 2e-4 in the tutorial: a small model and
+            some hundred steps (`data/results/` has the sweep).
         steps: optimizer steps of `batch_size` examples (16, the tutorial's
             effective batch), which go through in `accumulate` parts: less
             memory, the same sums. Each of several processes takes as many.

@@ -255,7 +255,7 @@ def test_t5(tmp_path, minimal, slower, verdict):
     made = judge("T5", tmp_path, targets_minimal=run(minimal), targets_speed=speed,
                  targets_standard=run(80), lora=run(90))
     assert made["verdict"] == verdict
-    assert made["finding"].endswith("still to come: rank_4, rank_64.")
+    assert made["finding"].endswith("not run: rank_4, rank_64.")
     assert made["interval"][0] <= made["value"] == 90 - minimal <= made["interval"][1]
 
 
@@ -276,9 +276,9 @@ def curve(*right: int) -> dict[str, Any]:
 def test_t6(tmp_path, right, enough, verdict):
     made = judge("T6", tmp_path, base={"course": run(2)}, **curve(*right))
     assert (made["verdict"], made["value"]) == (verdict, enough)
-    assert ("still to come" in made["finding"]) == (len(right) == 4 and verdict != NOT_YET)
+    assert ("not run" in made["finding"]) == (len(right) == 4 and verdict != NOT_YET)
     if verdict != NOT_YET:
-        assert "alike but for the seed, differ by up to 4.0 and 4.0 points" in made["finding"]
+        assert "own seed and draw, differ by up to 4.0 and 4.0 points" in made["finding"]
 
 
 def test_enough_for_the_test_may_be_too_little_for_new_phrasings(tmp_path):
@@ -408,7 +408,7 @@ def test_t14(tmp_path, lora, phrasings, cost, verdict):
     made = judge("T14", tmp_path, sizes=sizes(), **files)
     assert made["verdict"] == verdict
     assert made["interval"][0] <= made["value"] == 90 - lora <= made["interval"][1]
-    assert "QLoRA" not in made["finding"].partition("still to come")[0]
+    assert "QLoRA" not in made["finding"].partition("not run")[0]
 
 
 def test_the_modes_are_compared_at_the_best_rates_of_the_sweep():
@@ -615,7 +615,7 @@ def test_p4_compares_only_searches_from_one_start(tmp_path):
 def test_p5(tmp_path, loss, right, verdict):
     made = judge("P5", tmp_path, **made_by("sensors", "coa", loss, right),
                  **made_by("sensors", "lora", 0.1, 40))
-    assert made["verdict"] == verdict and "movies" in made["finding"].partition("to come")[2]
+    assert made["verdict"] == verdict and "movies" in made["finding"].partition("not run")[2]
 
 
 def test_p5_looks_apart_at_random_plans_of_few_bits(tmp_path):
@@ -635,7 +635,22 @@ def test_tasks_that_differ_correct_a_claim(tmp_path):
     alone = judge("P5", tmp_path, **files)
     both = judge("P5", tmp_path, **made_by("movies", "coa", 0.4), **made_by("movies", "lora", 0.1))
     assert (alone["verdict"], both["verdict"]) == (REPRODUCED, CORRECTED)
-    assert "still to come" not in both["finding"] and len(both["evidence"]) == 12
+    assert len(both["evidence"]) == 12
+
+
+def test_p5_says_what_more_steps_of_both_give(tmp_path):
+    files = made_by("movies", "coa", 0.1) | made_by("movies", "lora", 0.1)
+    files |= made_by("sensors", "coa", 0.1) | made_by("sensors", "lora", 0.1)
+    assert "lora-long" in judge("P5", tmp_path, **files)["finding"].partition("not run")[2]
+    for task, loss in (("sensors", 0.02), ("movies", 0.04)):
+        for method, its in (("long", loss), ("lora-long", 0.08)):
+            files |= {name: row | {"losses": [1.0] * 260}
+                      for name, row in made_by(task, method, its).items()}
+    made = judge("P5", tmp_path, **files)["finding"]
+    assert "; both in 2.6 times the steps (3 of 3 seeds) sensors: 0.25 " in made
+    assert "; both in 2.6 times the steps (3 of 3 seeds) movies: 0.50 " in made
+    assert made.count("(loss 0.25 at the median plan)") == made.count("(loss 0.50 at the m") == 1
+    assert "not run" not in made
 
 
 def test_a_piece_of_an_earlier_version_is_asked_for_again(tmp_path):

@@ -26,9 +26,8 @@ from ledger import (
     rule,
     spread,
 )
-from torch import Tensor
 
-from lib.compare import MAIN, Compared, compare_losses, compare_scores
+from lib.compare import MAIN, Compared, compare_losses, compare_scores, log_ratios, pairs
 from lib.errors import require
 from lib.measure import paired_interval
 
@@ -55,8 +54,9 @@ def joint(task: str, *methods: str) -> list[str]:
     return [f"coa/{task}-{method}-{seed}" for method in methods for seed in SEEDS]
 
 
-# The same in more steps: P1 and P2 say what they give.
+# The same in more steps: P1 and P2 say what they give, P5 what they give to both.
 LONGER = [name for task in TASKS for name in joint(task, "long")]
+LONGER_SHARED = [name for task in TASKS for name in joint(task, "lora-long")]
 
 
 def dedicated(task: str, *seeds: int) -> list[str]:
@@ -121,12 +121,18 @@ def in_words(task: str, losses: Interval, scores: Interval | None) -> str:
     return f"{task}: {losses:.2f} times the loss{points}"
 
 
-def longer_too(at: Stored, task: str) -> str:
-    """What more joint steps give against dedicated adapters, in words."""
+def longer_too(at: Stored, task: str, rival: str, plans: Sequence[str] = MAIN) -> str:
+    """What more joint steps give against a rival, in words."""
     steps, others = (len(at[f"coa/{task}-{method}-0"]["losses"]) for method in ("long", "coa"))
-    said = in_words(task, *compared(at, task, "long", "dedicated"))
+    said = in_words(task, *compared(at, task, "long", rival, plans))
     seeds = sum(at.has(name) for name in joint(task, "long"))
-    return f"; in {steps / others:.1f} times the steps ({seeds} of {len(SEEDS)} seeds) {said}"
+    return f"in {steps / others:.1f} times the steps ({seeds} of {len(SEEDS)} seeds) {said}"
+
+
+def middle_plan(at: Stored, task: str, one: str, other: str) -> float:
+    """The ratio of losses that half of all plans are above: few broken plans do not move it."""
+    return statistics.median(compared(at, task, one, other, [plan])[0].value
+                             for plan in every_plan(at, task))
 
 
 def over_base(rows: Sequence[Plans], base: Plans) -> tuple[dict[str, Interval], Interval]:
@@ -140,16 +146,7 @@ def over_base(rows: Sequence[Plans], base: Plans) -> tuple[dict[str, Interval], 
         nothing = {"hits": "0" * max(len(s["hits"]) if s else 1 for s in scores)}
         shares[plan] = Interval(*(min(1.0, max(0.0, x)) for x in paired_interval(
             torch.stack([hits(s or nothing) for s in scores]))))
-    return shares, ratio(log_ratios(rows, [base] * len(rows), [*base]))
-
-
-def log_ratios(rows: Sequence[Plans], others: Sequence[Plans], plans: Sequence[str]) -> Tensor:
-    """(seeds, plans, groups of ten examples): log of the rows' losses over the others'."""
-    both = [*zip(rows, others, strict=True)]
-    count = min(len(x[plan]["losses"]) for pair in both for x in pair for plan in plans)
-    logs = torch.tensor([[[x[plan]["losses"][:count] for plan in plans] for x in pair]
-                         for pair in both], dtype=torch.float64).log()
-    return logs[:, 0] - logs[:, 1]
+    return shares, ratio(log_ratios([[(row[p], base[p]) for p in base] for row in rows]))
 
 
 @rule("P1", "One adapter serves any configuration of bits without retraining.",
@@ -211,7 +208,8 @@ def p2(at: Stored) -> Found:
         worse = [losses.above(1), scores.below() if scores else losses.above(1)]
         match = [losses.high <= MATCH_LOSS, not scores or scores.low >= -MATCH_POINTS]
         verdicts.append(REPRODUCED if all(match) else REFUTED if all(worse) else CORRECTED)
-    longer = [longer_too(at, task) for task in found if at.has(f"coa/{task}-long-0")]
+    longer = [f"; {longer_too(at, task, 'dedicated')}" for task in found
+              if at.has(f"coa/{task}-long-0")]
     losses = found["sensors"][0]
     return Found(over_tasks(verdicts), "Against dedicated adapters, in as many steps, " + "; ".join(
         in_words(task, *pair) for task, pair in found.items()) + "".join(longer),
@@ -276,17 +274,21 @@ def p4(at: Stored) -> Found:
 
 @rule("P5", "Knowledge transfers across configurations: it beats one plain adapter for all.",
       f"{OURS} against Shared-LoRA, the same plans, steps, seeds and examples: losses at all "
-      "26 plans, scores at the six main ones.",
-      unit="times the loss", needs=p5_pieces("sensors"), also=p5_pieces("movies"))
+      "26 plans, scores at the six main ones; the same where both have more steps.",
+      unit="times the loss", needs=p5_pieces("sensors"),
+      also=[*p5_pieces("movies"), *LONGER, *LONGER_SHARED])
 def p5(at: Stored) -> Found:
-    """Reproduced if better in loss or score, refuted if worse, corrected on a tie."""
+    """Reproduced if better in loss or score, refuted if worse, corrected on a tie.
+
+    The verdict is of the 100 steps that both tasks have.
+    """
     found, more, verdicts = {}, {}, []
     for task in ready(at, p5_pieces):
         require_alike(at, p5_pieces(task))
         plans = every_plan(at, task)
         few = few_at_random(plans)
         losses, scores = found[task] = compared(at, task, "coa", "lora", [*plans])
-        middle = statistics.median(compared(at, task, "coa", "lora", [p])[0].value for p in plans)
+        middle = middle_plan(at, task, "coa", "lora")
         named = compared(at, task, "coa", "lora")[0]
         more[task] = f"{middle:.2f} at the median plan, {named:.2f} at the six main ones"
         if few:
@@ -294,15 +296,18 @@ def p5(at: Stored) -> Found:
             more[task] += (f", {rest:.2f} without random plans below {FEW_BITS} bits "
                            f"({len(few)} of them)")
         # The interval above is for other plans, too; this one for these plans.
-        one, other = ([at[name]["plans"] for name in joint(task, m)] for m in ("coa", "lora"))
-        fixed = ratio(log_ratios(one, other, [*plans]).mean(1))
+        fixed = ratio(log_ratios(pairs(task, "coa", "lora", [*plans], at.folder / "coa")).mean(1))
         more[task] += f", {fixed:.2f} with the plans held fixed"
         better = losses.below(1) or bool(scores and scores.above())
         worse = losses.above(1) or bool(scores and scores.below())
         # A tie: what transfers, a plain adapter transfers as well.
         verdicts.append(REPRODUCED if better and not worse else
                         REFUTED if worse and not better else CORRECTED)
+    longer = [f"; both {longer_too(at, task, 'lora-long', [*every_plan(at, task)])} "
+              f"(loss {middle_plan(at, task, 'long', 'lora-long'):.2f} at the median plan)"
+              for task in found if at.has(*joint(task, "long", "lora-long"))]
     losses = found["sensors"][0]
     return Found(over_tasks(verdicts), "Against Shared-LoRA " + "; ".join(
         f"{in_words(task, *pair)} (loss {more[task]})"
-        for task, pair in found.items()), losses.value, losses.ends)
+        for task, pair in found.items()) + "".join(longer),
+        losses.value, losses.ends)

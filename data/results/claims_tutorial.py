@@ -44,7 +44,7 @@ AT_ONCE = 1.0
 # {examples: piece} of as many steps; the last two take three times them.
 CURVE = {n: f"curve_{n}" for n in (100, 300, 1000, 1600)}
 LONGER = ("curve_5000", "curve_1600_longer")
-# The settings of `curve_1600`, seed by seed.
+# The settings of `curve_1600`, seed by seed: each sees 1,600 of all examples, its own draw.
 ALIKE = ("lora", "lora_1", "lora_2")
 # Points that one may lose and still be called a match.
 MATCH = 2.0
@@ -199,8 +199,9 @@ def t6(at: Stored) -> Found:
     alike = [at[name] for name in ALIKE if at.has(name)]
     shares = [[100 * row[split]["share"] for row in alike] for split in SPLITS]
     apart = [max(x) - min(x) for x in shares] if len(alike) > 1 else []
-    luck = (f"; a size has one run, and {len(alike)} runs on 1,600, alike but for the seed, differ "
-            f"by up to {' and '.join(f'{x:.1f}' for x in apart)} points") if apart else ""
+    luck = (f"; a size has one run, and {len(alike)} runs on 1,600 of all examples, each with its "
+            f"own seed and draw, differ by up to {' and '.join(f'{x:.1f}' for x in apart)} points"
+            ) if apart else ""
     return Found(verdict, f"Enough for this domain are {enough:,} (right on the test and on new "
                  f"phrasings: {curve}){luck}; larger sets and other kinds of task were not tried",
                  enough, (before, enough))
@@ -371,7 +372,8 @@ def t13(at: Stored) -> Found:
 
 @rule("T14", "LoRA matches full fine-tuning at 1 % of the cost.",
       "Three seeds of each on the same data, each at the best rate of the sweep, scored on the "
-      "same examples, with new phrasings; cost in peak memory, time and bytes.", unit="points",
+      "same examples, with new phrasings; cost in peak memory, time and bytes, against full "
+      "fine-tuning at a third of that rate, which was run as LoRA was.", unit="points",
       needs=[*of_seeds("full"), *of_seeds("lora"), *of_seeds(SLOWER), "sizes"],
       also=of_seeds("qlora"))
 def t14(at: Stored) -> Found:
@@ -418,8 +420,8 @@ def t15(at: Stored) -> Found:
     quick = swap.high < 1000 * AT_ONCE
     verdict = REPRODUCED if right and quick else CORRECTED if right else REFUTED
     return Found(verdict, f"{row['with_own_adapter']} of {row['requests']} answers to "
-                 f"{row['clients']} clients had the form of their own adapter's; a change delays "
-                 f"the first token by {swap:.1f} ms", swap.value, swap.ends)
+                 f"{row['clients']} clients had the form of their own adapter's; after a change "
+                 f"the first token comes {swap:.1f} ms later", swap.value, swap.ends)
 
 
 @rule("T16", "The code of the page runs.", "Its calls with its arguments on a tiny model, on the "

@@ -45,10 +45,10 @@ from lib.train import TrainResult
 COA = RESULTS / "coa"
 SEEDS = (0, 1, 2)
 SETTINGS = dataclasses.replace(PROFILES["reference"].train, mode="lora", accumulate=2)
-# Of the joint methods: the sweep over these is in the pieces TASK-METHOD-rateRATE-0.
+# Of the joint methods: the pieces TASK-METHOD-rateRATE-0 sweep over these (none is stored).
 RATES = {"sensors": (3e-3, 4.5e-3, 6.5e-3), "movies": (1.5e-3, 3e-3, 4.5e-3)}
 RATE = {"sensors": 4.5e-3, "movies": 3e-3}
-# Of dedicated adapters, swept at one plan: the pieces TASK-dedicated-rateRATE-0.
+# Of dedicated adapters, swept at one plan: the pieces TASK-dedicated-rateRATE-0 (neither).
 ALONE = {"sensors": (1.5e-3, 3e-3, 4.5e-3), "movies": (1e-3, 2e-3, 3e-3)}
 RATE_ALONE, SWEPT_AT = {"sensors": 3e-3, "movies": 3e-3}, "greedy 3"
 # A step goes through in so many parts, each at a configuration of its own. A film's answer
@@ -63,6 +63,8 @@ LONG = 260
 # Of the longer runs. At the films' rate above one of three diverged, which its training loss
 # shows (the pieces movies-long-rateRATE-SEED): they have half of it.
 LONG_RATE = {"sensors": 4.5e-3, "movies": 1.5e-3}
+# Shared-LoRA in as many steps as "long", at its rates: its rival.
+LONGER = {"long": "coa", "lora-long": "lora"}
 # Search and training in turn: before these steps, so many evaluations on so many examples.
 RENEW_AT, EVALUATIONS, HELD = (34, 67), 20, 24
 BUDGETS, AT_RANDOM = (2.5, 3.0, 3.5, 4.0), (4.5, 6.0)
@@ -76,8 +78,8 @@ HOPELESS = {"sensors": 1.0, "movies": math.inf}
 class Stored(Switchable):
     """Levels are built once for all runs, and read from `build/levels` after that.
 
-    Making the levels of a plan takes two seconds of one core. A joint run wants
-    four hundred plans, and twenty runs want the same ones.
+    Making the levels of a plan takes a second or two of one core. A joint run changes
+    its plan some hundred times, among 36, and all runs want the same ones.
     """
 
     def _build(self, index: int, level: Level) -> Tensor:
@@ -104,15 +106,16 @@ def make_plans(task: str) -> dict[str, Any]:
     that all runs have the same: gradients differ in their last bits between machines.
 
     Six test plans have dedicated adapters to compare with: greedy ones at the
-    paper's four budgets, and two random ones. Twenty more lie between. No test
-    plan is trained on, nor a greedy one of nearly the same budget.
+    paper's four budgets, and two random ones. Twenty more lie from 2.45 to 6.8
+    bits. No test plan is trained on, nor a greedy one near a main budget. Of the
+    ten further greedy ones most share nine layers in ten with a training plan.
     """
     base = Switchable.load()
     felt = sensitivities(base, TASKS[task]("train")[:16])
     levels, errors = table = error_table(base, felt)
     starting, rng = starting_set(base, table), random.Random(1000)
     noise = Features.of(base, felt).sums(torch.stack([numbers(p) for p in starting]))[:, 0]
-    # Greedy plans of near budgets share most of their layers: none may be near a test's.
+    # Greedy plans of near budgets share most of their layers: none may be near a main one.
     training = [plan for i, plan in enumerate(starting)
                 if noise[i] <= noise[1]
                 and (i % 2 == 0 or min(abs(plan.bits - b) for b in BUDGETS) > 0.12)]
@@ -197,13 +200,14 @@ def digest(plans: Sequence[Configuration]) -> str:
 def joint(task: str, method: str, seed: int, rate: float = 0.0) -> dict[str, Any]:
     """One adapter over the training set, at all test plans.
 
-    Methods are those of `train_over`, "long", and "alternated": "coa" with a search
-    between its steps. A `rate` is one of a sweep: by validation examples, since what
-    a setting is chosen by is not what it is judged by. No sweep has "long".
+    Methods are those of `train_over`, those of LONGER, and "alternated": "coa" with a
+    search between its steps. A `rate` is one of a sweep: by validation examples, since
+    what a setting is chosen by is not what it is judged by. No sweep has "long".
     """
     base = Stored.load(cache_mb=CACHE_MB)
     training, tests = plans_of(task, base.layers)
-    longer, swept = method == "long", rate and method != "long"
+    longer = method in LONGER
+    swept = rate and not longer
     settings = dataclasses.replace(
         SETTINGS, seed=seed, accumulate=PARTS[task], steps=LONG if longer else SETTINGS.steps,
         learning_rate=rate or (LONG_RATE if longer else RATE)[task])
@@ -215,7 +219,7 @@ def joint(task: str, method: str, seed: int, rate: float = 0.0) -> dict[str, Any
             renewed, features=Features.of(base, felt), seed=seed, evaluations=EVALUATIONS,
             held=TASKS[task]("validation", HELD))}
     run, coa = train_over(base, TASKS[task]("train"), training, settings, say_every=10,
-                          method="coa" if method in ("long", "alternated") else method, **turns)
+                          method=(LONGER | {"alternated": "coa"}).get(method, method), **turns)
     whole = time.monotonic() - begun
     if (method, seed, rate) == ("long", 0, 0.0):
         coa.save_pretrained(ADAPTERS / f"{task}_coa", dtype=torch.float16)
@@ -264,8 +268,10 @@ def pieces() -> dict[str, Callable[[], dict[str, Any]]]:
             for name in MAIN:
                 every[f"{task}-dedicated-{name.replace(' ', '-')}-{seed}"] = (
                     lambda t=task, s=seed, n=name: dedicated(t, "lora", s, n))
-        for task in TASKS:
-            every[f"{task}-long-{seed}"] = lambda t=task, s=seed: joint(t, "long", s)
+        for method in (*LONGER, "paper"):
+            for task in TASKS:
+                every[f"{task}-{method}-{seed}"] = (
+                    lambda t=task, m=method, s=seed: joint(t, m, s))
         if seed == 0:
             for task in TASKS:
                 for rate in RATES[task]:
@@ -277,8 +283,7 @@ def pieces() -> dict[str, Callable[[], dict[str, Any]]]:
                         lambda t=task, r=rate: dedicated(t, "lora", 0, SWEPT_AT, r))
             for task in TASKS:
                 every[f"{task}-base"] = lambda t=task: untrained(t)
-                for method in ("alternated", "paper"):
-                    every[f"{task}-{method}-0"] = lambda t=task, m=method: joint(t, m, 0)
+                every[f"{task}-alternated-0"] = lambda t=task: joint(t, "alternated", 0)
                 for name in MAIN[:len(BUDGETS)]:
                     every[f"{task}-lq-{name.replace(' ', '-')}-0"] = (
                         lambda t=task, n=name: dedicated(t, "lq", 0, n))

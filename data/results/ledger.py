@@ -121,7 +121,7 @@ def entry(one: Rule, stored: Stored) -> dict[str, Any]:
     except KeyError as error:  # a piece that an earlier version of its command made
         found, later = Found(NOT_YET, f"A stored piece lacks {error}: make it again"), []
     if found.verdict != NOT_YET and later:
-        found = Found(found.verdict, f"{found.finding}; still to come: {listed(later)}",
+        found = Found(found.verdict, f"{found.finding}; not run: {listed(later)}",
                       found.value, found.interval)
     files = [n for n in (*one.needs, *one.also) if stored.has(n)]
     return {"id": one.id, "source": SOURCES[one.id[0]], "claim": one.claim,
