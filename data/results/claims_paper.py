@@ -135,6 +135,12 @@ def middle_plan(at: Stored, task: str, one: str, other: str) -> float:
                              for plan in every_plan(at, task))
 
 
+def at_these_plans(at: Stored, task: str, one: str, other: str) -> Interval:
+    """The ratio of losses at all plans as they are: other intervals are for other plans, too."""
+    found = pairs(task, one, other, [*every_plan(at, task)], at.folder / "coa")
+    return ratio(log_ratios(found).mean(1))
+
+
 def over_base(rows: Sequence[Plans], base: Plans) -> tuple[dict[str, Interval], Interval]:
     """Share of right answers at each main plan, and the loss over the bare base's at all plans.
 
@@ -295,16 +301,15 @@ def p5(at: Stored) -> Found:
             rest = compared(at, task, "coa", "lora", [p for p in plans if p not in few])[0]
             more[task] += (f", {rest:.2f} without random plans below {FEW_BITS} bits "
                            f"({len(few)} of them)")
-        # The interval above is for other plans, too; this one for these plans.
-        fixed = ratio(log_ratios(pairs(task, "coa", "lora", [*plans], at.folder / "coa")).mean(1))
-        more[task] += f", {fixed:.2f} with the plans held fixed"
+        more[task] += f", {at_these_plans(at, task, 'coa', 'lora'):.2f} with the plans held fixed"
         better = losses.below(1) or bool(scores and scores.above())
         worse = losses.above(1) or bool(scores and scores.below())
         # A tie: what transfers, a plain adapter transfers as well.
         verdicts.append(REPRODUCED if better and not worse else
                         REFUTED if worse and not better else CORRECTED)
     longer = [f"; both {longer_too(at, task, 'lora-long', [*every_plan(at, task)])} "
-              f"(loss {middle_plan(at, task, 'long', 'lora-long'):.2f} at the median plan)"
+              f"(loss {middle_plan(at, task, 'long', 'lora-long'):.2f} at the median plan, "
+              f"{at_these_plans(at, task, 'long', 'lora-long'):.2f} with the plans held fixed)"
               for task in found if at.has(*joint(task, "long", "lora-long"))]
     losses = found["sensors"][0]
     return Found(over_tasks(verdicts), "Against Shared-LoRA " + "; ".join(
