@@ -652,6 +652,8 @@ def test_p5_says_what_more_steps_of_both_give(tmp_path):
     assert made.count("(loss 0.25 at the m") == made.count("(loss 0.50 at the median plan") == 1
     assert made.count("0.50 [0.50, 0.50] with the plans held fixed") == 1
     assert "not run" not in made
+    files["coa__movies-lora-long-1"] |= {"training_plans": "old"}
+    assert judge("P5", tmp_path, **files)["verdict"] == NOT_YET
 
 
 def test_a_piece_of_an_earlier_version_is_asked_for_again(tmp_path):

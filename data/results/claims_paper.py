@@ -129,6 +129,15 @@ def longer_too(at: Stored, task: str, rival: str, plans: Sequence[str] = MAIN) -
     return f"in {steps / others:.1f} times the steps ({seeds} of {len(SEEDS)} seeds) {said}"
 
 
+def longer_shared(at: Stored, task: str) -> str:
+    """What more steps give to both joint ways, in words."""
+    both = "long", "lora-long"
+    require_alike(at, joint(task, *both))
+    return (f"; both {longer_too(at, task, both[1], [*every_plan(at, task)])} "
+            f"(loss {middle_plan(at, task, *both):.2f} at the median plan, "
+            f"{at_these_plans(at, task, *both):.2f} with the plans held fixed)")
+
+
 def middle_plan(at: Stored, task: str, one: str, other: str) -> float:
     """The ratio of losses that half of all plans are above: few broken plans do not move it."""
     return statistics.median(compared(at, task, one, other, [plan])[0].value
@@ -307,10 +316,8 @@ def p5(at: Stored) -> Found:
         # A tie: what transfers, a plain adapter transfers as well.
         verdicts.append(REPRODUCED if better and not worse else
                         REFUTED if worse and not better else CORRECTED)
-    longer = [f"; both {longer_too(at, task, 'lora-long', [*every_plan(at, task)])} "
-              f"(loss {middle_plan(at, task, 'long', 'lora-long'):.2f} at the median plan, "
-              f"{at_these_plans(at, task, 'long', 'lora-long'):.2f} with the plans held fixed)"
-              for task in found if at.has(*joint(task, "long", "lora-long"))]
+    longer = [longer_shared(at, task) for task in found
+              if at.has(*joint(task, "long", "lora-long"))]
     losses = found["sensors"][0]
     return Found(over_tasks(verdicts), "Against Shared-LoRA " + "; ".join(
         f"{in_words(task, *pair)} (loss {more[task]})"

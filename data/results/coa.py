@@ -48,7 +48,7 @@ SETTINGS = dataclasses.replace(PROFILES["reference"].train, mode="lora", accumul
 # Of the joint methods: the pieces TASK-METHOD-rateRATE-0 sweep over these (none is stored).
 RATES = {"sensors": (3e-3, 4.5e-3, 6.5e-3), "movies": (1.5e-3, 3e-3, 4.5e-3)}
 RATE = {"sensors": 4.5e-3, "movies": 3e-3}
-# Of dedicated adapters, swept at one plan: the pieces TASK-dedicated-rateRATE-0 (neither).
+# Of dedicated adapters, swept at one plan: the pieces TASK-dedicated-rateRATE-0 (none is stored).
 ALONE = {"sensors": (1.5e-3, 3e-3, 4.5e-3), "movies": (1e-3, 2e-3, 3e-3)}
 RATE_ALONE, SWEPT_AT = {"sensors": 3e-3, "movies": 3e-3}, "greedy 3"
 # A step goes through in so many parts, each at a configuration of its own. A film's answer
