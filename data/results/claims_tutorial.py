@@ -162,7 +162,7 @@ def t5(at: Stored) -> Found:
 
 
 @rule("T6", "500 to 1,000 examples teach a style, 2,000 to 10,000 domain knowledge, 10,000 to "
-      "50,000 a new task.", "Runs on 100 to 5,000 examples of invented machines, one seed; "
+      "50,000 a new task.", "Runs on 100 to 1,600 examples of invented machines, one seed; "
       "enough is the smallest set that no larger one, of as many steps, is clearly better than, "
       "on the test and on new phrasings.",
       unit="examples", needs=[*CURVE.values(), "base"], also=[*LONGER, *ALIKE])
