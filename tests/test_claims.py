@@ -636,6 +636,8 @@ def test_tasks_that_differ_correct_a_claim(tmp_path):
     both = judge("P5", tmp_path, **made_by("movies", "coa", 0.4), **made_by("movies", "lora", 0.1))
     assert (alone["verdict"], both["verdict"]) == (REPRODUCED, CORRECTED)
     assert len(both["evidence"]) == 12
+    later = both["finding"].partition("not run: ")[2].rstrip(".").split(", ")
+    assert all("long-" in name or name == "..." for name in later)
 
 
 def test_p5_says_what_more_steps_of_both_give(tmp_path):

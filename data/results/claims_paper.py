@@ -140,7 +140,7 @@ def longer_shared(at: Stored, task: str) -> str:
 
 def middle_plan(at: Stored, task: str, one: str, other: str) -> float:
     """The ratio of losses that half of all plans are above: few broken plans do not move it."""
-    return statistics.median(compared(at, task, one, other, [plan])[0].value
+    return statistics.median(compare_losses(task, one, other, [plan], at.folder / "coa").value
                              for plan in every_plan(at, task))
 
 
