@@ -3,13 +3,32 @@
 import logging
 import sys
 import warnings
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
 
 if sys.version_info < (3, 11):  # noqa: UP036 (older ones stop here, with one line)
-    print("error: this is Python {}.{}, the course needs 3.11 to 3.13: make an environment "
-          "with one of these".format(*sys.version_info[:2]), file=sys.stderr)
+    print("error: the course needs Python 3.11 to 3.13, this is {}.{}: make an environment with "
+          "one of these".format(*sys.version_info[:2]), file=sys.stderr)
     sys.exit(2)
 
-# bitsandbytes reports an optional kernel it lacks while it is being imported.
+# On import, bitsandbytes reports an optional kernel that is missing.
 logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
-# A notebook without widgets draws plain progress bars, which is what we want.
+# Without widgets a notebook draws plain progress bars, which is what we want.
 warnings.filterwarnings("ignore", message="IProgress not found")
+
+
+def exports(package: str, modules: dict[str, str]) -> tuple[Callable[[str], Any], list[str]]:
+    """`__getattr__` and `__all__` of a room: names are imported when they are first used.
+
+    `modules` has, for each module of `package`, the names it offers, separated by spaces.
+    """
+    homes = {name: f"{package}.{module}" for module, names in modules.items()
+             for name in names.split()}
+
+    def lookup(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_module(homes[name]), name)
+
+    return lookup, sorted(homes)

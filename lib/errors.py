@@ -1,15 +1,14 @@
-"""The one exception that is the user's to mend, and how it is shown."""
+"""The exception for mistakes that the user can correct."""
 
 
 class UserError(Exception):
-    """A mistake the user can mend: one line, what is wrong and what to do.
+    """A mistake the user can correct: one line that says what is wrong and what to do.
 
     The command line prints it without a traceback and exits with status 2.
     """
 
     def __init__(self, message: str) -> None:
-        # What is quoted in it, a name or another's message, may have several.
-        super().__init__(" ".join(message.splitlines()))
+        super().__init__(" ".join(message.splitlines()))  # a quoted text may have several lines
 
 
 def require(condition: object, message: str) -> None:

@@ -1,10 +1,11 @@
-"""Pages in a real browser, where the machine has one: what is drawn, what a script finds."""
+"""Pages in a real browser, where the machine has one."""
 
 import html
 import json
 import re
 import shutil
 import subprocess
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import pytest
 BROWSER = next(filter(None, map(shutil.which, (
     "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+if BROWSER is None:  # for the summary of the run
+    warnings.warn("no Chromium: the site and the slides were not drawn", stacklevel=1)
 # No sandbox: it does not start for root in a container. No page here is a stranger's.
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
          "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
@@ -34,11 +37,11 @@ def ask(page: Path, script: str, *, ready: str = "true", query: str = "") -> Any
     copy.write_text(page.read_text(encoding="utf-8").replace(
         "</html>", TELL % (ready, script) + "</html>"), encoding="utf-8")
     try:
-        made = subprocess.run(
+        done = subprocess.run(
             [BROWSER, *FLAGS, "--dump-dom", copy.resolve().as_uri() + query],
             capture_output=True, text=True, timeout=900)
     finally:
         copy.unlink()
-    told = re.search(r'<pre id="told">(.*?)</pre>', made.stdout, re.DOTALL)
-    assert told, made.stderr[-2000:]
+    told = re.search(r'<pre id="told">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert told, done.stderr[-2000:]
     return json.loads(html.unescape(told[1]))

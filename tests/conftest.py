@@ -13,9 +13,9 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 # The notebooks run as tests, in their smallest size.
 os.environ["COURSE_PROFILE"] = "smoke"
-# Workers side by side: two threads in each would wait for each other. Those of llama.cpp wait
-# in a loop: two servers of two threads each stood nearly still for ten minutes. So a worker,
-# and what it starts, has one core.
+# Two threads in each of several workers would wait for each other. Those of llama.cpp spin
+# while they wait: two servers of two threads each nearly stood still for ten minutes. So a
+# worker, and what it starts, has one core.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if hasattr(os, "sched_setaffinity"):  # neither under macOS nor under Windows
@@ -25,7 +25,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
-sys.path.append(str(ROOT / "data" / "results"))  # the scripts of the reference results
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -37,8 +36,9 @@ from transformers import (  # noqa: E402
     PreTrainedTokenizerBase,
 )
 
-from lib.artifacts import writing  # noqa: E402
-from lib.base_model import best_dtype, load_tokenizer, quiet, tiny_model  # noqa: E402
+from lib.base.embedded import quiet  # noqa: E402
+from lib.base.model import best_dtype, load_tokenizer, tiny_model  # noqa: E402
+from lib.files import writing  # noqa: E402
 
 settings.register_profile(
     "course", deadline=None, max_examples=40, derandomize=True, database=None,
@@ -47,16 +47,25 @@ settings.load_profile("course")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Workers share the base model's files: they are made before there are any."""
+    """Workers share the base model's files: make them before the workers start."""
     if session.config.getoption("numprocesses", None):
-        subprocess.run([sys.executable, "-c", "from lib.embedded import locate; "
+        subprocess.run([sys.executable, "-c", "from lib.base.embedded import locate; "
                         "locate('embedded')"], cwd=ROOT, check=True)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say which checks this machine could not make: a skipped test is easily overlooked."""
+    skipped = [report for report in terminalreporter.stats.get("skipped", ())
+               if "no Chromium" in str(report.longrepr)]
+    if skipped:
+        terminalreporter.write_line(f"{len(skipped)} browser tests were skipped: "
+                                    "install Chromium to run them", yellow=True)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _silence() -> None:
     quiet()
-    # The trainer collects garbage after each run: spare it the libraries' objects.
+    # The trainer collects garbage after each run: leave out the libraries' objects.
     gc.freeze()
 
 
@@ -71,8 +80,8 @@ def _tiny() -> LlamaForCausalLM:
     torch.manual_seed(0)
     model = tiny_model()
     with torch.no_grad():
-        # Larger weights than an initialisation's, so that attention and the
-        # adapters move the logits by amounts that a wrong result would show.
+        # Larger weights than a fresh initialisation has, so that attention and the adapters
+        # move the logits enough for a wrong result to show.
         for name, parameter in model.named_parameters():
             if "proj" in name:
                 parameter.mul_(6)
@@ -83,7 +92,7 @@ def _tiny() -> LlamaForCausalLM:
 
 @pytest.fixture
 def tiny(_tiny: LlamaForCausalLM) -> LlamaForCausalLM:
-    """A two-layer random Llama of this test's own, the same in every test."""
+    """A two-layer random Llama: a copy for this test, the same in every test."""
     return copy.deepcopy(_tiny)
 
 
@@ -105,10 +114,10 @@ def tiny_directory(_tiny: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase,
 
 @pytest.fixture(scope="module")
 def float32() -> Iterator[None]:
-    """Compute in float32 whatever this machine would choose, 4-bit layers included.
+    """Compute in float32 on every machine, in 4-bit layers, too.
 
-    On a CPU with AVX-512 bf16 an evaluated Linear4bit repacks its weight and
-    works in bfloat16; without that a test can compare to 1e-4 everywhere.
+    On a CPU with AVX-512 bf16, Linear4bit repacks its weight for evaluation and computes in
+    bfloat16. Without that a test can compare to 1e-4 everywhere.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COURSE_DTYPE", "float32")
@@ -122,7 +131,7 @@ def float32() -> Iterator[None]:
 def cheap_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
     """`load_tokenizer` without reading its files again (a second each time)."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("base_model", "train", "merge"):
+        for module in ("base.model", "train.training", "quantize.merging"):
             patch.setattr(f"lib.{module}.load_tokenizer", lambda *_: tokenizer)
         yield
 

@@ -55,7 +55,8 @@ def style_loads(css: str) -> list[str]:
 def faults(folder: Path) -> list[str]:
     """Links and assets of a folder's pages and styles that are remote, missing or unanchored."""
     pages = {path: Links(path.read_text(encoding="utf-8"))
-             for path in sorted(folder.resolve().rglob("*.html"))}
+             for path in sorted(folder.resolve().rglob("*.html"))
+             if "_static" not in path.parts}  # templates of the theme
     folder, found = folder.resolve(), []
     for path, page in pages.items():
         where = path.relative_to(folder)
@@ -66,6 +67,7 @@ def faults(folder: Path) -> list[str]:
             if url.startswith("//") or urlsplit(url).scheme:
                 continue
             local, fragment = urldefrag(url)
+            local = local.partition("?")[0]
             target = (path.parent / unquote(local)).resolve() if local else path.resolve()
             if not target.is_file():
                 found.append(f"{where}: no file {url}")

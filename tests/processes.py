@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 from safetensors.torch import save_file
 
-import lib.train
+import lib.train.training
 from lib.__main__ import main
-from lib.trainer import CourseTrainer
+from lib.train.training import CourseTrainer
 
 
 def watch(patch: pytest.MonkeyPatch, file: Path) -> None:
     """At the end of a run, write its first step's gradient, before it is clipped, and weights."""
     seen: dict[str, Any] = {}
-    clip, run = CourseTrainer._clip_grad_norm, lib.train.run_trainer
+    clip, run = CourseTrainer._clip_grad_norm, lib.train.training.run_trainer
 
     def clipped(self: CourseTrainer, model: Any) -> Any:
         for name, parameter in self._trainable().items():
@@ -35,7 +35,7 @@ def watch(patch: pytest.MonkeyPatch, file: Path) -> None:
         return result
 
     patch.setattr(CourseTrainer, "_clip_grad_norm", clipped)
-    patch.setattr(lib.train, "run_trainer", ran)
+    patch.setattr(lib.train.training, "run_trainer", ran)
 
 
 def run_twice(folder: Path, rank: int, command: list[str]) -> None:
@@ -45,7 +45,7 @@ def run_twice(folder: Path, rank: int, command: list[str]) -> None:
     patch = pytest.MonkeyPatch()
     watch(patch, folder / f"{rank}.safetensors")
     facts: dict[str, Any] = {"written": [], "status": []}
-    patch.setattr(lib.train, "CHECKPOINT_EVERY", 2)
+    patch.setattr(lib.train.training, "CHECKPOINT_EVERY", 2)
     save, write = CourseTrainer._save_checkpoint, CourseTrainer._write_checkpoint
 
     def saved(self: CourseTrainer, *args: Any) -> None:
@@ -66,7 +66,7 @@ def run_twice(folder: Path, rank: int, command: list[str]) -> None:
 
     patch.setattr(CourseTrainer, "_save_checkpoint", saved)
     patch.setattr(CourseTrainer, "_write_checkpoint", written)
-    patch.setattr(lib.train, "locate", locate)
+    patch.setattr(lib.train.training, "locate", locate)
     facts["status"].append(main(command))
     (folder / "prepared").unlink(missing_ok=True)
     facts["status"].append(main(command))

@@ -1,0 +1,1 @@
+"""How every stored result was made: `python -m data.evidence` lists the names."""

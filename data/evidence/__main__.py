@@ -1,0 +1,145 @@
+"""Every stored result, benchmark and generated table by its name.
+
+`python -m data.evidence NAME ...` makes the named ones, in order; without a name it lists them.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from data.evidence.bench import BENCHES, run_bench
+from lib.errors import UserError, require
+from lib.files import write_json
+
+if TYPE_CHECKING:
+    from data.evidence.pieces import Piece
+
+TABLES = {"claims": "write data/claims.json from the stored results",
+          "results": "print the table of all scored models, and the speeds",
+          "readme": "put the tables into README.md and data/adapters/README.md, draw the picture",
+          "picture": "draw data/results/picture.png",
+          "front": "store the best configurations of all searches for `python -m lib deploy`"}
+# The pieces of a group that have no file yet: a run that was cut off goes on where it stopped.
+MISSING = {"missing": "make", "missing-coa": "coa", "missing-search": "search"}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see `python -m data.evidence --help`)")
+
+
+def groups() -> dict[str, dict[str, "Piece"]]:
+    """{group: {name: piece}}; imports torch and the trainer."""
+    from data.evidence import coa, make, search
+
+    return {"make": make.PIECES, "coa": coa.PIECES, "search": search.PIECES}
+
+
+def pieces() -> dict[str, "Piece"]:
+    """Every piece by its name."""
+    return {name: piece for group in groups().values() for name, piece in group.items()}
+
+
+def main(argv: list[str]) -> int:
+    """Make what is named; 0, or 2 after one line for the user's mistake."""
+    parser = Parser(prog="python -m data.evidence", description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--list", action="store_true", help="list the names (default)")
+    parser.add_argument("--json", type=Path, metavar="FILE",
+                        help="also store the result of one benchmark")
+    try:
+        args = parser.parse_args(argv)
+        if args.list or not args.names:
+            print(listing())
+            return 0
+        require(not args.json or (len(args.names) == 1 and args.names[0] in BENCHES),
+                f"--json is for one benchmark: use one of {', '.join(BENCHES)}")
+        actions = [action(name, args.json) for name in args.names]
+        for act in actions:
+            act()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def action(name: str, json: Path | None) -> Callable[[], Any]:
+    """What a name does.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    if name in BENCHES:
+        return lambda: bench(name, json)
+    if name in TABLES:
+        return lambda: table(name)
+    if name in MISSING:
+        return lambda: make_missing(MISSING[name])
+    known = pieces()
+    require(name in known, f"unknown name {name!r}: `python -m data.evidence` lists them")
+    from data.evidence.pieces import store
+
+    return lambda: store(name, known[name])
+
+
+def bench(name: str, json: Path | None) -> None:
+    """Run a benchmark, print it, and store it if a file is given."""
+    result = run_bench(name)
+    for key, value in result.items():
+        shown = f"{value:.4g}" if isinstance(value, float) else value
+        print(f"{key:32} {shown}")
+    if json:
+        write_json(json, result)
+
+
+def table(name: str) -> None:
+    """Write what is made from stored results; trains nothing."""
+    if name == "claims":
+        from data.evidence.claims import write_claims
+
+        write_claims()
+    elif name == "results":
+        from data.evidence.tables import results_table
+
+        print(results_table())
+    elif name == "readme":
+        from data.evidence.tables import write_readme
+
+        write_readme()
+    elif name == "picture":
+        from data.evidence.picture import draw
+        from data.evidence.pieces import RESULTS
+
+        draw(RESULTS)
+    else:
+        from data.evidence.search import store_front
+
+        store_front()
+
+
+def make_missing(group: str) -> None:
+    """Make the pieces of a group that are not stored, in order."""
+    from data.evidence.pieces import RESULTS, store
+
+    for name, piece in groups()[group].items():
+        if not (RESULTS / f"{piece.file}.json").is_file():
+            store(name, piece)
+
+
+def listing() -> str:
+    """All names, for people."""
+    lines = ["Tables and files made from stored results:"]
+    lines += [f"  {name:16} {what}" for name, what in TABLES.items()]
+    lines += [f"Benchmarks: {' '.join(BENCHES)}"]
+    for option, group in MISSING.items():
+        names = groups()[group]
+        lines += [f"Stored results; `{option}` makes those without a file:", "  " + " ".join(names)]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

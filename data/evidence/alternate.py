@@ -1,0 +1,113 @@
+"""Training variants that plug into `lib.coa.joint.train_over` as callbacks.
+
+`Renewing` searches between the steps (Ye, Tang, Ngai, arXiv 2509.25214, section 4).
+`StartFromError` starts a plain adapter from the quantisation error (as LQ-LoRA does, Guo et al.
+2023, but without its alternation).
+"""
+
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import TrainerCallback
+
+from lib.base.model import load_tokenizer
+from lib.base.records import Record
+from lib.coa.adapter import NAME, CoaLora
+from lib.coa.configuration import Configuration, from_numbers, numbers
+from lib.coa.joint import Switching, set_components
+from lib.coa.pareto import front_by_segment
+from lib.coa.pareto_search import Evaluate, Evaluated, Features, Journal, search
+from lib.coa.switchable import Switchable
+from lib.evaluate.scores import held_out_loss
+from lib.quantize.correction import WEIGHED_BY, input_roots, low_rank
+
+
+@dataclass(frozen=True)
+class InTraining:
+    """A switchable base and the model with its adapter, as a `CoaLora` has them, too."""
+
+    base: Switchable
+    model: PeftModel
+
+
+def loss_with(adapter: CoaLora | InTraining, held: Sequence[Record]) -> Evaluate:
+    """The held-out loss of a configuration (format numbers) with the adapter as it is."""
+    tokenizer = load_tokenizer(adapter.base.name)
+
+    def evaluate(positions: Tensor) -> float:
+        adapter.base.switch(from_numbers(adapter.base.layers, positions.tolist()))
+        return held_out_loss(adapter.model, tokenizer, held)
+
+    return evaluate
+
+
+def renewed(adapter: CoaLora | InTraining, configurations: Sequence[Configuration], *,
+            features: Features, held: Sequence[Record], evaluations: int, seed: int = 0
+            ) -> list[Configuration]:
+    """The training set after a search with the adapter as it is now.
+
+    All configurations are measured again, because the adapter has changed. The best of each
+    segment, old and new, are the next training set.
+
+    Args:
+        held: examples that are used neither for training nor for testing.
+    """
+    evaluate, training = loss_with(adapter, held), adapter.model.training
+    adapter.model.eval()
+    start = Evaluated.at(torch.stack([numbers(c) for c in configurations]), features, evaluate,
+                         Journal())
+    evaluated = search(start, features, evaluate, evaluations=evaluations, seed=seed)
+    adapter.model.train(training)
+    return [from_numbers(adapter.base.layers, evaluated.configurations[i].tolist())
+            for i in front_by_segment(evaluated.points)]
+
+
+class Renewing(Switching):
+    """Renews the training set before the given steps; `options` go to `renewed`."""
+
+    def __init__(self, base: Switchable, configurations: Sequence[Configuration], seed: int, *,
+                 at: Container[int], **options: Any) -> None:
+        super().__init__(base, configurations, seed)
+        self.at, self.options = at, {"seed": seed} | options
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        """Search first, where it is time."""
+        if state.global_step in self.at:
+            adapter = InTraining(self.base, objects["model"])
+            self.configurations = renewed(adapter, self.configurations, **self.options)
+            self.left = []
+        self.switch_to_next()
+
+
+class StartFromError(TrainerCallback):
+    """Starts a plain adapter from the low-rank part of one configuration's error.
+
+    Args:
+        records: those that training starts with; the error is weighted by their inputs.
+    """
+
+    def __init__(self, base: Switchable, configuration: Configuration,
+                 records: Sequence[Record]) -> None:
+        self.base, self.configuration = base, configuration
+        # Before training, so that they belong to the original weights.
+        self.roots = input_roots(base.model, base.layers.names, records[:WEIGHED_BY],
+                                 name=base.name)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        """Write the adapter's first values."""
+        start_from_error(objects["model"], self.base, self.configuration, self.roots)
+
+
+@torch.no_grad()
+def start_from_error(model: PeftModel, base: Switchable, configuration: Configuration,
+                     roots: Sequence[Tensor]) -> None:
+    """Set all of an adapter to the low-rank part of the error W - Q(W)."""
+    pairs = zip(configuration.layers.names, configuration.formats, strict=True)
+    for index, (name, fmt) in enumerate(pairs):
+        layer = model.get_submodule(f"base_model.model.{name}")
+        error = base.weight(index) - base.weight(index, fmt)
+        set_components(layer, range(layer.r[NAME]), *low_rank(error, roots[index], layer.r[NAME]))

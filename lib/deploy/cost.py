@@ -1,0 +1,96 @@
+"""What deployed files cost where they run: peak memory and time a token, measured here."""
+
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lib.base.model import load_tokenizer
+from lib.base.prompts import render
+from lib.deploy.packed import TASKS, load_deployed, require_new
+from lib.errors import UserError, require
+from lib.evaluate.measure import peak_memory
+from lib.files import ROOT, scratch, swap
+from lib.serve.client import ask, connect, question
+from lib.serve.server import running
+
+TRIES, TOKENS = 6, 32
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Peak resident memory, MB (10^6 bytes), and ms a decoded token; also limits of both."""
+
+    memory_mb: float = math.inf
+    token_ms: float = math.inf
+
+    def __str__(self) -> str:
+        return f"{self.memory_mb:.0f} MB of memory and {self.token_ms:.1f} ms a token"
+
+
+def cost(folder: Path, task: str) -> Cost:
+    """Cost of a folder that `deploy` wrote, in a process that answers one test question."""
+    instruction = TASKS[task]("test", 1)[0]["instruction"]
+    with peak_memory(children=True) as peak:
+        if (folder / "model.gguf").is_file():
+            name = task if (folder / f"{task}.gguf").is_file() else ""
+            body = question(instruction, model=name, max_tokens=TOKENS, ignore_eos=True)
+            with running(folder) as served, connect(served.url) as client:
+                ask(client, body)  # from now on the prompt is cached
+                token_ms = 1e3 / ask(client, body).decode
+        else:
+            command = [sys.executable, "-m", "lib.deploy.cost", str(folder.resolve()), instruction]
+            child = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8",
+                                   errors="replace", check=False)
+            require(child.returncode == 0, f"{folder} could not be run: {child.stderr[-200:]}")
+            token_ms = float(child.stdout)
+    return Cost(peak["mb"], token_ms)
+
+
+def _packed_ms(folder: Path, instruction: str) -> float:
+    """Time of a token of an answer, the prompt counted as its first."""
+    model, tokenizer = load_deployed(folder), load_tokenizer(str(folder))
+    prompt = tokenizer(render(tokenizer, instruction), return_tensors="pt",
+                       add_special_tokens=False)
+    start = time.perf_counter()
+    model.generate(**prompt, min_new_tokens=TOKENS, max_new_tokens=TOKENS, do_sample=False,
+                   pad_token_id=tokenizer.pad_token_id)
+    return 1e3 * (time.perf_counter() - start) / TOKENS
+
+
+def deploy_within(deploy: Callable[..., Any], task: str, budget_mb: float, out: Path,
+                  limits: Cost, **options: Any) -> tuple[Any, Cost]:
+    """What `deploy` (`deploy_packed` or `deploy_gguf`) returns for files within limits; their cost.
+
+    Files shrink until they keep the limits. UserError if none do; then nothing is written.
+    """
+    require(limits.memory_mb > 0 and limits.token_ms > 0,
+            f"limits of {limits} cannot be kept: use numbers above 0")
+    require_new(task, budget_mb, out)
+    spent = None
+    with scratch(out) as work:
+        for folder in (work / str(number) for number in range(TRIES)):
+            try:
+                deployed = deploy(task, budget_mb, folder, **options)
+            except UserError as error:
+                require(spent is None, f"no known files keep within {limits}: "
+                        f"the last tried took {spent} ({error})")
+                raise
+            spent = cost(folder, task)
+            spare, slowness = limits.memory_mb - spent.memory_mb, spent.token_ms / limits.token_ms
+            if spare >= 0 and slowness <= 1:
+                swap(folder, out)
+                return deployed, spent
+            # A MB less on the disk is about one less in memory; time grows with the bytes read.
+            mb = deployed.actual_mb
+            budget_mb = min(mb + min(spare, -1.0), mb / max(slowness, 1.0))
+    raise UserError(f"no files within {limits} in {TRIES} tries: the last took {spent}: "
+                    "raise the limits or lower the budget")
+
+
+if __name__ == "__main__":
+    print(_packed_ms(Path(sys.argv[1]), sys.argv[2]))

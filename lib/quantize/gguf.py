@@ -1,0 +1,191 @@
+"""GGUF files for llama.cpp: models with any type for each tensor, and adapters.
+
+llama.cpp rotates neighbouring rows of queries and keys where transformers rotates row i with
+row i + d/2 of a head of size d. So the rows of q and k, and those of their B, are permuted.
+"""
+
+import contextlib
+import functools
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from lib.base.embedded import EMBEDDED, MODEL_CACHE, embedded_gguf
+from lib.base.four_bit import dequantized_base
+from lib.base.model import CHAT_TEMPLATE, load_model, load_tokenizer
+from lib.errors import require
+from lib.files import replacing, require_free, verified, writing
+from lib.quantize.blocks import encode, require_gguf_type
+from lib.quantize.merging import merge
+from lib.serve.bundle import Reader, model_reader
+from lib.train.lora import adapter_factors
+
+Encoded = tuple[str, np.ndarray]  # a GGUF type, and the rows of a matrix in it
+OTHER_VOCABULARY = ("only models with the embedded model's vocabulary are exported: "
+                    "convert others with llama.cpp's convert_hf_to_gguf.py")
+
+
+def permute(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows (heads * d, columns) in llama.cpp's order: i and i + d/2 of a head become neighbours.
+
+    For q with its query heads, k with its key-value heads; a weight, encoded or not, or a B.
+    """
+    half = rows.shape[0] // heads // 2
+    return rows.reshape(heads, 2, half, -1).swapaxes(1, 2).reshape(rows.shape)
+
+
+def write_model(model: PreTrainedModel, out: Path, *, gguf_type: str = "Q8_0",
+                encoded: Mapping[str, Encoded] | None = None, base: str = EMBEDDED) -> None:
+    """Write a merged or plain Llama model as one GGUF file; norms stay F32.
+
+    Args:
+        gguf_type: of every matrix, one of `GGUF_TYPES`.
+        encoded: matrices by module that are encoded already, in their own types.
+        base: what these weights are called; an adapter must carry the same name.
+    """
+    config, encoded = model.config, encoded or {}
+    require(config.model_type == "llama",
+            f"only Llama models are exported, this is {config.model_type!r}")
+    state = {name.removesuffix(".weight"): t for name, t in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        state.pop("lm_head", None)
+    with _writer(out, "model", base) as writer:
+        _add_config(writer, config)
+        _add_tokenizer(writer, config.vocab_size)
+        for name, weight in state.items():
+            chosen = gguf_type if weight.dim() > 1 else "F32"
+            stored, data = encoded.get(name) or (chosen, encode(weight, chosen, name=name))
+            _add(writer, name, (stored, data), config)
+
+
+def write_adapter(adapter: Path | str, out: Path, config: PretrainedConfig, *,
+                  base: str = EMBEDDED) -> None:
+    """Write a PEFT adapter as a GGUF LoRA (float16) for a model of this config.
+
+    llama.cpp adds scale * (alpha / r) B (A x); the alpha written gives the adapter's own scale.
+    """
+    factors = adapter_factors(adapter)
+    rank, scale = next((a.shape[0], scale) for a, _, scale in factors.values())
+    with _writer(out, "adapter", base) as writer:
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", scale * rank)
+        for name, (a, b, _) in factors.items():
+            for end, factor in ((".lora_a", a), (".lora_b", b)):
+                _add(writer, name, ("F16", encode(factor, "F16", name=name)), config, end)
+
+
+def export(out: Path, *, gguf_type: str = "Q8_0", route: str = "dequantized",
+           merged: Path | None = None, adapters: Mapping[str, Path] | None = None,
+           model: str = EMBEDDED, weights: PreTrainedModel | None = None,
+           encoded: Mapping[str, Encoded] | None = None) -> None:
+    """Write the folder that `python -m lib serve` serves: a model file, adapters beside it.
+
+    Args:
+        gguf_type, encoded: as in `write_model`.
+        route: the base as in `merge`, "original" or "dequantized" (for QLoRA adapters).
+        merged: an adapter to fold in before quantising.
+        adapters: adapters to keep beside the model, by name.
+        weights: what `merge` returned for `merged` and this route, or the base.
+    """
+    adapters = adapters or {}
+    require(route in ("original", "dequantized"),
+            f"unknown route {route!r}: use original or dequantized")
+    require_gguf_type(gguf_type)
+    sources = [*([merged] if merged else []), *adapters.values()]
+    require_free(out, *sources, MODEL_CACHE if model == EMBEDDED else model)
+    for name in adapters:
+        require(re.fullmatch(r"\w[\w.-]*", name) and name not in ("base", "model"),
+                f"adapter name {name!r} cannot name a file beside the model: use letters and "
+                "digits, and neither base nor model")
+    require(not (merged and adapters),
+            "adapters are made for the plain base: fold one in, or keep them beside it")
+    for adapter in sources:
+        verified(adapter)
+    if model != EMBEDDED:
+        require(load_tokenizer(model).get_vocab() == load_tokenizer().get_vocab(),
+                OTHER_VOCABULARY)
+    if weights is None:
+        weights = (merge(merged, route=route, model=model) if merged
+                   else dequantized_base(model) if route == "dequantized"
+                   else load_model(model, dtype=torch.float32))
+    base = f"{model} {route}" + (f" + {merged.name}" if merged else "")
+    files = {name: f"{name}.gguf" for name in adapters}
+    with writing(out, name=merged.name if merged else "base", model="model.gguf",
+                 adapters=files, kind=gguf_type, base=base) as part:
+        write_model(weights, part / "model.gguf", gguf_type=gguf_type, encoded=encoded, base=base)
+        for name, adapter in adapters.items():
+            write_adapter(adapter, part / files[name], weights.config, base=base)
+        model_reader(part / "model.gguf", {name: part / file for name, file in files.items()})
+
+
+@contextlib.contextmanager
+def _writer(out: Path, content: str, base: str) -> Iterator[gguf.GGUFWriter]:
+    """A writer whose file appears under its name only when it is whole."""
+    writer = gguf.GGUFWriter(None, "llama")
+    writer.add_base_model_count(1)
+    writer.add_base_model_name(0, base)
+    writer.add_type(content)
+    yield writer
+    with replacing(out) as part:
+        writer.write_header_to_file(part)
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def _add_config(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
+    rope = config.rope_parameters
+    require(rope["rope_type"] == "default",
+            f"rope scaling {rope['rope_type']!r} is not exported: use an unscaled model")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, vocabulary: int) -> None:
+    """The embedded file's tokenizer, with the course's chat template."""
+    for key, value, types in _tokenizer():
+        require(not key.endswith(".tokens") or len(value) == vocabulary, OTHER_VOCABULARY)
+        writer.add_key_value(key, value, *types)
+    writer.add_chat_template(CHAT_TEMPLATE)
+
+
+@functools.cache
+def _tokenizer() -> list[tuple[str, Any, list[gguf.GGUFValueType]]]:
+    with embedded_gguf() as path:
+        # The reader gets no name: Windows does not delete a file that is mapped.
+        return [(key, field.contents(), field.types[:2])
+                for key, field in Reader(path).fields.items()
+                if key.startswith("tokenizer.ggml.")]
+
+
+@functools.cache
+def _names(blocks: int) -> gguf.TensorNameMap:
+    return gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, blocks)
+
+
+def _add(writer: gguf.GGUFWriter, module: str, encoded: Encoded, config: PretrainedConfig,
+         end: str = "") -> None:
+    """Add a tensor under llama.cpp's name, rows of q and k permuted (not those of an A)."""
+    name = _names(config.num_hidden_layers).get_name(f"{module}.weight", try_suffixes=(".weight",))
+    require(name, f"GGUF has no place for {module} in a Llama of {config.num_hidden_layers} "
+            "blocks: only plain Llama models are exported, and adapters that fit")
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    gguf_type, data = encoded
+    kind = module.rpartition(".")[2]
+    if kind in heads and end != ".lora_a":
+        data = permute(data, heads[kind])
+    writer.add_tensor(f"{name}{end}", data, raw_dtype=gguf.GGMLQuantizationType[gguf_type])

@@ -1,0 +1,95 @@
+"""From adapter to one model: merge in full precision, quantise once."""
+
+import warnings
+from pathlib import Path
+
+import torch
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from lib.base.four_bit import dequantized_base, quantized_config
+from lib.base.model import load_model, load_tokenizer
+from lib.errors import require
+from lib.files import read_json, verified, write_json, writing
+from lib.train.lora import load_adapter
+
+ROUTES = ("original", "dequantized", "through_4bit")
+INT8_THRESHOLD = 6.0
+
+
+def merge(adapter: Path | str, *, route: str = "original",
+          model: str = "embedded") -> PreTrainedModel:
+    """Base model with an adapter folded in: W' = W + (alpha / r) B A.
+
+    The route says which W. "original": the base in float32. "dequantized": the NF4 base in
+    float32, which a QLoRA adapter was trained on. "through_4bit": peft's merge into the NF4
+    layers, which rounds the sum to 4 bits again. Returned in float32, the last in NF4.
+    """
+    require(route in ROUTES, f"unknown route {route!r}: use one of {', '.join(ROUTES)}")
+    if route == "through_4bit":
+        base = load_model(model, quantization_config=quantized_config())
+    elif route == "dequantized":
+        base = dequantized_base(model)
+    else:
+        base = load_model(model, dtype=torch.float32)
+    return load_adapter(base, adapter).merge_and_unload().eval()
+
+
+def save_model(model: PreTrainedModel, out: Path, *, tokenizer_of: str = "embedded",
+               dtype: torch.dtype | None = torch.float16) -> None:
+    """Write weights and tokenizer as one artifact, in float16 or as they are (None).
+
+    The model in memory is not changed.
+    """
+    with writing(out, parameters=model.num_parameters()) as part:
+        if dtype is None:
+            model.save_pretrained(part)
+        else:
+            model.save_pretrained(part, state_dict=_converted(model, dtype))
+            config = read_json(part / "config.json")
+            write_json(part / "config.json", config | {"dtype": str(dtype).split(".")[1]})
+        load_tokenizer(tokenizer_of).save_pretrained(part)
+
+
+def _converted(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """State in another dtype; tied tensors stay tied, so that they are written once."""
+    state, converted = model.state_dict(), {}
+    for name, tensor in state.items():
+        if tensor.is_floating_point():
+            state[name] = converted.setdefault(tensor.data_ptr(), tensor.to(dtype))
+            require(state[name].isfinite().all(),
+                    f"{name} has a weight that {dtype} cannot hold: use dtype=None")
+    return state
+
+
+def load_saved(directory: Path | str, **options: object) -> PreTrainedModel:
+    """A model that `save_model` wrote, its files verified first."""
+    verified(Path(directory))
+    return load_model(str(directory), **options)
+
+
+def load_dynamic_int8(directory: Path | str) -> PreTrainedModel:
+    """A saved model in torch's dynamic INT8: weights rounded now, activations at each call."""
+    model = load_saved(directory, dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it will move to another package
+        return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+
+
+def save_int8(merged: Path, out: Path) -> None:
+    """LLM.int8 of a merged model (Dettmers et al. 2022), saved: int8 with one scale a row.
+
+    Columns whose activations exceed the threshold 6.0 are computed in 16 bits.
+    """
+    config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=INT8_THRESHOLD)
+    _save_quantized(merged, out, config)
+
+
+def save_nf4(merged: Path, out: Path) -> None:
+    """NF4 with double quantisation of a merged model, saved."""
+    _save_quantized(merged, out, quantized_config())
+
+
+def _save_quantized(merged: Path, out: Path, config: BitsAndBytesConfig) -> None:
+    # From the file's own float16: bfloat16 would drop three of its bits first.
+    model = load_saved(merged, quantization_config=config, dtype=torch.float16)
+    save_model(model, out, tokenizer_of=str(merged), dtype=None)

@@ -1,0 +1,9 @@
+"""Files to OpenAI-compatible HTTP; needs no torch (notebook 04)."""
+
+from lib import exports
+
+__getattr__, __all__ = exports(__name__, {
+    "server": "running serve",
+    "client": "ask ask_all connect question",
+    "bundle": "open_bundle",
+})

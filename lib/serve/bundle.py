@@ -1,0 +1,119 @@
+"""What a server holds, checked before it starts: a GGUF model and adapters that fit it."""
+
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from lib.errors import UserError, require
+from lib.files import verified
+
+BASE_KEY = "general.base_model.0.name"
+# What gguf's reader raises for damaged bytes.
+DAMAGE = (ValueError, LookupError, OverflowError, TypeError, AttributeError, struct.error, OSError)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A model, and adapters by name: (file, default scale)."""
+
+    name: str
+    model: Path
+    adapters: dict[str, tuple[Path, float]]
+    context: int
+
+
+def open_bundle(path: Path, loras: Sequence[str] = ()) -> Bundle:
+    """What `python -m lib export` wrote to a folder, or one GGUF file; UserError if damaged.
+
+    Each of `loras`, further adapters, is "NAME=FILE" or "NAME=FILE:SCALE".
+    """
+    require(path.exists(), f"{path} does not exist: check the path")
+    try:
+        model, name, adapters = path, path.stem, {}
+        if path.is_dir():
+            manifest = verified(path)
+            require("adapters" in manifest, f"{path} is not from `python -m lib export`: make one")
+            model, name = path / manifest["model"], str(manifest["name"])
+            adapters = {n: (path / file, 0.0) for n, file in manifest["adapters"].items()}
+        for text in loras:
+            match = re.fullmatch(r"([\w.-]+)=(.+?)(?::(-?(?:\d+\.?\d*|\.\d+)))?", text)
+            require(match, f"--lora {text!r} is not NAME=FILE or NAME=FILE:SCALE")
+            adapters[match[1]] = (Path(match[2]), float(match[3] or 0))
+        require(name not in adapters, f"adapter {name!r} has the model's name: rename it")
+        reader = model_reader(model, {n: file for n, (file, _) in adapters.items()})
+        return Bundle(name, model, adapters, int(metadata(reader, "llama.context_length")))
+    except DAMAGE as error:  # a manifest that was edited, or what is read after a header
+        raise UserError(f"{path} is damaged ({error}): export it again") from None
+
+
+class Reader(gguf.GGUFReader):
+    """gguf's reader, for whole llama files; UserError for others.
+
+    It reads an array at once: 0.2 s for a vocabulary instead of 2.4 s.
+    """
+
+    def __init__(self, path: Path) -> None:
+        require(path.is_file(), f"{path} does not exist: check the path")
+        try:
+            super().__init__(path)
+            architecture = metadata(self, "general.architecture")
+        except DAMAGE as error:
+            raise UserError(f"{path} is not a whole GGUF file ({error}): make it again") from None
+        require(architecture == "llama",
+                f"{path} holds a {architecture} model: only llama is served here")
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[Any, ...]:
+        if raw_type != gguf.GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        view, offset = memoryview(self.data), orig_offs + 12
+        number, count = struct.unpack_from("=IQ", view, orig_offs)
+        item = gguf.GGUFValueType(number)
+        if item == gguf.GGUFValueType.STRING:
+            parts = []
+            for _ in range(count):
+                (size,) = struct.unpack_from("=Q", view, offset)
+                parts.append(view[offset + 8: offset + 8 + size])
+                offset += 8 + size
+        else:
+            parts = [np.frombuffer(view, self.gguf_scalar_to_np[item], count, offset)]
+            offset += parts[0].nbytes
+        return offset - orig_offs, parts, list(range(len(parts))), [gguf.GGUFValueType.ARRAY, item]
+
+
+def model_reader(model: Path, adapters: Mapping[str, Path]) -> Reader:
+    """Reader of a model whose file is whole and whose adapters fit; UserError otherwise."""
+    reader = Reader(model)
+    require(metadata(reader, "general.type") != "adapter",
+            f"{model} is an adapter: name a model, and the adapter with --lora NAME=FILE")
+    base, weights = metadata(reader, BASE_KEY), shapes(reader)
+    for name, file in adapters.items():
+        adapter = Reader(file)
+        require(metadata(adapter, "adapter.type") == "lora",
+                f"adapter {name} is not a LoRA file: export it with `python -m lib export`")
+        adapter_base, factors = metadata(adapter, BASE_KEY), shapes(adapter)
+        require(adapter_base == base or None in (adapter_base, base),
+                f"adapter {name} was made for {adapter_base!r}, the model is {base!r}: "
+                "export both from the same base")
+        for target in {factor.rpartition(".")[0] for factor in factors}:
+            a, b = (factors.get(f"{target}.lora_{x}", (0, 0)) for x in "ab")
+            require(a[1] == b[0] and weights.get(target) == (a[0], b[1]),
+                    f"adapter {name} does not fit the model at {target}: A takes {a[0]} to rank "
+                    f"{a[1]}, B rank {b[0]} to {b[1]}, the weight is {weights.get(target)}")
+    return reader
+
+
+def metadata(reader: gguf.GGUFReader, key: str) -> Any:
+    """Value of a metadata key, None where there is none."""
+    field = reader.fields.get(key)
+    return field.contents() if field else None
+
+
+def shapes(reader: Reader) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor, columns first as GGUF has it."""
+    return {tensor.name: tuple(map(int, tensor.shape)) for tensor in reader.tensors}

@@ -1,0 +1,67 @@
+"""A client that measures streamed answers, one or many at a time."""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A streamed answer; `first` and `last`: seconds from the request to those parts."""
+
+    text: str
+    tokens: int
+    first: float
+    last: float
+    prompt_tokens: int
+
+    @property
+    def decode(self) -> float:
+        """Tokens per second after the first one; NaN if all came at once."""
+        return (self.tokens - 1) / ((self.last - self.first) or math.nan)
+
+
+def question(instruction: str, *, model: str = "", **options: Any) -> dict[str, Any]:
+    """Body of a greedy chat request."""
+    return {"model": model, "messages": [{"role": "user", "content": instruction}],
+            "temperature": 0, "max_tokens": 56, **options}
+
+
+def connect(url: str, **options: Any) -> httpx.Client:
+    """A client for a server on this machine; it ignores the environment's proxy."""
+    return httpx.Client(base_url=url, timeout=600, trust_env=False, **options)
+
+
+def ask(client: httpx.Client, body: dict[str, Any]) -> Answer:
+    """Stream one chat answer and time it; `httpx.HTTPStatusError` if it is refused."""
+    times, parts, usage = [], [], {}
+    start = time.perf_counter()
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    with client.stream("POST", "/chat/completions", json=body | options) as reply:
+        reply.raise_for_status()
+        for line in reply.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            event = json.loads(line.removeprefix("data: "))
+            usage = event.get("usage") or usage
+            for choice in event["choices"]:
+                if part := choice["delta"].get("content"):
+                    times.append(time.perf_counter() - start)
+                    parts.append(part)
+    times = times or [time.perf_counter() - start]  # an answer may end before any text
+    return Answer("".join(parts).strip(), usage["completion_tokens"], times[0], times[-1],
+                  usage["prompt_tokens"])
+
+
+def ask_all(url: str, bodies: Sequence[dict[str, Any]], *, clients: int = 4) -> list[Answer]:
+    """Answers in the order of the requests, `clients` of them at a time."""
+    # Connections are not reused: a thread may close one that another has just taken.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    with connect(url, limits=limits) as client, ThreadPoolExecutor(clients) as pool:
+        return list(pool.map(lambda body: ask(client, body), bodies))

@@ -1,0 +1,124 @@
+"""An OpenAI-compatible server on loopback: llama.cpp behind the front."""
+
+import _thread
+import contextlib
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+import xllamacpp
+
+from lib.errors import UserError
+from lib.files import ROOT
+from lib.host import cores
+from lib.serve.bundle import Bundle, open_bundle
+from lib.serve.front import application
+from lib.settings import ServeSettings
+
+HOST = "127.0.0.1"
+# Seconds that running requests get to finish when the server stops.
+GRACE = 20
+
+
+def start_engine(bundle: Bundle, settings: ServeSettings, context: int, key: str) -> Any:
+    """llama.cpp's own server on a free loopback port, for holders of the key only."""
+    params = xllamacpp.CommonParams()
+    params.model.path, params.model_alias = str(bundle.model), {bundle.name}
+    params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(file), scale)
+                            for file, scale in bundle.adapters.values()]
+    with socket.create_server((HOST, 0)) as probe:  # the engine does not take port 0
+        params.port = probe.getsockname()[1]
+    params.hostnames, params.api_keys = [HOST], [key]
+    params.n_ctx, params.n_parallel = context * settings.slots, settings.slots
+    threads = settings.threads or cores()
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    params.endpoint_metrics, params.ui, params.verbosity = True, False, 0
+    params.cache_ram_mib = 0  # prompts kept beside the slots would grow to 8 GB
+    try:
+        return xllamacpp.Server(params)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"llama.cpp could not load {bundle.model} ({error}): "
+                        "make it again, or lower --context or --slots") from None
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server that runs beside this process."""
+
+    url: str
+    pid: int
+
+
+def serve(path: Path, settings: ServeSettings, loras: Sequence[str] = (), *,
+          until_eof: bool = False) -> None:
+    """Serve until SIGTERM or Ctrl-C; running requests are finished first.
+
+    `until_eof` is for a program that starts the server: the address is printed as JSON, and
+    the server also stops when its standard input ends, as it does when that program ends.
+    """
+    bundle = open_bundle(path, loras)
+    try:
+        listener = socket.create_server((HOST, settings.port))
+    except OSError:
+        raise UserError(f"port {settings.port} is taken or not allowed: "
+                        "choose another with --port, or 0 for a free one") from None
+    with listener:
+        # Connections inherit this; Nagle's algorithm would delay each part of a stream by 40 ms.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        key, context = secrets.token_urlsafe(), min(settings.context, bundle.context)
+        engine = start_engine(bundle, settings, context, key)
+        app = application(bundle, engine.listening_address, key, context, settings.slots)
+        served = Served(f"http://{HOST}:{listener.getsockname()[1]}/v1", os.getpid())
+        names = ", ".join((bundle.name, *bundle.adapters))
+        print(json.dumps(vars(served)) if until_eof else f"serving {names} at {served.url}",
+              flush=True)
+        # Clients close idle connections sooner, so none is cut while they use it.
+        config = uvicorn.Config(app, log_level="error", timeout_keep_alive=60,
+                                timeout_graceful_shutdown=GRACE)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        if until_eof:
+            threading.Thread(target=_stop_at_eof, daemon=True).start()
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def _stop_at_eof() -> None:
+    sys.stdin.read()
+    _thread.interrupt_main(signal.SIGTERM)  # under Windows os.kill would not stop gracefully
+
+
+@contextlib.contextmanager
+def running(path: Path, *options: str) -> Iterator[Served]:
+    """A server process for the time of the block; UserError if it cannot start.
+
+    `options` are those of `python -m lib serve`; files in them have absolute paths.
+    """
+    command = [sys.executable, "-X", "utf8", "-m", "lib", "serve", str(Path(path).resolve()),
+               "--port", "0", "--until-eof", *options]
+    # Errors go to a file: a pipe that nobody reads would fill up and block the server.
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors, \
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                             stderr=errors, cwd=ROOT, encoding="utf-8") as process:
+        address = process.stdout.readline()
+        try:
+            if not address:
+                status = process.wait()
+                errors.seek(0)
+                raise UserError(errors.read().strip().removeprefix("error: ") or
+                                f"the server ended with status {status}: is there memory enough?")
+            yield Served(**json.loads(address))
+        finally:
+            process.stdin.close()  # asks it to stop, on every system
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(2 * GRACE)
+            process.kill()  # does nothing to a process that has ended

@@ -1,0 +1,152 @@
+"""LoRA in formulas (Hu et al. 2021): the update, its size, and adapters on disk."""
+
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from lib.errors import UserError, require
+from lib.files import read_json, verified, write_json
+from lib.settings import TrainSettings
+
+# Features of peft that merging and GGUF export would silently drop.
+UNUSED = ("layer_replication", "modules_to_save", "use_dora", "rank_pattern", "alpha_pattern",
+          "megatron_config", "target_parameters", "trainable_token_indices", "lora_bias",
+          "alora_invocation_tokens")
+
+
+def delta_weight(a: Tensor, b: Tensor, *, alpha: float, rslora: bool = False) -> Tensor:
+    """The update of a frozen weight: dW = (alpha / r) B A, of shape (d_out, d_in).
+
+    Args:
+        a: (r, d_in), random at the start.
+        b: (d_out, r), zero at the start, so that dW = 0.
+        alpha: scale; rsLoRA divides it by sqrt(r) instead (Kalajdzievski 2023).
+
+    Raises:
+        UserError: a and b differ in rank.
+    """
+    rank = a.shape[0]
+    require(b.shape[1] == rank, f"A has rank {rank}, B has rank {b.shape[1]}: make them equal")
+    return (alpha / (rank**0.5 if rslora else rank)) * (b @ a)
+
+
+def linear_shapes(config: PretrainedConfig) -> dict[str, tuple[int, int]]:
+    """(d_out, d_in) of each linear layer in a Llama block."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    query, value = config.num_attention_heads * head, config.num_key_value_heads * head
+    return {
+        "q_proj": (query, hidden), "k_proj": (value, hidden), "v_proj": (value, hidden),
+        "o_proj": (hidden, query), "gate_proj": (inner, hidden),
+        "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+
+
+def count_adapter(config: PretrainedConfig, *, rank: int, modules: Iterable[str]) -> int:
+    """Adapter parameters by formula: layers * sum over modules of r (d_in + d_out)."""
+    shapes = linear_shapes(config)
+    return config.num_hidden_layers * sum(rank * sum(shapes[name]) for name in modules)
+
+
+def count_trainable(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters of a model."""
+    parameters = list(model.parameters())
+    return (sum(p.numel() for p in parameters if p.requires_grad),
+            sum(p.numel() for p in parameters))
+
+
+def lora_config(model: PreTrainedModel, settings: TrainSettings) -> LoraConfig:
+    """peft's configuration. UserError if the model lacks a target, which peft would ignore, or
+    if the rank exceeds a target's width."""
+    widths = {name.rpartition(".")[2]: min(module.in_features, module.out_features)
+              for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    widths.pop("lm_head", None)  # tied to the embedding, which has no adapter
+    for target in settings.modules:
+        require(target in widths, f"target module {target!r} does not exist here: "
+                f"use {', '.join(sorted(widths))}")
+        require(settings.rank <= widths[target], f"rank {settings.rank} is above the width "
+                f"{widths[target]} of {target}: lower it")
+    return LoraConfig(
+        r=settings.rank, lora_alpha=settings.alpha, target_modules=settings.modules,
+        lora_dropout=settings.dropout, use_rslora=settings.rslora, bias="none",
+        task_type="CAUSAL_LM")
+
+
+def adapter_files(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and tensors of a saved adapter. UserError if they are damaged, do not go
+    together, or use a feature that is not supported."""
+    file, weights = directory / "adapter_config.json", directory / "adapter_model.safetensors"
+    config = read_json(file) if file.is_file() else None
+    require(isinstance(config, dict) and config.get("peft_type") == "LORA",
+            f"{directory} is not a LoRA adapter: name the folder of one")
+    unsupported = [key for key in UNUSED if config.get(key)]
+    require(not unsupported, f"{file} uses {', '.join(unsupported)}, which is not supported here: "
+            "train a plain LoRA adapter")
+    try:
+        tensors = load_file(weights)
+        require(all(t.float().isfinite().all() for t in tensors.values()),
+                "some values are not finite numbers")
+    except Exception as error:  # safetensors, and torch for some dtypes, have their own
+        raise UserError(f"{weights} is damaged ({error}): train the adapter again") from error
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    ranks = {t.shape[0] if ".lora_A." in name else t.shape[-1]  # A (r, d_in), B (d_out, r)
+             for name, t in tensors.items() if t.dim() == 2}
+    modules = {name.rpartition(".lora_")[0] for name in tensors}
+    pairs = {f"{module}.lora_{factor}.weight" for module in modules for factor in "AB"}
+    require(type(rank) is int and ranks == {rank} and tensors.keys() == pairs
+            and type(alpha) in (int, float) and 0 < alpha < float("inf"),
+            f"{file} does not go with {weights.name}, which must hold an A and a B of rank {rank} "
+            f"for each module (it has rank {ranks}): train the adapter again")
+    return config, tensors
+
+
+def load_adapter(model: PreTrainedModel, directory: Path | str) -> PeftModel:
+    """The model with a saved adapter. UserError if a file is damaged or does not fit."""
+    directory = Path(directory)
+    verified(directory)
+    tensors = adapter_files(directory)[1]
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            adapted = PeftModel.from_pretrained(model, str(directory)).eval()
+        expected = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+        # peft only warns about missing layers, and ignores surplus ones.
+        require(tensors.keys() == expected, "it adapts other layers")
+    except Exception as error:  # the configuration decides which one peft raises
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{directory} does not fit this model ({reason}): "
+                        "train an adapter for it") from error
+    return adapted
+
+
+def make_portable(directory: Path, base: str) -> None:
+    """Name the base in a saved configuration, not its local path, and sort the modules."""
+    file = directory / "adapter_config.json"
+    config = read_json(file)
+    write_json(file, config | {"base_model_name_or_path": base, "inference_mode": True,
+                               "target_modules": sorted(config["target_modules"])})
+
+
+def adapter_factors(directory: Path | str) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """{module: (A, B, scale)} of a saved adapter, in float32."""
+    config, tensors = adapter_files(Path(directory))
+    scale = config["lora_alpha"] / (config["r"]**0.5 if config.get("use_rslora") else config["r"])
+    modules = [n.removesuffix(".lora_A.weight") for n in tensors if n.endswith(".lora_A.weight")]
+    return {module.removeprefix("base_model.model."): (
+        tensors[f"{module}.lora_A.weight"].float(), tensors[f"{module}.lora_B.weight"].float(),
+        scale) for module in modules}
+
+
+def singular_values(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """The r singular values of `scale * B A`, largest first, without forming it.
+
+    With B = Q_b R_b and A^T = Q_a R_a they are those of R_b R_a^T, an r x r matrix.
+    """
+    _, right = torch.linalg.qr(a.float().T)
+    _, left = torch.linalg.qr(b.float())
+    return torch.linalg.svdvals(scale * left @ right.T)

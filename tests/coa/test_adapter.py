@@ -1,0 +1,531 @@
+"""One model and one adapter for every configuration."""
+
+import contextlib
+import dataclasses
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import with_adapter
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from data.evidence import alternate
+from lib.base.embedded import EMBEDDED
+from lib.base.model import MODULE_KINDS
+from lib.base.records import sensors
+from lib.coa.adapter import NAME, OWNED, CoaLora, MixingNetwork, learned_a
+from lib.coa.budgets import best_formats, random_configuration
+from lib.coa.configuration import Configuration, Layers, numbers
+from lib.coa.joint import LEAST_LOSS, METHODS, _descend_on_logarithm, start_owned, train_over
+from lib.coa.pareto_search import Features
+from lib.coa.switchable import Switchable
+from lib.errors import UserError
+from lib.files import read_json, writing
+from lib.quantize.blocks import round_trip
+from lib.quantize.correction import input_roots, low_rank
+from lib.quantize.formats import FORMATS, GRID, Format
+from lib.settings import TrainSettings
+from lib.train.fused_step import fused
+from lib.train.lora import count_trainable, load_adapter
+
+IDS = torch.tensor([[5, 900, 17, 3, 42, 7]])
+Make = Callable[[], PreTrainedModel]
+pytestmark = pytest.mark.usefixtures("float32")
+
+
+@pytest.fixture
+def base(tiny: PreTrainedModel) -> Switchable:
+    return Switchable(tiny, dtype=torch.float32)
+
+
+def some(base: Switchable, seed: int = 0, budget: float = 4.0) -> Configuration:
+    return random_configuration(base.layers, budget, random.Random(seed))
+
+
+def logits(model: Any) -> Tensor:
+    with torch.inference_mode():
+        return model(input_ids=IDS).logits
+
+
+def state(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: t.clone() for name, t in model.state_dict().items()}
+
+
+def same(model: torch.nn.Module, before: dict[str, Tensor]) -> bool:
+    return all(torch.equal(t, before[name]) for name, t in state(model).items())
+
+
+def adapted(base: Switchable, *, seed: int = 0, mixing: float = 0.0) -> CoaLora:
+    """A random adapter on all seven module kinds; `mixing` makes theta's last layer random."""
+    coa = CoaLora(with_adapter(base.model, seed=seed, target_modules=list(MODULE_KINDS)), base)
+    if mixing:
+        torch.nn.init.normal_(coa.network.network[-1].weight, std=mixing)
+    return coa
+
+
+# The switchable model
+
+
+def test_switching_changes_the_linears_alone(tiny: PreTrainedModel) -> None:
+    """The released code deletes the linears' biases and un-pickles a model for each switch."""
+    tiny.model.layers[0].mlp.up_proj.bias = torch.nn.Parameter(torch.ones(128))
+    base, before = Switchable(tiny, dtype=torch.float32), state(tiny)
+    configuration = some(base)
+    base.switch(configuration)
+    for name, tensor in state(tiny).items():
+        layer = name.removesuffix(".weight")
+        if layer in base.layers.names:
+            fmt = configuration.formats[base.layers.names.index(layer)]
+            assert torch.equal(tensor, round_trip(before[name], fmt))
+        else:
+            assert torch.equal(tensor, before[name]), name
+    assert base.configuration is configuration and base.model is tiny
+
+
+def test_back_and_forth_is_bit_for_bit(base: Switchable) -> None:
+    original, first = state(base.model), some(base, 1)
+    base.switch(first)
+    at_first = state(base.model)
+    for seed in range(5):
+        base.switch(some(base, seed + 2))
+    base.switch(first)
+    assert same(base.model, at_first)
+    base.restore()
+    assert same(base.model, original) and base.configuration is None
+
+
+def test_the_cache_keeps_its_limit(make_tiny: Make) -> None:
+    one = sum(Layers.of(make_tiny()).sizes) * 4 / 1e6
+    base = Switchable(make_tiny(), dtype=torch.float32, cache_mb=2.5 * one)
+    configurations = [Configuration.uniform(base.layers, Format(bits)) for bits in (2, 3, 4, 8)]
+    for configuration in configurations:
+        base.switch(configuration)
+        assert base.cached_mb <= 2.5 * one + 1e-9
+    address = base.model.model.layers[0].mlp.up_proj.weight.data_ptr()
+    base.switch(configurations[2])
+    base.switch(configurations[3])
+    assert base.model.model.layers[0].mlp.up_proj.weight.data_ptr() == address
+    tight = Switchable(make_tiny(), dtype=torch.float32, cache_mb=0)
+    for model in (tight, base):
+        model.switch(configurations[0])
+    assert tight.cached_mb == 0
+    assert torch.equal(logits(tight.model), logits(base.model))
+
+
+def test_a_refused_configuration_changes_nothing(make_tiny: Make, tmp_path: Path) -> None:
+    broken = make_tiny()
+    broken.model.layers[1].self_attn.v_proj.weight.data[3, 3] = float("inf")
+    base = Switchable(broken, dtype=torch.float32, cache_mb=0)
+    before = state(base.model)
+    with pytest.raises(UserError, match=r"layers\.1\.self_attn\.v_proj: a weight is not a fin"):
+        base.switch(Configuration.uniform(base.layers, Format()))
+    assert base.cached_mb == 0
+    other = Configuration.uniform(Layers(base.layers.names[:7], base.layers.sizes[:7]), Format())
+    with pytest.raises(UserError, match="for another model: it has 7 layers"):
+        base.switch(other)
+    with pytest.raises(UserError, match="another model"):
+        adapted(Switchable(make_tiny())).materialise(other, tmp_path / "out")
+    assert same(base.model, before) and not (tmp_path / "out").exists()
+
+
+def test_the_fingerprint_is_the_weights(make_tiny: Make, tiny_directory: str) -> None:
+    base = Switchable(make_tiny(), dtype=torch.float32)
+    base.switch(Configuration.uniform(base.layers, Format(2)))
+    assert base.fingerprint == Switchable(make_tiny()).fingerprint
+    changed = make_tiny()
+    changed.model.layers[0].mlp.up_proj.weight.data.mul_(1.01)
+    assert Switchable(changed).fingerprint != base.fingerprint
+    assert Switchable.load(tiny_directory).name == tiny_directory
+
+
+# The adapter
+
+
+def test_starts_as_plain_lora(base: Switchable) -> None:
+    base.switch(some(base))
+    model = with_adapter(base.model, target_modules=list(MODULE_KINDS))
+    plain = logits(model)
+    coa = CoaLora(model, base)
+    assert torch.equal(logits(model), plain) and not coa.mixers.any()
+
+
+def test_the_update_is_the_formula(base: Switchable) -> None:
+    coa, configuration = adapted(base, mixing=0.3), some(base)
+    base.switch(configuration)
+    logits(coa.model)
+    mixers = coa.network(configuration)
+    for index in (0, 5, 13):
+        layer = coa.lora_layers[base.layers.names[index]]
+        x = torch.randn(3, layer.in_features)
+        a = layer.lora_A[NAME].parametrizations.weight.original
+        b, eye = layer.lora_B[NAME].weight, torch.eye(4)
+        update = 12 / 4 * b @ (eye + mixers[index]) @ a
+        expected = x @ (layer.base_layer.weight + update).T
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_each_format_and_layer_has_its_own_mixing(base: Switchable) -> None:
+    network = MixingNetwork(base.layers, 4)
+    torch.nn.init.normal_(network.network[-1].weight)
+    seen = [network(Configuration.uniform(base.layers, fmt)) for fmt in FORMATS[::29]]
+    for i, one in enumerate(seen):
+        assert all(not torch.allclose(one, other) for other in seen[:i])
+        flat = one.flatten(1)
+        assert (torch.cdist(flat, flat) + torch.eye(len(flat)) > 1e-3).all()
+
+
+def test_saved_and_loaded(make_tiny: Make, tmp_path: Path) -> None:
+    base = Switchable(make_tiny(), dtype=torch.float32)
+    coa, configuration = adapted(base, mixing=0.3), some(base)
+    base.switch(configuration)
+    expected = logits(coa.model)
+    coa.save_pretrained(tmp_path / "coa")
+    assert {p.suffix for p in (tmp_path / "coa").iterdir()} == {".json", ".safetensors"}
+    other = Switchable(make_tiny(), dtype=torch.float32)
+    loaded = CoaLora.from_pretrained(other, tmp_path / "coa")
+    other.switch(configuration)
+    assert torch.equal(logits(loaded.model), expected)
+    # Without theta, or without a configuration, it is an ordinary adapter: LoRA with U = 0.
+    plain = PeftModel.from_pretrained(make_tiny(), str(tmp_path / "coa"))
+    base.restore()
+    assert torch.equal(logits(plain), logits(coa.model)) and not coa.mixers.any()
+    # peft's way to save gives the same files.
+    coa.model.save_pretrained(tmp_path / "again")
+    assert all((tmp_path / "again" / f.name).read_bytes() == f.read_bytes()
+               for f in (tmp_path / "coa").iterdir() if f.name != "manifest.json")
+
+
+def test_materialised_is_plain_peft(make_tiny: Make, tmp_path: Path) -> None:
+    base = Switchable(make_tiny(), dtype=torch.float32)
+    coa = adapted(base, mixing=0.3)
+    for seed in range(3):
+        configuration, out = some(base, seed, 3.0 + seed), tmp_path / f"{seed}"
+        coa.materialise(configuration, out)
+        assert {p.name for p in out.iterdir()} == {
+            "adapter_model.safetensors", "adapter_config.json", "manifest.json"}
+        base.switch(configuration)
+        stock = Switchable(make_tiny(), dtype=torch.float32)
+        stock.switch(configuration)
+        theirs = PeftModel.from_pretrained(stock.model, str(out))
+        torch.testing.assert_close(logits(theirs), logits(coa.model), rtol=0, atol=1e-4)
+        assert load_adapter(make_tiny(), out)
+        assert read_json(out / "manifest.json")["configuration"] == configuration.to_json()
+
+
+def test_generate_uses_the_current_configuration(make_tiny: Make, tmp_path: Path) -> None:
+    """peft's generate bypasses peft's forward: nothing runs between switch and generate."""
+    base = Switchable(make_tiny(), dtype=torch.float32)
+    coa, answers = adapted(base, mixing=2.0), []
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    for seed in range(2):
+        configuration = some(base, seed)
+        base.switch(configuration)
+        coa.materialise(configuration, tmp_path / f"{seed}")
+        answers.append(coa.model.generate(input_ids=IDS, **options)[0].tolist())
+        stock = Switchable(make_tiny(), dtype=torch.float32)
+        stock.switch(configuration)
+        theirs = PeftModel.from_pretrained(stock.model, str(tmp_path / f"{seed}"))
+        assert theirs.generate(input_ids=IDS, **options)[0].tolist() == answers[-1]
+    assert answers[0] != answers[1]
+
+
+def test_merging_into_shared_weights_is_refused(base: Switchable) -> None:
+    coa = adapted(base)
+    base.switch(some(base))
+    before = state(base.model)
+    for merge in (coa.model.merge_adapter, coa.model.merge_and_unload):
+        with pytest.raises(UserError, match="materialise"):
+            merge()
+    assert same(base.model, before)
+
+
+def test_the_fused_step_has_the_stock_gradients(make_tiny: Make) -> None:
+    """With mixing on, and two configurations in one backward pass."""
+    grads = []
+    for step in (contextlib.nullcontext, fused):
+        base = Switchable(make_tiny(), dtype=torch.float32)
+        coa = adapted(base, mixing=0.3)
+        coa.model.train()
+        with step(coa.model):
+            total = torch.zeros(())
+            for seed in range(2):
+                base.switch(some(base, seed))
+                loss = coa.model(input_ids=IDS, labels=IDS).loss
+                if step is fused:
+                    total = total + loss
+                else:
+                    loss.backward()
+            if step is fused:
+                total.backward()
+        grads.append({n: p.grad for n, p in coa.model.named_parameters() if p.requires_grad})
+    stock, ours = grads
+    assert any("coa_network" in name for name in stock)
+    for name, gradient in stock.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_an_adapter_of_some_layers_is_refused(base: Switchable) -> None:
+    with pytest.raises(UserError, match=r"k_proj has no adapter"):
+        CoaLora(with_adapter(base.model), base)
+
+
+@pytest.mark.parametrize(("fact", "value", "word"), [
+    ("base_hash", "0" * 64, "another base"), ("grid", "int", "another grid: grid is int")])
+def test_an_adapter_of_another_base_or_grid(
+        make_tiny: Make, tmp_path: Path, fact: str, value: str, word: str) -> None:
+    adapted(Switchable(make_tiny(), dtype=torch.float32)).save_pretrained(tmp_path / "coa")
+    facts = read_json(tmp_path / "coa" / "manifest.json") | {fact: value}
+    with writing(tmp_path / "bad", **{k: v for k, v in facts.items()
+                                      if k not in ("files", "versions")}) as part:
+        for file in (tmp_path / "coa").iterdir():
+            if file.name != "manifest.json":
+                (part / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(UserError, match=word):
+        CoaLora.from_pretrained(Switchable(make_tiny(), dtype=torch.float32), tmp_path / "bad")
+
+
+def test_owned_components_serve_their_own_bits(base: Switchable) -> None:
+    network = MixingNetwork(base.layers, 16, owned={2: 1 / 4, 3: 1 / 8})
+    assert network.owned == {2: [12, 13, 14, 15], 3: [10, 11]}
+    for bits in GRID["bits"]:
+        configuration = Configuration.uniform(base.layers, Format(bits))
+        diagonal = (torch.eye(16) + network(configuration)).diagonal(dim1=1, dim2=2)
+        shut = [i for other, rows in network.owned.items() if other != bits for i in rows]
+        assert diagonal[0].nonzero()[:, 0].tolist() == [i for i in range(16) if i not in shut]
+    plain = torch.eye(16) + network(None)
+    assert plain.diagonal(dim1=1, dim2=2).sum() == 10 * len(base.layers.names)
+    # A rank too small to share has no owners.
+    assert not MixingNetwork(base.layers, 2, owned={3: 1 / 8}).owned
+
+
+# Training over configurations
+
+
+SETTINGS = TrainSettings(steps=6, batch_size=2, rank=4, learning_rate=1e-2, warmup=0.0)
+
+
+@pytest.fixture
+def quick(cheap_tokenizer: None, tokenizer: PreTrainedTokenizerBase,
+          monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str) -> PreTrainedTokenizerBase:
+        """The base's own: another model's tokens would train on nonsense."""
+        assert name == EMBEDDED
+        return tokenizer
+
+    for module in ("lib.coa.joint", "lib.quantize.correction", "data.evidence.alternate"):
+        monkeypatch.setattr(f"{module}.load_tokenizer", load)
+
+
+def several(base: Switchable, count: int = 3) -> list[Configuration]:
+    return [some(base, seed, 3.5) for seed in range(count)]
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_trains_and_leaves_the_base_alone(make_tiny: Make, method: str) -> None:
+    original = make_tiny().state_dict()
+    base = Switchable(make_tiny(), dtype=torch.float32)
+    run, coa = train_over(base, sensors("train", 12), several(base), SETTINGS, method=method)
+    assert len(run.losses) == 6 and (coa is not None) == (method != "lora")
+    base.restore()
+    tensors = {n.replace(".base_layer", ""): t for n, t in base.model.state_dict().items()}
+    assert all(torch.equal(tensors[name], original[name]) for name in original)
+    if coa:
+        assert coa.network.network[-1].weight.any()  # theta moved
+        theta = sum(p.numel() for p in coa.network.parameters())
+        assert count_trainable(run.model)[0] > theta
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_same_seed_gives_the_same_adapter(make_tiny: Make) -> None:
+    adapters = []
+    for _ in range(2):
+        base = Switchable(make_tiny(), dtype=torch.float32)
+        adapters.append(train_over(base, sensors("train", 12), several(base), SETTINGS)[1])
+    ours, theirs = (coa.factors() | dict(coa.network.named_parameters()) for coa in adapters)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def switched(monkeypatch: pytest.MonkeyPatch) -> list[Configuration]:
+    """Every configuration that a model is switched to, as it happens."""
+    seen, switch = [], Switchable.switch
+
+    def watched(self: Switchable, configuration: Configuration) -> None:
+        seen.append(configuration)
+        switch(self, configuration)
+
+    monkeypatch.setattr(Switchable, "switch", watched)
+    return seen
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_each_part_of_a_step_uses_the_next_configuration(
+        make_tiny: Make, monkeypatch: pytest.MonkeyPatch, accumulate: int) -> None:
+    seen, orders = switched(monkeypatch), []
+    configurations = several(Switchable(make_tiny()))
+    for seed in (0, 0, 1):
+        train_over(Switchable(make_tiny(), dtype=torch.float32), sensors("train", 12),
+                   configurations, method="lora",
+                   settings=dataclasses.replace(SETTINGS, accumulate=accumulate, seed=seed))
+        orders.append([configurations.index(configuration) for configuration in seen])
+        seen.clear()
+    assert len(orders[0]) == 6 * accumulate
+    for order in orders:  # all get their turn in each round
+        assert all(sorted(order[i:i + 3]) == [0, 1, 2] for i in range(0, len(order), 3))
+    assert orders[0] == orders[1] != orders[2]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_callback_can_renew_the_configurations_by_a_search(
+        make_tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, sets = Switchable(make_tiny(), dtype=torch.float32), []
+    start, search = several(base, 4), alternate.renewed
+
+    def renewed(adapter: Any, before: list[Configuration], **options: Any) -> list[Configuration]:
+        sets.append((before, search(adapter, before, **options)))
+        assert adapter.model.training
+        return sets[-1][1]
+
+    monkeypatch.setattr(alternate, "renewed", renewed)
+    seen = switched(monkeypatch)
+    renewing = alternate.Renewing(
+        base, start, 0, at=(2, 4), evaluations=5, held=sensors("validation", 3),
+        features=Features.of(base, torch.ones(len(base.layers.names))))
+    train_over(base, sensors("train", 12), start, SETTINGS, callbacks=[renewing])
+    (first, second), (third, last) = sets
+    assert first == start and third == second and set(last) - set(start)
+    # Two steps; nine evaluations; two steps; an evaluation of each and five more; two steps.
+    assert set(seen[:2]) <= set(start) and set(seen[11:13]) <= set(second)
+    assert set(seen[-2:]) <= set(last)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_search_scores_on_one_batch_with_the_current_adapter(
+        base: Switchable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The released code scores on a random training batch, without U, and never again."""
+    model = with_adapter(base.model, target_modules=list(MODULE_KINDS))
+    coa, held, batches = CoaLora(model, base), sensors("validation", 3), []
+    torch.nn.init.normal_(coa.network.network[-1].weight, std=0.5)
+    measured = alternate.held_out_loss
+
+    def watched(model: Any, tokenizer: Any, records: Any) -> float:
+        batches.append(records)
+        return measured(model, tokenizer, records)
+
+    monkeypatch.setattr(alternate, "held_out_loss", watched)
+    evaluate, (one, other) = alternate.loss_with(coa, held), map(numbers, several(base, 2))
+    before = evaluate(one)
+    assert evaluate(other) != before == evaluate(one)
+    assert all(batch is held for batch in batches)
+    torch.nn.init.zeros_(coa.network.network[-1].weight)  # as training would change it
+    assert evaluate(one) != before
+
+
+def test_without_a_configuration_nothing_is_corrected(base: Switchable) -> None:
+    """The original weights have no error, so components made for one must be shut."""
+    before = logits(base.model)
+    model = with_adapter(base.model, target_modules=list(MODULE_KINDS), r=16)
+    for layer in model.modules():
+        if hasattr(layer, "lora_B"):
+            layer.lora_B[NAME].weight.data.zero_()
+    coa = CoaLora(model, base, MixingNetwork(base.layers, 16, owned=OWNED))
+    layer = coa.lora_layers[base.layers.names[3]]
+    old = learned_a(layer).clone()
+    start_owned(coa, [torch.eye(m.in_features) for m in coa.lora_layers.values()])
+    new = learned_a(layer)
+    # Twelve rows that move as far as sixteen; the other four are an error's.
+    torch.testing.assert_close(new[:12].square().sum(), old[:12].square().sum() * 16 / 12)
+    assert not torch.equal(new[12:], old[12:])
+    assert torch.equal(logits(coa.model), before)
+    base.switch(Configuration.uniform(base.layers, Format(8)))
+    with_adapter_on = logits(coa.model)
+    with coa.model.disable_adapter():
+        assert torch.equal(logits(coa.model), with_adapter_on)
+
+
+def test_low_rank_is_the_best_of_its_rank() -> None:
+    generator = torch.Generator().manual_seed(0)
+    error = torch.randn(40, 30, generator=generator)
+    inputs = torch.randn(500, 30, generator=generator) * torch.logspace(0, -2, 30)
+    root = torch.linalg.cholesky(inputs.T @ inputs / 500)
+    felt = torch.linalg.svdvals(error @ root).square()
+    for rank in (1, 4, 12):
+        b, a = low_rank(error, root, rank)
+        assert b.shape == (40, rank) and a.shape == (rank, 30)
+        torch.testing.assert_close(b.norm(dim=0), a.norm(dim=1))
+        left = ((error - b @ a) @ root).square().sum()
+        torch.testing.assert_close(left, felt[rank:].sum(), rtol=0.02, atol=0)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("layer", ["mlp.down_proj", "mlp.up_proj", "self_attn.v_proj"])
+def test_input_roots_are_those_of_the_inputs(layer: str, base: Switchable) -> None:
+    seen, index = [], base.layers.names.index(f"model.layers.1.{layer}")
+    hook = base.model.get_submodule(base.layers.names[index]).register_forward_hook(
+        lambda _, inputs, __: seen.append(inputs[0].flatten(0, -2)))
+    roots = input_roots(base.model, base.layers.names, sensors("train", 3))
+    hook.remove()
+    assert len(roots) == len(base.layers.names) and len(seen) == 3
+    expected = sum(x.T @ x / len(x) for x in seen)
+    torch.testing.assert_close(roots[index] @ roots[index].T, expected, rtol=0.02,
+                               atol=3e-3 * float(expected.diagonal().mean()))
+
+
+@pytest.mark.usefixtures("quick")
+def test_started_from_the_error_it_is_nearer(base: Switchable) -> None:
+    configuration = Configuration.uniform(base.layers, best_formats()[0])
+    start = alternate.StartFromError(base, configuration, sensors("train", 4))
+    original = logits(base.model)
+    base.switch(configuration)
+    before = (logits(base.model) - original).square().mean()
+    model = with_adapter(base.model, target_modules=list(MODULE_KINDS), r=32, lora_alpha=64)
+    start.on_train_begin(None, None, None, model=model)
+    for index, name in enumerate(base.layers.names):
+        layer = model.get_submodule(f"base_model.model.{name}")
+        error = base.weight(index) - base.weight(index, configuration.formats[index])
+        left = 2.0 * layer.lora_B[NAME].weight @ layer.lora_A[NAME].weight - error
+        assert (left @ start.roots[index]).norm() < 0.6 * (error @ start.roots[index]).norm()
+    assert (logits(model) - original).square().mean() < 0.5 * before
+
+
+def test_refusals(base: Switchable, monkeypatch: pytest.MonkeyPatch) -> None:
+    records, (one,) = sensors("train", 2), several(base, 1)
+    with pytest.raises(UserError, match="at least one"):
+        train_over(base, records, [], SETTINGS)
+    with pytest.raises(UserError, match="unknown method"):
+        train_over(base, records, [one], SETTINGS, method="x")
+    for wrong in ({"mode": "full"}, {"targets": "standard"}):
+        with pytest.raises(UserError, match="mode lora and targets aggressive"):
+            train_over(base, records, [one], dataclasses.replace(SETTINGS, **wrong))
+    with_adapter(base.model)
+    with pytest.raises(UserError, match="already has an adapter"):
+        train_over(base, records, [one], SETTINGS)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="one process"):
+        train_over(base, records, [one], SETTINGS)
+
+
+def test_many_configurations_descend_on_the_logarithm() -> None:
+    weight = torch.tensor([3.0], requires_grad=True)
+
+    class Trainer:
+        def compute_loss(self, scale: float) -> Tensor:
+            return scale * weight.square().sum()
+
+    for parts in (1, 2):
+        trainer = Trainer()
+        _descend_on_logarithm(trainer, parts)
+        for scale in (1.0, 100.0):
+            loss = trainer.compute_loss(scale / parts)
+            assert float(loss.detach()) == pytest.approx(9 * scale / parts)  # as logged
+            (gradient,) = torch.autograd.grad(loss, weight)
+            # d log(s w^2) / dw = 2 / w, and a step is the mean of its parts.
+            assert float(gradient) == pytest.approx(2 / 3 / parts)
+        (gradient,) = torch.autograd.grad(trainer.compute_loss(LEAST_LOSS / 18 / parts), weight)
+        assert float(gradient) == pytest.approx(6 / 18 / parts)  # below: the loss's own, scaled

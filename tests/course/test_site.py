@@ -1,0 +1,125 @@
+"""Site and slides: all links lead somewhere, nothing is remote, a browser draws both."""
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from browser import ask, needs_browser
+from conftest import ROOT
+from links import faults
+
+from lib.course.run import notebooks
+from lib.course.site import build_site, build_slides
+from lib.errors import UserError
+from lib.files import BUILD, read_json, verified
+
+SITE = pytest.mark.parametrize("path", notebooks(), ids=[p.stem for p in notebooks()])
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("web") / "site"
+    build_site(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def decks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("web") / "slides"
+    build_slides(out)
+    return out
+
+
+@pytest.mark.parametrize(("page", "fault"), [
+    ("<script src='https://cdn.example/x.js'></script>", "loads https"),
+    ("<style>@import 'https://fonts.example/f.css';</style>", "loads https"),
+    ("<script type='module'>import x from 'https://cdn.example/x';</script>", "loads https"),
+    ("<a href='gone.html?x=1'>", "no file gone.html"), ("<a href='#gone'>", "no anchor #gone")])
+def test_the_link_checker_can_fail(page: str, fault: str, tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text(f"<p id='here'><a href='a.html#here'>{page}")
+    assert len(faults(tmp_path)) == 1 and fault in faults(tmp_path)[0]
+
+
+@pytest.mark.parametrize("built", ["site", "decks"])
+def test_links_lead_somewhere_and_nothing_is_remote(built: str, request: pytest.FixtureRequest
+                                                    ) -> None:
+    out = request.getfixturevalue(built)
+    assert faults(out) == [] and verified(out)
+    for path in [*out.rglob("*.html"), *out.rglob("searchindex.js")]:
+        text = path.read_text(encoding="utf-8")
+        for told in (ROOT.as_posix(), BUILD.as_posix(), "/tmp/", Path.home().as_posix() + "/"):
+            assert told not in text, path
+
+
+def test_the_site_has_every_claim_result_and_module(site: Path) -> None:
+    def page(name: str) -> str:
+        return (site / f"{name}.html").read_text(encoding="utf-8")
+
+    claims = read_json(ROOT / "data" / "claims.json")
+    for claim in claims:
+        assert f"<h2>{claim['id']}: {claim['verdict']}<" in page("claims")
+    assert len(claims) == 21
+    for path in (ROOT / "data" / "results").rglob("*.json"):
+        assert f">{path.stem}<" in re.sub(r"</?span[^>]*>", "", page("results")), path
+    for path in (ROOT / "lib").rglob("[a-z]*.py"):
+        room = path.parent.name if path.parent.name != "lib" else "ground"
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        assert f'id="module-{module}"' in page(f"lib-{room}")
+    assert "From LoRA to the edge" in page("index")
+
+
+@SITE
+def test_pages_have_outputs_and_texts_for_figures(path: Path, site: Path) -> None:
+    text = (site / f"{path.stem}.html").read_text(encoding="utf-8")
+    figures = path.read_text(encoding="utf-8").count('"image/png"')
+    alts = re.findall(r'<img alt="([^"]+)" src="_images', re.sub(r'class="[^"]*" ', "", text))
+    assert len(alts) == figures > 0 and "Figure" not in alts
+    # Setup and solutions open on a click.
+    solutions = path.read_text(encoding="utf-8").count("_solution(")
+    assert solutions and text.count("<details") >= 4 + 3
+
+
+@SITE
+def test_each_cell_is_in_the_deck_and_notes_are_notes(path: Path, decks: Path) -> None:
+    deck = (decks / f"{path.stem}.slides.html").read_text(encoding="utf-8")
+    notes = "".join(re.findall(r'(?s)<aside class="notes">.*?</aside>', deck))
+    visible = re.sub(r'(?s)<aside class="notes">.*?</aside>', "", deck)
+    cells = nbformat.read(path, as_version=4).cells
+    assert deck.count("jp-Cell jp-CodeCell ") == sum(c.cell_type == "code" for c in cells)
+    assert "_solution" in notes and "_solution" not in re.sub(r"(?s)<style.*?</style>", "", visible)
+    assert deck.count("<section") > 25
+
+
+def test_solutions_are_shown_on_request(tmp_path: Path) -> None:
+    build_slides(tmp_path / "out", solutions=True)
+    deck = (tmp_path / "out" / "01_lora_math.slides.html").read_text(encoding="utf-8")
+    assert "_solution" in re.sub(r'(?s)<aside class="notes">.*?</aside>', "", deck)
+    assert "01_lora_math.slides.html" in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_what_sphinx_cannot_build_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                              ) -> None:
+    monkeypatch.setattr("lib.course.site.NOTEBOOKS", tmp_path)
+    with pytest.raises(UserError, match="Sphinx failed"):
+        build_site(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@needs_browser
+def test_a_page_is_drawn(site: Path) -> None:
+    width, formulas = ask(site / "01_lora_math.html", """return [
+        document.documentElement.scrollWidth, document.querySelectorAll("mjx-container").length];
+        """, ready="document.querySelector('mjx-container')")
+    assert width <= 1280 and formulas > 50
+
+
+@needs_browser
+def test_a_deck_is_drawn(decks: Path) -> None:
+    slides, formulas, seen = ask(decks / "01_lora_math.slides.html", """
+        Reveal.slide(1, 0);
+        const head = Reveal.getCurrentSlide().querySelector("h1, h2").getBoundingClientRect();
+        return [Reveal.getTotalSlides(), document.querySelectorAll("mjx-container").length,
+                head.width > 0 && head.top >= 0 && head.bottom < 720];""",
+        ready="window.Reveal && Reveal.isReady() && document.querySelector('mjx-container')")
+    assert slides > 12 and formulas > 50 and seen

@@ -1,0 +1,274 @@
+"""lib.quantize.blocks: the NormalFloat codebook, blocks, and what they cost."""
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lib.errors import UserError
+from lib.quantize.blocks import (
+    CHUNK,
+    DTYPES,
+    bits_per_parameter,
+    dequantize,
+    dequantize_blocks,
+    nearest,
+    normal_float,
+    quantize,
+    quantize_blocks,
+    round_trip,
+)
+from lib.quantize.formats import FORMATS, Format
+
+# Table of QLoRA's NF4 (Dettmers et al. 2023, appendix E).
+NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+       -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+       0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+       0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
+
+values = st.floats(-1e6, 1e6, width=32)
+weights = st.lists(values, min_size=1, max_size=200).map(torch.tensor)
+widths = st.integers(2, 8)
+sizes = st.integers(1, 70)
+
+
+def there_and_back(weight: Tensor, bits: int, block: int) -> Tensor:
+    """Quantised and back, as float32 of shape (n,)."""
+    book = normal_float(bits)
+    codes, absmax = quantize_blocks(weight, book, block)
+    return dequantize_blocks(codes, absmax, book, block)
+
+
+def scale_of_each(weight: Tensor, block: int) -> Tensor:
+    """Absmax of the block that each weight is in, computed one block at a time."""
+    return torch.cat([b.abs().max().expand(len(b)) for b in weight.reshape(-1).split(block)])
+
+
+def test_nf4_equals_both_tables() -> None:
+    book = normal_float(4)
+    assert book.dtype == torch.float32
+    torch.testing.assert_close(book, torch.tensor(NF4), rtol=0, atol=1e-6)
+    theirs = bnb.get_4bit_type("nf4", device="cpu")
+    torch.testing.assert_close(book, theirs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_codebook_has_its_properties(bits: int) -> None:
+    book = normal_float(bits)
+    assert len(book) == 2**bits
+    assert (book.diff() > 0).all()
+    assert book[0] == -1 and book[-1] == 1
+    assert (book == 0).sum() == 1
+    assert (book > 0).sum() == 2 ** (bits - 1)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (48, 128), (1, 64), (3, 50)])
+def test_equals_bitsandbytes(shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 0.3
+    packed, state = bnb.quantize_4bit(
+        weight, blocksize=64, quant_type="nf4", compress_statistics=False)
+    theirs = bnb.dequantize_4bit(packed, state)
+    codes, absmax = quantize_blocks(weight, normal_float(4), 64)
+    ours = dequantize_blocks(codes, absmax, normal_float(4), 64)
+    torch.testing.assert_close(ours.view(shape), theirs, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(absmax, state.absmax.float(), rtol=0, atol=0)
+    # Two codes to a byte, the first in the high half.
+    both = packed.flatten().repeat_interleave(2)
+    both[0::2] >>= 4
+    assert torch.equal(codes, (both & 15)[: codes.numel()])
+
+
+@given(weights, widths, sizes)
+@example(torch.tensor([1e-40, 5e-41]), 4, 2)
+def test_error_stays_under_its_bound(weight: Tensor, bits: int, block: int) -> None:
+    half_gap = normal_float(bits).diff().max() / 2
+    error = (there_and_back(weight, bits, block) - weight).abs()
+    # The slack is float32 rounding; 3e-45 is two of its smallest numbers.
+    bound = half_gap * scale_of_each(weight, block) * (1 + 1e-5) + 3e-45
+    assert (error <= bound).all()
+
+
+def test_error_bound_is_reached() -> None:
+    """A weight in the middle of the widest gap errs by all of the bound."""
+    book = normal_float(4)
+    widest = int(book.diff().argmax())
+    middle = ((book[widest] + book[widest + 1]) / 2).item()
+    weight = torch.tensor([2.0, 2 * middle])
+    error = (there_and_back(weight, 4, 2) - weight).abs().max()
+    assert error == pytest.approx(book.diff().max().item(), rel=1e-5)
+
+
+@given(widths, st.floats(2.0**-60, 2.0**60, width=32), st.randoms(use_true_random=False))
+def test_codebook_values_round_trip_exactly(bits: int, scale: float, random: object) -> None:
+    book = normal_float(bits)
+    order = list(range(len(book)))
+    random.shuffle(order)  # type: ignore[attr-defined]
+    weight = book[order] * scale
+    codes, absmax = quantize_blocks(weight, book, len(book))
+    assert codes.tolist() == order
+    assert torch.equal(dequantize_blocks(codes, absmax, book, len(book)), weight)
+
+
+@given(weights, widths, sizes)
+def test_shapes_and_a_short_last_block(weight: Tensor, bits: int, block: int) -> None:
+    book = normal_float(bits)
+    codes, absmax = quantize_blocks(weight, book, block)
+    assert codes.shape == (weight.numel(),) and codes.dtype == torch.uint8
+    assert absmax.shape == (-(-weight.numel() // block),) and absmax.dtype == torch.float32
+    expected = torch.stack([b.abs().max() for b in weight.split(block)])
+    assert torch.equal(absmax, expected)
+    assert dequantize_blocks(codes, absmax, book, block).shape == weight.shape
+
+
+@given(weights, sizes, widths)
+def test_blocks_are_independent(weight: Tensor, block: int, bits: int) -> None:
+    """A block quantised alone gives what it gives among the others."""
+    alone = torch.cat([there_and_back(part, bits, block) for part in weight.split(block)])
+    assert torch.equal(there_and_back(weight, bits, block), alone)
+
+
+@given(weights, widths, sizes)
+def test_quantising_twice_changes_nothing(weight: Tensor, bits: int, block: int) -> None:
+    once = there_and_back(weight, bits, block)
+    assert torch.equal(there_and_back(once, bits, block), once)
+
+
+def test_zero_block_stays_zero_beside_others() -> None:
+    weight = torch.tensor([0.0, 0.0, 0.0, 0.0, 5.0, -2.5, 0.0, -0.0])
+    back = there_and_back(weight, 4, 4)
+    assert torch.equal(back[:4], torch.zeros(4))
+    assert back[4] == 5 and torch.isfinite(back).all()
+    codes, absmax = quantize_blocks(torch.zeros(3), normal_float(4), 8)
+    assert absmax.tolist() == [0] and codes.numel() == 3
+
+
+def test_what_is_refused() -> None:
+    for bits in (1, 9):
+        with pytest.raises(UserError, match="2 to 8"):
+            normal_float(bits)
+    with pytest.raises(UserError, match="positive"):
+        quantize_blocks(torch.ones(4), normal_float(4), 0)
+    with pytest.raises(UserError, match="unknown GGUF type 'Q9': use one of F32, "):
+        round_trip(torch.ones(1, 32), "Q9")
+
+
+@pytest.mark.parametrize(("bits", "block", "options", "expected"), [
+    (4, 64, {}, 4.5),
+    (4, 64, {"scale_bits": 8, "scale_block": 256}, 4 + 8 / 64 + 32 / (64 * 256)),
+    (8, 32, {"scale_bits": 16}, 8.5),
+    (3, 128, {"scale_bits": 16}, 3.125),
+])
+def test_bits_per_parameter(bits: int, block: int, options: dict[str, int],
+                            expected: float) -> None:
+    assert bits_per_parameter(bits, block, **options) == pytest.approx(expected, rel=1e-12)
+
+
+def test_bits_per_parameter_is_what_bitsandbytes_stores() -> None:
+    """Bytes of a double-quantised 1024 x 1024 matrix, counted in its tensors."""
+    weight = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
+    packed, state = bnb.quantize_4bit(
+        weight, blocksize=64, quant_type="nf4", compress_statistics=True)
+    stored = [packed, state.absmax, state.state2.absmax]
+    bits = 8 * sum(t.numel() * t.element_size() for t in stored) / weight.numel()
+    assert bits == pytest.approx(
+        bits_per_parameter(4, 64, scale_bits=8, scale_block=256), rel=1e-6)
+
+
+levels = st.sampled_from(FORMATS)
+
+
+@given(weights, widths)
+def test_nearest_is_a_binary_search(numbers: Tensor, bits: int) -> None:
+    book = normal_float(bits)
+    middles = (book[1:] + book[:-1]) / 2
+    around = torch.cat([numbers / numbers.abs().max().clamp(min=1), middles, book,
+                        middles.nextafter(torch.tensor(9.0)),
+                        middles.nextafter(torch.tensor(-9.0)), torch.tensor([-1e30, 1e30])])
+    assert torch.equal(nearest(around, book), torch.bucketize(around, middles, out_int32=True))
+
+
+def test_a_block_of_scale_zero_and_many_chunks() -> None:
+    weight = torch.randn(3 * CHUNK + 5, generator=torch.Generator().manual_seed(0))
+    weight[64:128] = 0
+    codes, absmax = quantize_blocks(weight, normal_float(4), 64)
+    part, _ = quantize_blocks(weight[CHUNK: CHUNK + 640], normal_float(4), 64)
+    assert torch.equal(codes[CHUNK: CHUNK + 640], part)
+    assert absmax[1] == 0
+
+
+modest = st.lists(st.floats(-6e4, 6e4, width=32), min_size=1, max_size=200).map(torch.tensor)
+
+
+@given(modest, levels)
+def test_any_level_on_any_weight(weight: Tensor, level: Format) -> None:
+    packed = quantize(weight, level)
+    blocks = -(-weight.numel() // level.block)
+    assert packed.codes.shape == (weight.numel(),) and packed.scale_codes.shape == (blocks,)
+    assert packed.group_scales.shape == (-(-blocks // level.group),)
+    assert packed.group_scales.dtype == DTYPES[level.scale_dtype]
+    assert int(packed.codes.max()) < 2**level.bits
+    assert int(packed.scale_codes.max()) < 2**level.scale_bits
+    back = dequantize(packed)
+    assert back.shape == weight.shape and back.isfinite().all()
+    assert torch.equal(round_trip(weight, level), back)
+
+
+@pytest.mark.parametrize("level", FORMATS[::7], ids=lambda level: "-".join(
+    map(str, level.as_list())))
+def test_every_seventh_level_stays_within_its_bound(level: Format) -> None:
+    """Nearest in its block: at most half a gap of the block's own scale, if not clipped."""
+    weight = torch.randn(5000, generator=torch.Generator().manual_seed(3)) * 0.1
+    packed = quantize(weight, level)
+    scale = packed.scales.repeat_interleave(level.block)[:5000].abs()
+    inside = weight.abs() <= scale
+    half_gap = normal_float(level.bits).diff().max() / 2
+    error = (dequantize(packed) - weight).abs()
+    assert (error <= half_gap * scale * (1 + 1e-4) + 1e-7)[inside].all()
+    # A clipped weight errs by what it lies outside.
+    assert (error <= weight.abs() - scale + half_gap * scale + 1e-6)[~inside].all()
+
+
+@pytest.mark.parametrize("scale_bits", [2, 8])
+@pytest.mark.parametrize("block", [16, 64])
+def test_error_falls_as_bits_rise(scale_bits: int, block: int) -> None:
+    weight = torch.randn(20_000, generator=torch.Generator().manual_seed(4))
+    errors = [float((round_trip(weight, Format(bits, scale_bits, "fp16", block, 64))
+                     - weight).square().mean()) for bits in (2, 3, 4, 8)]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_exact_scales_make_it_the_single_level() -> None:
+    """Scales that their codebook holds come back, and so do QLoRA's codes."""
+    weight = torch.randn(64 * 8, generator=torch.Generator().manual_seed(5))
+    weight.view(8, 64)[:, 0] = 4.0  # every block has the same absmax, so none deviates
+    packed = quantize(weight, Format(4, 8, "fp32", 64, 256))
+    codes, absmax = quantize_blocks(weight, normal_float(4), 64)
+    assert torch.equal(packed.codes, codes) and torch.equal(packed.scales, absmax)
+
+
+@pytest.mark.parametrize(("gguf_type", "bits"), [("Q4_0", 4), ("Q8_0", 8)])
+def test_types_of_gguf_err_as_their_bits_say(gguf_type: str, bits: int) -> None:
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(7))
+    back = round_trip(weight, gguf_type)
+    assert back.shape == weight.shape
+    errors = [(x - weight).square().mean()
+              for x in (back, round_trip(weight, Format(bits, 8, "fp32", 32, 16)))]
+    assert 0.5 < errors[0] / errors[1] < 2
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_weight_that_is_no_number(bad: float) -> None:
+    weight = torch.ones(100)
+    weight[77] = bad
+    with pytest.raises(UserError, match="finite"):
+        quantize(weight, Format())
+
+
+def test_scales_beyond_the_dtype() -> None:
+    weight = torch.zeros(160)
+    weight[150] = 1e6
+    with pytest.raises(UserError, match="too large for fp16"):
+        quantize(weight, Format(4, 8, "fp16", 16, 16))
+    assert quantize(weight, Format(4, 8, "bf16", 16, 16)).scales.isfinite().all()

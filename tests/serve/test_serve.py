@@ -1,0 +1,370 @@
+"""lib.serve over HTTP: a real server process, httpx, the openai package, and bad requests."""
+
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import pytest
+from conftest import ROOT, saved_adapter
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+from data.evidence.parity import compare
+from lib.base.prompts import render
+from lib.base.records import sensors
+from lib.errors import UserError
+from lib.quantize.gguf import write_adapter, write_model
+from lib.serve.client import ask, ask_all, question
+from lib.serve.server import Served, running
+from lib.settings import TARGETS
+from lib.train.lora import load_adapter
+
+NAMES = ("red", "blue")
+OPTIONS = ("--context", "256", "--slots", "4")
+
+
+@pytest.fixture(scope="module")
+def folder(_tiny: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model and two adapters, whose answers all differ."""
+    folder = tmp_path_factory.mktemp("serve")
+    write_model(_tiny, folder / "tiny.gguf", gguf_type="F32")
+    for seed, name in enumerate(NAMES):
+        adapter = saved_adapter(_tiny, folder / name, seed=seed, r=8, lora_alpha=32,
+                                target_modules=list(TARGETS["aggressive"]))
+        write_adapter(adapter, folder / f"{name}.gguf", _tiny.config)
+    return folder
+
+
+def loras(folder: Path) -> list[str]:
+    return [x for name in NAMES for x in ("--lora", f"{name}={folder / name}.gguf")]
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Served]:
+    with running(folder / "tiny.gguf", *OPTIONS, *loras(folder)) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def client(server: Served) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        yield client
+
+
+def body(text: str = "Hello there", model: str = "tiny", **options: object) -> dict:
+    return question(text, model=model, **{"max_tokens": 8, **options})
+
+
+def content(reply: httpx.Response) -> str:
+    assert reply.status_code == 200, reply.text
+    return reply.json()["choices"][0]["message"]["content"].strip()
+
+
+def refusal(reply: httpx.Response, status: int) -> dict:
+    assert reply.status_code == status, reply.text
+    error = reply.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"] and "Traceback" not in error["message"]
+    return error
+
+
+def test_listing_health_and_metrics(client: httpx.Client, server: Served) -> None:
+    listed = client.get("/models").json()
+    assert [m["id"] for m in listed["data"]] == ["tiny", *NAMES]
+    root = server.url.removesuffix("/v1")
+    assert client.get(f"{root}/health").json() == {"status": "ok"}
+    assert "llamacpp:tokens_predicted_total" in client.get(f"{root}/metrics").text
+    refusal(client.get(CHAT), 405)
+
+
+def test_only_loopback_listens(server: Served) -> None:
+    listening = [c.laddr.ip for c in psutil.Process(server.pid).net_connections()
+                 if c.status == psutil.CONN_LISTEN]
+    assert set(listening) == {"127.0.0.1"}
+
+
+@pytest.mark.parametrize(("host", "status"), [
+    ("127.0.0.1", 200), ("localhost:8080", 200), ("evil.example", 400), ("127.0.0.1.nip.io", 400)])
+def test_only_this_machines_names_are_answered(client: httpx.Client, host: str,
+                                               status: int) -> None:
+    """A web page can point its own host name to 127.0.0.1, but it sends that name."""
+    assert client.get("models", headers={"Host": host}).status_code == status
+
+
+def test_engine_needs_the_key(server: Served) -> None:
+    """The engine's own port would serve unchecked requests."""
+    ports = {c.laddr.port for c in psutil.Process(server.pid).net_connections()
+             if c.status == psutil.CONN_LISTEN}
+    inner = ports - {httpx.URL(server.url).port}
+    assert len(inner) == 1
+    reply = httpx.post(f"http://127.0.0.1:{inner.pop()}/v1/chat/completions", json=body())
+    assert reply.status_code == 401
+
+
+def test_answers_are_greedy_and_differ_by_adapter(client: httpx.Client) -> None:
+    texts = {m: content(client.post("/chat/completions", json=body(model=m)))
+             for m in ("tiny", *NAMES)}
+    assert len(set(texts.values())) == 3
+    again = content(client.post("/chat/completions", json=body(model="red")))
+    assert again == texts["red"]
+
+
+def test_chat_renders_the_course_template(client: httpx.Client,
+                                          tokenizer: PreTrainedTokenizerBase) -> None:
+    """Training and serving must see the same text."""
+    plain = client.post("/completions", json={
+        "model": "tiny", "prompt": render(tokenizer, "Hello there"), "temperature": 0,
+        "max_tokens": 8}).json()
+    chat = client.post("/chat/completions", json=body()).json()
+    assert plain["choices"][0]["text"].strip() == chat["choices"][0]["message"]["content"].strip()
+    assert plain["usage"]["prompt_tokens"] == chat["usage"]["prompt_tokens"] == len(
+        tokenizer(render(tokenizer, "Hello there")).input_ids)
+
+
+def test_streams(client: httpx.Client) -> None:
+    answer = ask(client, body(model="blue"))
+    assert answer.text == content(client.post("/chat/completions", json=body(model="blue")))
+    assert answer.tokens == 8
+    assert 0 < answer.first <= answer.last
+
+
+def test_scales(client: httpx.Client) -> None:
+    def scaled(model: str, **scales: float) -> str:
+        entries = [{"name": n, "scale": s} for n, s in scales.items()]
+        return content(client.post("/chat/completions", json=body(model=model, lora=entries)))
+
+    plain, red = (content(client.post("/chat/completions", json=body(model=m)))
+                  for m in ("tiny", "red"))
+    assert scaled("red", red=0) == scaled("tiny", red=0, blue=0) == plain
+    assert scaled("tiny", red=1) == red
+    assert scaled("tiny", red=1, blue=1) not in (plain, red)
+
+
+def test_default_scale(folder: Path) -> None:
+    options = (*OPTIONS, "--lora", f"red={folder / 'red.gguf'}:1",
+               "--lora", f"blue={folder / 'blue.gguf'}")
+    with (running(folder / "tiny.gguf", *options) as served,
+          httpx.Client(base_url=served.url, timeout=60) as client):
+        texts = [content(client.post("/chat/completions", json=body(model=m)))
+                 for m in ("tiny", "red", "blue")]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_openai_client(server: Served) -> None:
+    client = openai.OpenAI(base_url=server.url, api_key="none", max_retries=0)
+    messages = [{"role": "user", "content": "Hello there"}]
+    options = {"model": "red", "messages": messages, "temperature": 0, "max_tokens": 8}
+    whole = client.chat.completions.create(**options)
+    parts = client.chat.completions.create(**options, stream=True)
+    text = "".join(c.choices[0].delta.content or "" for c in parts if c.choices)
+    assert text == whole.choices[0].message.content
+    assert whole.usage.completion_tokens == 8
+    assert client.completions.create(model="tiny", prompt="Hello", max_tokens=3,
+                                     temperature=0).choices[0].text
+    assert {m.id for m in client.models.list()} == {"tiny", *NAMES}
+    with pytest.raises(openai.NotFoundError, match="unknown model 'green'"):
+        client.chat.completions.create(**options | {"model": "green"})
+    with pytest.raises(openai.BadRequestError, match="max_tokens"):
+        client.chat.completions.create(**options | {"max_tokens": -1})
+
+
+CHAT, PLAIN = "/chat/completions", "/completions"
+HELLO = [{"role": "user", "content": "Hello"}]
+BAD = [
+    *((CHAT, data, 400) for data in (
+        b"", b"{", b"[1, 2]", b"null", b"\xff\xfe{}", b'{"messages": NaN}', b"[" * 100_000,
+        b'{"messages": [{"role": "user", "content": "Hi"}], "min_p": 1e999}')),
+    *((CHAT, {"messages": messages}, 400) for messages in (
+        [], "Hello", [{}], ["Hello"], [{"role": "user", "content": 5}],
+        [{"role": "robot", "content": "Hello"}], [{"role": "user", "content": "word " * 400}])),
+    *((CHAT, {"messages": HELLO, name: value}, 400) for name, value in (
+        ("max_tokens", -1), ("max_tokens", 0), ("max_tokens", 257), ("max_tokens", 10**30),
+        ("max_tokens", 2.5), ("max_tokens", "ten"), ("max_tokens", True),
+        ("max_completion_tokens", -5), ("temperature", "hot"), ("temperature", -1), ("top_p", 2),
+        ("stream", "yes"), ("n", 0), ("n", 3), ("seed", "x"), ("model", 5), ("stop", 5),
+        ("min_p", math.nan), ("response_format", {"type": "poem"}), ("lora", 5),
+        ("lora", [{"name": "red"}]), ("lora", [{"name": "red", "scale": "0.5"}]),
+        ("lora", [{"name": "red", "scale": True}]),
+        ("lora", [{"name": "red", "scale": math.inf}]))),
+    *((PLAIN, {"prompt": prompt}, 400) for prompt in (
+        5, None, "", [], [-1], [10**6], [1, "a"], "word " * 400)),
+    (CHAT, {}, 400), (PLAIN, {}, 400), ("/nowhere", {}, 404),
+    (CHAT, {"messages": HELLO, "model": "green"}, 404), (PLAIN, {"prompt": "a", "model": "x"}, 404),
+    (CHAT, {"messages": HELLO, "lora": [{"name": "green", "scale": 1}]}, 404),
+]
+
+
+@pytest.mark.parametrize(("path", "sent", "status"), BAD)
+def test_bad_requests(client: httpx.Client, path: str, sent: object, status: int) -> None:
+    data = sent if isinstance(sent, bytes) else json.dumps(sent).encode()
+    refusal(client.post(path, content=data, headers={"Content-Type": "application/json"}),
+            status)
+    assert content(client.post(CHAT, json=body()))  # it still serves
+
+
+@pytest.mark.parametrize("slot", [99, -7, "one"])
+def test_clients_do_not_choose_the_slot(client: httpx.Client, slot: object) -> None:
+    assert content(client.post(CHAT, json=body(id_slot=slot))) == content(
+        client.post(CHAT, json=body()))
+
+
+def test_a_body_of_50_mb(client: httpx.Client) -> None:
+    error = refusal(client.post(CHAT, content=b"x" * 50_000_000), 413)
+    assert error["code"] == "request_too_large"
+    assert content(client.post(CHAT, json=body()))
+
+
+def test_clients_that_disconnect(client: httpx.Client, server: Served) -> None:
+    """During a stream, before an answer, and during a request: the slots are free again."""
+    wanted = content(client.post(CHAT, json=body()))
+    for _ in range(6):
+        with client.stream("POST", CHAT, json=body(max_tokens=200, stream=True)) as reply:
+            next(reply.iter_lines())
+        with contextlib.suppress(httpx.ReadTimeout):
+            httpx.post(f"{server.url}{CHAT}", json=body(max_tokens=200), timeout=0.01)
+        with socket.create_connection(("127.0.0.1", httpx.URL(server.url).port)) as raw:
+            raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+                        b"Content-Length: 1000\r\n\r\n{")
+    assert content(client.post(CHAT, json=body())) == wanted
+    deadline = time.monotonic() + 20
+    root = server.url.removesuffix("/v1")
+    while "requests_processing 0" not in client.get(f"{root}/metrics").text:
+        assert time.monotonic() < deadline, "abandoned requests are still computed"
+        time.sleep(0.1)
+
+
+def test_200_connections_at_once(server: Served) -> None:
+    """Each gets its own adapter's answer, in full, while other lengths are computed beside it."""
+    cases = [(f"Question {i % 5}", ("tiny", *NAMES)[i % 3], 4 + i % 2 * 20) for i in range(200)]
+    bodies = [body(text, model, max_tokens=tokens) for text, model, tokens in cases]
+    expected = {case: a.text for case, a in zip(
+        cases[:30], ask_all(server.url, bodies[:30], clients=1), strict=True)}
+    assert len(set(expected.values())) == 30
+    with ThreadPoolExecutor(1) as pool:
+        answers = pool.submit(ask_all, server.url, bodies, clients=200)
+        health_checks = 0
+        while not answers.done():
+            assert httpx.get(f"{server.url.removesuffix('/v1')}/health").is_success
+            health_checks += 1
+    assert [a.text for a in answers.result()] == [expected[case] for case in cases]
+    assert health_checks > 3  # they do not wait behind the requests
+
+
+def test_memory_stays_flat(server: Served) -> None:
+    def load() -> float:
+        ask_all(server.url, [body(f"Count to {i}", ("tiny", *NAMES)[i % 3])
+                             for i in range(60)], clients=16)
+        return psutil.Process(server.pid).memory_info().rss / 1e6
+
+    load()
+    before = load()
+    assert load() - before < 10
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no SIGTERM there")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_running_requests_finish(folder: Path, number: int) -> None:
+    line = [sys.executable, "-m", "lib", "serve", str(folder / "tiny.gguf"), "--port", "0",
+            *OPTIONS, *loras(folder)]
+    with subprocess.Popen(line, cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:
+        sentence = process.stdout.readline()
+        url = re.fullmatch(r"serving tiny, red, blue at (http\S+/v1)\n", sentence)[1]
+        begun = threading.Barrier(5)
+
+        def one(name: str) -> tuple[str, int]:
+            with httpx.Client(base_url=url, timeout=60) as client, client.stream(
+                    "POST", CHAT, json=body(model=name, max_tokens=200, stream=True)) as reply:
+                lines = reply.iter_lines()
+                first = next(lines)
+                begun.wait(30)
+                rest = list(lines)
+            return rest[-2] if rest[-1] == "" else rest[-1], len([first, *rest])
+
+        with ThreadPoolExecutor(4) as pool:
+            answers = pool.map(one, ("tiny", "red", "blue", "tiny"))
+            begun.wait(30)
+            process.send_signal(number)
+            ends = list(answers)
+        process.wait(30)
+        assert [end for end, _ in ends] == ["data: [DONE]"] * 4
+        assert all(count > 100 for _, count in ends)
+        assert process.returncode == 0
+        assert process.stderr.read() == ""
+
+
+def test_a_server_ends_with_the_program_that_started_it(folder: Path) -> None:
+    program = ("import os, sys; from pathlib import Path; from lib.serve import running\n"
+               f"with running(Path({str(folder / 'tiny.gguf')!r})) as served:\n"
+               "    print(served.pid, flush=True); os._exit(9)")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, text=True,
+                          capture_output=True, timeout=120)
+    assert done.returncode == 9, done.stderr
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(int(done.stdout)).wait(20)
+
+
+def test_a_proxy_sees_no_local_traffic(
+        folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HTTP_PROXY must see neither the engine's key nor the prompts."""
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        proxy.setblocking(False)
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        for name in ("NO_PROXY", "no_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        with running(folder / "tiny.gguf") as served:
+            assert ask_all(served.url, [question("Hello", max_tokens=4)])[0].tokens >= 1
+        with pytest.raises(BlockingIOError):
+            proxy.accept()
+
+
+@pytest.mark.parametrize("parts", [[], ["one"]])
+def test_an_answer_of_no_part_or_one(parts: list[str]) -> None:
+    """A model in few bits may end at once: that is an empty answer, not a failure."""
+    events = [{"choices": [{"delta": {"content": part}}]} for part in parts]
+    events += [{"choices": [], "usage": {"completion_tokens": 1, "prompt_tokens": 3}}]
+    text = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, text=text))
+    with httpx.Client(transport=transport, base_url="http://server") as client:
+        answer = ask(client, question("Hello"))
+    assert answer.text == "".join(parts) and answer.last >= answer.first > 0
+    assert math.isnan(answer.decode)
+
+
+def test_a_server_that_dies_silently(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lib.serve.server.sys.executable", shutil.which("false"))
+    with pytest.raises(UserError, match="ended with status 1"), running(folder / "tiny.gguf"):
+        pass
+
+
+def test_parity_of_the_engines(client: httpx.Client, make_tiny: Callable[[], LlamaForCausalLM],
+                               tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Equal for the same model and adapter, far from equal for another."""
+    records = sensors("test", 2)
+    plain = compare(make_tiny(), tokenizer, client, records, name="tiny")
+    assert plain.positions > 40
+    assert plain.equal == 1
+    assert plain.divergence < 1e-3
+    assert plain.margin == 0
+    adapted = load_adapter(make_tiny(), folder / "red")
+    same = compare(adapted, tokenizer, client, records, name="red")
+    assert same.equal > 0.95
+    assert same.divergence < 1e-3
+    other = compare(adapted, tokenizer, client, records, name="blue")
+    assert other.equal < 0.5
+    assert other.margin > 0

@@ -1,0 +1,230 @@
+"""LoRA in formulas: the update, its counts and singular values, and adapters from disk."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import saved_adapter
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lib.base.model import MODULE_KINDS, tiny_model
+from lib.errors import UserError
+from lib.files import read_json, write_json, writing
+from lib.settings import TARGETS, TrainSettings
+from lib.train.lora import (
+    adapter_factors,
+    count_adapter,
+    count_trainable,
+    delta_weight,
+    linear_shapes,
+    load_adapter,
+    lora_config,
+    singular_values,
+)
+
+
+@pytest.fixture
+def adapter(tiny: LlamaForCausalLM, tmp_path: Path) -> Path:
+    """A saved adapter that fits `tiny`."""
+    return saved_adapter(tiny, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_update_equals_peft(make_tiny: Callable[[], LlamaForCausalLM], tmp_path: Path,
+                            rslora: bool) -> None:
+    """From the factors on disk, and by the formula."""
+    out = saved_adapter(make_tiny(), tmp_path / "adapter", use_rslora=rslora)
+    stock = PeftModel.from_pretrained(make_tiny(), str(out))
+    alpha = read_json(out / "adapter_config.json")["lora_alpha"]
+    factors = adapter_factors(out)
+    assert len(factors) == 4
+    for name, (a, b, scale) in factors.items():
+        theirs = stock.base_model.model.get_submodule(name).get_delta_weight("default")
+        assert theirs.abs().max() > 0
+        torch.testing.assert_close(scale * b @ a, theirs)
+        torch.testing.assert_close(delta_weight(a, b, alpha=alpha, rslora=rslora), theirs)
+
+
+def test_delta_weight_by_hand() -> None:
+    a, b = torch.tensor([[1.0, 2.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [3.0, 1.0]])
+    expected = torch.tensor([[1.0, 2.0], [3.0, 7.0]])
+    assert torch.equal(delta_weight(a, b, alpha=6), 3 * expected)
+    torch.testing.assert_close(delta_weight(a, b, alpha=6, rslora=True), 6 / 2**0.5 * expected)
+    with pytest.raises(UserError, match=r"rank 2.*rank 3"):
+        delta_weight(torch.ones(2, 5), torch.ones(5, 3), alpha=1)
+
+
+def test_zero_b_changes_no_logit(tiny: LlamaForCausalLM) -> None:
+    ids = torch.arange(10, 20)[None]
+    with torch.no_grad():
+        before = tiny(input_ids=ids).logits
+        config = lora_config(tiny, TrainSettings(rank=4))
+        assert torch.equal(get_peft_model(tiny, config)(input_ids=ids).logits, before)
+
+
+@pytest.mark.parametrize("rank", [1, 8])
+@pytest.mark.parametrize("targets", TARGETS)
+def test_count_equals_peft(tiny: LlamaForCausalLM, targets: str, rank: int) -> None:
+    settings = TrainSettings(targets=targets, rank=rank)
+    formula = count_adapter(tiny.config, rank=rank, modules=settings.modules)
+    model = get_peft_model(tiny, lora_config(tiny, settings))
+    assert model.get_nb_trainable_parameters() == count_trainable(model)
+    assert formula == count_trainable(model)[0]
+
+
+@pytest.mark.parametrize(("targets", "millions"), [
+    ("minimal", 8.389), ("standard", 16.777), ("aggressive", 39.977)])
+def test_count_for_llama_2_7b(targets: str, millions: float) -> None:
+    """The published counts at rank 16, on a model without memory."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(
+            hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+            num_attention_heads=32, num_key_value_heads=32, vocab_size=32000))
+        settings = TrainSettings(targets=targets, rank=16)
+        formula = count_adapter(model.config, rank=16, modules=settings.modules)
+        trainable, _ = count_trainable(get_peft_model(model, lora_config(model, settings)))
+    assert formula == trainable
+    assert formula / 1e6 == pytest.approx(millions, abs=1e-3)
+
+
+def test_linear_shapes_are_the_models(tiny: LlamaForCausalLM) -> None:
+    shapes = {name.split(".")[-1]: tuple(m.weight.shape)
+              for name, m in tiny.model.layers[0].named_modules() if isinstance(m, torch.nn.Linear)}
+    assert linear_shapes(tiny.config) == shapes
+    wide = LlamaConfig(hidden_size=32, intermediate_size=48, num_attention_heads=2,
+                       num_key_value_heads=1, head_dim=24)
+    assert [linear_shapes(wide)[name] for name in ("q_proj", "k_proj", "o_proj")] == [
+        (48, 32), (24, 32), (32, 48)]
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"rank": 65}, "rank 65 is above the width 64 of q_proj"),
+    # k_proj has two heads of 16: 32 wide
+    ({"rank": 33, "targets": "k_proj"}, "rank 33 is above the width 32 of k_proj"),
+    ({"targets": "q_proj,nonsense"}, "'nonsense' does not exist"),
+    ({"targets": ""}, "'' does not exist"),
+    ({"targets": "q_proj,lm_head"}, "'lm_head' does not exist"),
+    ({"targets": "embed_tokens"}, "'embed_tokens' does not exist"),
+])
+def test_lora_config_refuses(tiny: LlamaForCausalLM, settings: dict[str, Any],
+                             message: str) -> None:
+    settings = {"rank": 4, "targets": "minimal"} | settings
+    with pytest.raises(UserError, match=message) as caught:
+        lora_config(tiny, TrainSettings(**settings))
+    if "exist" in message:  # the remedy names what exists
+        assert str(caught.value).split(": use ")[1].split(", ") == sorted(MODULE_KINDS)
+
+
+def test_lora_config_takes_the_settings(tiny: LlamaForCausalLM) -> None:
+    config = lora_config(tiny, TrainSettings(
+        rank=32, alpha=7, targets="k_proj,v_proj", dropout=0.25, rslora=True))
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (32, 7, 0.25)
+    assert config.use_rslora and config.bias == "none" and config.task_type == "CAUSAL_LM"
+    assert set(config.target_modules) == {"k_proj", "v_proj"}
+
+
+@pytest.mark.parametrize(("d_out", "d_in", "rank"), [(40, 24, 6), (24, 40, 6), (9, 9, 9)])
+def test_singular_values_equal_the_full_products(d_out: int, d_in: int, rank: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(rank, d_in, generator=generator)
+    b = torch.randn(d_out, rank, generator=generator)
+    ours = singular_values(a, b, 0.5)
+    assert ours.shape == (rank,)
+    torch.testing.assert_close(ours, torch.linalg.svdvals(0.5 * b @ a)[:rank], rtol=1e-4, atol=1e-5)
+    assert not singular_values(a, b * 0, 2.0).any()
+
+
+def test_load_adapter_equals_stock_peft(make_tiny: Callable[[], LlamaForCausalLM],
+                                        adapter: Path) -> None:
+    ids = torch.arange(10, 20)[None]
+    ours = load_adapter(make_tiny(), adapter)
+    stock = PeftModel.from_pretrained(make_tiny(), str(adapter)).eval()
+    with torch.no_grad():
+        expected = stock(input_ids=ids).logits
+        assert torch.equal(ours(input_ids=ids).logits, expected)
+        assert not torch.equal(make_tiny()(input_ids=ids).logits, expected)
+    assert not ours.training
+
+
+def flip_a_byte(directory: Path) -> None:
+    file = directory / "adapter_model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+def remove_manifest(directory: Path) -> None:
+    (directory / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize("damage", [flip_a_byte, remove_manifest, shutil.rmtree])
+def test_damaged_adapter(make_tiny: Callable[[], LlamaForCausalLM], adapter: Path,
+                         damage: Callable[[Path], None]) -> None:
+    damage(adapter)
+    with pytest.raises(UserError, match=str(adapter)):
+        load_adapter(make_tiny(), adapter)
+
+
+def other_width() -> LlamaForCausalLM:
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, pad_token_id=0))
+
+
+@pytest.mark.parametrize("make", [other_width, lambda: tiny_model(layers=3),
+                                  lambda: tiny_model(layers=1)],
+                         ids=["other width", "more layers", "fewer layers"])
+def test_adapter_of_another_model(make_tiny: Callable[[], LlamaForCausalLM], tmp_path: Path,
+                                  make: Callable[[], LlamaForCausalLM]) -> None:
+    with pytest.raises(UserError, match="adapter does not fit this model") as caught:
+        load_adapter(make_tiny(), saved_adapter(make(), tmp_path / "adapter"))
+    assert "\n" not in str(caught.value)
+
+
+def changed(adapter: Path, out: Path, *, tensors: Callable[[str], str] = str,
+            **config: object) -> Path:
+    """A copy of an adapter with other names of tensors or entries of its configuration."""
+    with writing(out) as part:
+        save_file({tensors(name): tensor for name, tensor in
+                   load_file(adapter / "adapter_model.safetensors").items()},
+                  part / "adapter_model.safetensors")
+        write_json(part / "adapter_config.json",
+                   read_json(adapter / "adapter_config.json") | config)
+    return out
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"use_dora": True}, "uses use_dora, which is not supported"),
+    ({"alpha_pattern": {"q_proj": 3}, "modules_to_save": ["lm_head"]},
+     "uses modules_to_save, alpha_pattern"),
+    ({"peft_type": "IA3"}, "is not a LoRA adapter"),
+    ({"r": 3}, "does not go with"), ({"lora_alpha": "8"}, "does not go with"),
+    # A bias, or A without B: merging would drop them.
+    ({"tensors": lambda name: name.replace("0.self_attn.q_proj.lora_B.weight",
+                                           "0.self_attn.q_proj.lora_B.bias")}, "does not go with"),
+    ({"tensors": lambda name: name.replace("q_proj", "c_attn"), "target_modules": ["c_attn"]},
+     "does not fit this model"),
+    ({"tensors": lambda name: name.replace("layers.1", "layers.7")}, "does not fit this model"),
+], ids=str)
+def test_adapter_that_is_not_plain(make_tiny: Callable[[], LlamaForCausalLM], adapter: Path,
+                                   tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    """It is refused, because parts of it would be dropped silently."""
+    with pytest.raises(UserError, match=message):
+        load_adapter(make_tiny(), changed(adapter, tmp_path / "changed", **change))
+
+
+def test_damaged_values(adapter: Path) -> None:
+    """Files made elsewhere have no manifest."""
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {min(tensors): tensors[min(tensors)] * float("inf")}, file)
+    with pytest.raises(UserError, match=r"adapter_model.safetensors is damaged .*not finite"):
+        adapter_factors(adapter)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"adapter_model.safetensors is damaged"):
+        adapter_factors(adapter)
