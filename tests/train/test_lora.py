@@ -210,7 +210,7 @@ def changed(adapter: Path, out: Path, *, tensors: Callable[[str], str] = str,
     ({"tensors": lambda name: name.replace("q_proj", "c_attn"), "target_modules": ["c_attn"]},
      "does not fit this model"),
     ({"tensors": lambda name: name.replace("layers.1", "layers.7")}, "does not fit this model"),
-], ids=str)
+])
 def test_adapter_that_is_not_plain(make_tiny: Callable[[], LlamaForCausalLM], adapter: Path,
                                    tmp_path: Path, change: dict[str, Any], message: str) -> None:
     """It is refused, because parts of it would be dropped silently."""
