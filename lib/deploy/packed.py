@@ -137,8 +137,9 @@ def deploy_packed(task: str, budget_mb: float, out: Path, *, examples: int = 32,
         # Known losses are with the plain embedding: the best of each embedding is measured.
         best = {name: min((c for c in candidates if c[2] == name), key=lambda c: c[0])[1]
                 for *_, name in candidates}
-        losses = {name: _loss_with(coa, best[name], rests[name], EMBEDDINGS[name],
-                                   TASKS[task]("validation", held)) for name in best}
+        records = TASKS[task]("validation", held)
+        losses = {name: _loss_with(coa, best[name], rests[name], EMBEDDINGS[name], records)
+                  for name in best}
         name = min(losses, key=lambda name: losses[name])
         coa.materialise(best[name], part / "adapter", dtype=torch.float16)
         save_packed(base, best[name], part / "layers.safetensors")
