@@ -36,8 +36,9 @@ from transformers import (  # noqa: E402
     PreTrainedTokenizerBase,
 )
 
+from data.evidence.tiny import tiny_model  # noqa: E402
 from lib.base.embedded import quiet  # noqa: E402
-from lib.base.model import best_dtype, load_tokenizer, tiny_model  # noqa: E402
+from lib.base.model import best_dtype, load_tokenizer  # noqa: E402
 from lib.files import writing  # noqa: E402
 
 settings.register_profile(

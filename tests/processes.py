@@ -12,11 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import save_file
+import torch
+from safetensors.torch import load_file, save_file
 
 import lib.train.training
 from lib.__main__ import main
 from lib.train.training import CourseTrainer
+
+
+def trainable(trainer: CourseTrainer) -> dict[str, torch.nn.Parameter]:
+    return {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
 
 
 def watch(patch: pytest.MonkeyPatch, file: Path) -> None:
@@ -25,13 +30,13 @@ def watch(patch: pytest.MonkeyPatch, file: Path) -> None:
     clip, run = CourseTrainer._clip_grad_norm, lib.train.training.run_trainer
 
     def clipped(self: CourseTrainer, model: Any) -> Any:
-        for name, parameter in self._trainable().items():
+        for name, parameter in trainable(self).items():
             seen.setdefault(f"gradient.{name}", parameter.grad.clone())
         return clip(self, model)
 
     def ran(trainer: CourseTrainer, *args: Any, **options: Any) -> Any:
         result = run(trainer, *args, **options)
-        save_file(seen | {f"weight.{n}": p.data for n, p in trainer._trainable().items()}, file)
+        save_file(seen | {f"weight.{n}": p.data for n, p in trainable(trainer).items()}, file)
         return result
 
     patch.setattr(CourseTrainer, "_clip_grad_norm", clipped)
@@ -46,16 +51,16 @@ def run_twice(folder: Path, rank: int, command: list[str]) -> None:
     watch(patch, folder / f"{rank}.safetensors")
     facts: dict[str, Any] = {"written": [], "status": []}
     patch.setattr(lib.train.training, "CHECKPOINT_EVERY", 2)
-    save, write = CourseTrainer._save_checkpoint, CourseTrainer._write_checkpoint
+    save = CourseTrainer._save_checkpoint
 
     def saved(self: CourseTrainer, *args: Any) -> None:
         save(self, *args)
+        if rank == 0:
+            step = self.state.global_step
+            file = Path(self.args.output_dir) / f"checkpoint-{step}" / "state.safetensors"
+            facts["written"].append([step, load_file(file)["rng"].numel()])
         if not facts["status"]:
             raise KeyboardInterrupt
-
-    def written(self: CourseTrainer, rng: Any) -> None:
-        facts["written"].append([self.state.global_step, rng.numel()])
-        write(self, rng)
 
     def locate(model: str) -> str:
         """Preparing the base takes the first process a while."""
@@ -65,7 +70,6 @@ def run_twice(folder: Path, rank: int, command: list[str]) -> None:
         return model
 
     patch.setattr(CourseTrainer, "_save_checkpoint", saved)
-    patch.setattr(CourseTrainer, "_write_checkpoint", written)
     patch.setattr(lib.train.training, "locate", locate)
     facts["status"].append(main(command))
     (folder / "prepared").unlink(missing_ok=True)

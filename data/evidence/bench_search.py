@@ -13,7 +13,7 @@ from lib.base.records import sensors
 from lib.coa.adapter import CoaLora
 from lib.coa.budgets import BUDGETS, random_configuration, sensitivities
 from lib.coa.configuration import numbers
-from lib.coa.pareto_search import Evaluated, Features, Surrogate, propose, reference_point
+from lib.coa.pareto import Evaluated, Features, Surrogate, propose, reference_point
 from lib.coa.switchable import Switchable
 from lib.evaluate.scores import held_out_loss
 from lib.files import ROOT, read_json

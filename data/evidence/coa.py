@@ -27,7 +27,7 @@ from lib.coa.budgets import BUDGETS as SPREAD
 from lib.coa.budgets import error_table, greedy_configuration, random_configuration, sensitivities
 from lib.coa.configuration import Configuration, Layers, numbers
 from lib.coa.joint import train_over
-from lib.coa.pareto_search import Features
+from lib.coa.pareto import Features
 from lib.coa.switchable import Switchable
 from lib.deploy.packed import TASKS
 from lib.errors import require

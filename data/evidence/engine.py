@@ -9,7 +9,7 @@ import xllamacpp
 
 from data.evidence.bench_serving import read_bandwidth, weight_bytes
 from data.evidence.pieces import ADAPTERS, WORK
-from lib.base.model import tiny_model
+from data.evidence.tiny import tiny_model
 from lib.base.records import sensors
 from lib.quantize.gguf import write_model
 from lib.quantize.merging import merge

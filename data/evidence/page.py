@@ -22,8 +22,9 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
+from data.evidence.tiny import tiny_model
 from lib.base.embedded import quiet
-from lib.base.model import load_tokenizer, tiny_model
+from lib.base.model import load_tokenizer
 from lib.base.prompts import render
 from lib.base.records import sensors
 from lib.settings import TARGETS, seed_everything

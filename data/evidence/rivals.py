@@ -14,7 +14,7 @@ from pymoo.optimize import minimize
 
 from lib.coa.budgets import BUDGETS, random_configuration
 from lib.coa.configuration import Layers, numbers
-from lib.coa.pareto_search import FIELDS, STRIDES, Evaluate, Evaluated, Features, Journal
+from lib.coa.pareto import FIELDS, STRIDES, Evaluate, Evaluated, Features, Journal
 
 
 def at_random(start: Evaluated, features: Features, evaluate: Evaluate, layers: Layers, *,

@@ -7,6 +7,7 @@ import functools
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,11 +20,19 @@ from data.evidence.pieces import ADAPTERS, RESULTS, Piece
 from data.evidence.rivals import at_random, nsga2
 from lib.base.records import sensors
 from lib.coa.adapter import CoaLora
-from lib.coa.configuration import Configuration, from_numbers, numbers
-from lib.coa.pareto import front_by_segment, hypervolume, segment
-from lib.coa.pareto_search import Evaluated, Features, Journal, reference_point, search
+from lib.coa.configuration import Configuration, Layers, from_numbers, numbers
+from lib.coa.pareto import (
+    Evaluated,
+    Features,
+    Journal,
+    front_by_segment,
+    hypervolume,
+    reference_point,
+    search,
+    segment,
+)
 from lib.coa.switchable import Switchable
-from lib.errors import require
+from lib.errors import UserError, require
 from lib.files import BUILD, read_json, replacing, sha256
 
 OUT, FRONT = RESULTS / "search", RESULTS.parent / "fronts" / "sensors.json"
@@ -43,10 +52,42 @@ def problem() -> tuple[Switchable, Features, Callable[[torch.Tensor], float], st
     return base, Features.of(base, felt), evaluate, key
 
 
-def journal(name: str) -> Journal:
+class JournalFile(Journal):
+    """A journal as lines of JSON, so that a search that was cut off goes on where it stopped.
+
+    The first line's key says what the evaluations belong to.
+    """
+
+    def __init__(self, path: Path, key: str, layers: Layers) -> None:
+        super().__init__()
+        self.path, self.layers = path, layers
+        lines = [json.dumps({"key": key})]
+        try:
+            if path.is_file():
+                lines = path.read_text("utf-8").split("\n")[:-1]  # a line cut short has no end
+            header, *rows = map(json.loads, lines)
+            require(header["key"] == key, f"it belongs to another search, {header['key']}")
+            for row in rows:
+                configuration = Configuration.from_json(row["configuration"], layers)
+                self.known[tuple(numbers(configuration).tolist())] = float(row["loss"])
+        except (UserError, ValueError, LookupError, TypeError) as error:
+            raise UserError(f"{path} is not the journal of this search ({error}): remove it "
+                            "or name another") from None
+        with replacing(path) as part:
+            part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+    def record(self, positions: tuple[int, ...], loss: float) -> None:
+        """Remember a loss, in the file as well."""
+        super().record(positions, loss)
+        row = {"loss": loss, "configuration": from_numbers(self.layers, positions).to_json()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def journal(name: str) -> JournalFile:
     """A journal for each search, so that two can run side by side."""
     base, _, _, key = problem()
-    return Journal(JOURNALS / f"{name}.jsonl", key, base.layers)
+    return JournalFile(JOURNALS / f"{name}.jsonl", key, base.layers)
 
 
 def first_configurations(base: Switchable) -> torch.Tensor:
@@ -125,7 +166,7 @@ def store_front() -> None:
     adapter = sha256(ADAPTER / "manifest.json")
     known = stored_front(base, adapter)
     for file in sorted(JOURNALS.glob("*.jsonl")):
-        known |= Journal(file, key, base.layers).known
+        known |= JournalFile(file, key, base.layers).known
     evaluated = torch.tensor([*known])
     losses = torch.tensor([*known.values()], dtype=torch.float64)
     points = torch.stack([features.bits(evaluated), losses], 1)

@@ -16,7 +16,7 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PretrainedCo
 
 from lib.base.embedded import EMBEDDED, locate
 from lib.errors import require
-from lib.quantize.blocks import bits_per_parameter
+from lib.quantize.formats import bits_per_parameter
 from lib.settings import TARGETS, TrainSettings
 from lib.train.lora import count_adapter, count_trainable, delta_weight, linear_shapes, lora_config
 

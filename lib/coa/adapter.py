@@ -1,8 +1,7 @@
 """CoA-LoRA: one adapter for every configuration (Ye, Tang, Ngai, arXiv 2509.25214).
 
 A small network U_theta reads a layer's format and gives an r x r matrix:
-dW = (alpha / r) B (I + U) A. With U = 0 this is LoRA. Ours adds a part that is not learned:
-some components belong to layers of certain bits only, and U removes them elsewhere.
+dW = (alpha / r) B (I + U) A. With U = 0 this is LoRA.
 """
 
 from collections import defaultdict
@@ -35,12 +34,12 @@ OWNED = {2: 1 / 4}
 class MixingNetwork(nn.Module):
     """U_theta: seven embeddings, LayerNorm, two linear layers, the last one zero at the start.
 
-    It reads the five fields of a format, the block's position and the module kind. All layers
-    go through it at once: (layers, 7) to (layers, r, r).
+    It reads the five fields of a format, the block's position and the module kind, of all
+    layers at once: (layers, 7) to (layers, r, r).
 
-    U = pace * network(format, block, kind) + diag(gates(bits) - 1). A gate is 0 for a
-    component that belongs to layers of other bits, and 1 for the rest. `owned` gives the share
-    of the rank by bits; without it all gates are 1.
+    U = pace * network(format, block, kind) + diag(gates(bits) - 1). The gates are ours and not
+    learned: 0 for a component that belongs to layers of other bits, 1 for the rest. `owned`
+    gives the share of the rank by bits; without it all gates are 1.
     """
 
     def __init__(self, layers: Layers, rank: int, *, width: int = 8, hidden: int = 128,
@@ -72,9 +71,8 @@ class MixingNetwork(nn.Module):
         """(layers, r, r), float32. Without a configuration only the gates act."""
         if configuration is None:
             return torch.diag(self.gates[-1] - 1).expand(len(self.places), -1, -1)
-        rows = [fields + place for fields, place in
-                zip(configuration.indices, self.places, strict=True)]
-        index = torch.tensor(rows, device=self.network[1].weight.device)
+        index = torch.cat([torch.tensor(configuration.indices), torch.tensor(self.places)], 1)
+        index = index.to(self.gates.device)
         embedded = torch.cat([e(index[:, i]) for i, e in enumerate(self.embeddings)], 1)
         learned = PACE * self.network(embedded).view(-1, self.rank, self.rank)
         return learned + torch.diag_embed(self.gates[index[:, 0]] - 1)
@@ -100,8 +98,8 @@ def learned_a(layer: nn.Module) -> Tensor:
 class CoaLora:
     """A configuration-aware adapter on peft's own LoRA layers.
 
-    The forward pass of `model`, peft's, applies U for `base.configuration`. `network`, U_theta,
-    is a submodule of it and trained with A and B. Of the last pass, `mixers` is U, (layers,
+    The forward pass of `model`, peft's, applies U for `base.configuration`. Its submodule
+    `network`, U_theta, is trained with A and B. Of the last pass, `mixers` is U, (layers,
     r, r), and `mixed` holds (I + U) A of each layer.
     """
 
@@ -144,11 +142,11 @@ class CoaLora:
         mixers = None if configuration is None else self.network(configuration).detach()
         tensors = {}
         for index, (name, layer) in enumerate(self.lora_layers.items()):
-            a = learned_a(layer).detach()
+            a, b = learned_a(layer).detach(), layer.lora_B[NAME].weight.detach()
             a = a if mixers is None else torch.addmm(a, mixers[index], a)
-            b = layer.lora_B[NAME].weight.detach()
-            tensors[f"base_model.model.{name}.lora_A.weight"] = a.to(dtype).contiguous()
-            tensors[f"base_model.model.{name}.lora_B.weight"] = b.to(dtype).contiguous()
+            for factor, tensor in (("A", a), ("B", b)):
+                key = f"base_model.model.{name}.lora_{factor}.weight"
+                tensors[key] = tensor.to(dtype).contiguous()
         return tensors
 
     def _write(self, part: Path, tensors: dict[str, Tensor]) -> None:

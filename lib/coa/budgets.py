@@ -15,8 +15,7 @@ from lib.coa.configuration import Configuration, Layers
 from lib.coa.switchable import Switchable
 from lib.errors import UserError, require
 from lib.evaluate.scores import answer_loss
-from lib.quantize.blocks import round_trip
-from lib.quantize.formats import FORMATS, Format
+from lib.quantize.formats import FORMATS, Format, round_trip
 
 # The range of the paper's budgets, bits a weight.
 BUDGETS = (2.25, 7.25)
@@ -31,10 +30,16 @@ def random_configuration(layers: Layers, budget: float, rng: random.Random) -> C
     Formats are drawn with probabilities proportional to exp(t * bits), where t makes their
     mean the budget. Then single layers are redrawn until the sum fits as well.
     """
-    costs = [fmt.bits_per_parameter for fmt in FORMATS]
-    require(min(costs) < budget < max(costs) - TOLERANCE, f"{budget} bits a weight cannot be "
-            f"reached: use {min(costs):.2f} to {max(costs) - TOLERANCE:.2f}")
-    weights = _tilted(costs, budget)
+    costs = torch.tensor([fmt.bits_per_parameter for fmt in FORMATS], dtype=torch.float64)
+    least, most = float(costs.min()), float(costs.max()) - TOLERANCE
+    require(least < budget < most,
+            f"{budget} bits a weight cannot be reached: use {least:.2f} to {most:.2f}")
+    low, high = -40.0, 40.0  # of t, by bisection
+    for _ in range(80):
+        middle = (low + high) / 2
+        share = (middle * costs).softmax(0)
+        low, high = (middle, high) if share @ costs < budget else (low, middle)
+    weights = share.tolist()
     formats = rng.choices(FORMATS, weights, k=len(layers.sizes))
     total = sum(layers.sizes)
     spent = sum(x.bits_per_parameter * n for x, n in zip(formats, layers.sizes, strict=True))
@@ -46,18 +51,7 @@ def random_configuration(layers: Layers, budget: float, rng: random.Random) -> C
         change = (new.bits_per_parameter - formats[index].bits_per_parameter) * layers.sizes[index]
         if abs(spent + change - budget * total) < abs(spent - budget * total):
             formats[index], spent = new, spent + change
-    raise UserError(f"found no mixture of formats at {budget} bits a weight for "
-                    f"{len(formats)} layers: choose another budget")
-
-
-def _tilted(costs: Sequence[float], mean: float) -> list[float]:
-    """Weights exp(t * cost) with t such that the weighted mean is `mean` (bisection)."""
-    values, low, high = torch.tensor(costs, dtype=torch.float64), -40.0, 40.0
-    for _ in range(80):
-        middle = (low + high) / 2
-        share = (middle * values).softmax(0)
-        low, high = (middle, high) if share @ values < mean else (low, middle)
-    return share.tolist()
+    raise UserError(f"found no mixture of formats at {budget} bits a weight: choose another budget")
 
 
 @functools.cache
@@ -91,8 +85,7 @@ def sensitivities(base: Switchable, records: Sequence[Record], *, more: Sequence
     """(layers,): mean squared gradient of an example's loss by a layer's weights, per weight.
 
     Noise of energy e, spread evenly over n weights, moves the loss by about |g| sqrt(e / n);
-    the square of that is sensitivity times energy. `more` names further modules, whose values
-    follow those of the layers.
+    the square of that is sensitivity times energy. Those of further modules, `more`, follow.
     """
     tokenizer = load_tokenizer(base.name)
     weights = [base.model.get_submodule(name).weight for name in (*base.layers.names, *more)]
@@ -102,8 +95,8 @@ def sensitivities(base: Switchable, records: Sequence[Record], *, more: Sequence
     try:
         for record in records:
             ids, labels = pad_right([encode(tokenizer, record)], 0)
-            loss, tokens = answer_loss(base.model, ids.to(base.model.device),
-                                       labels.to(base.model.device))
+            device = base.model.device
+            loss, tokens = answer_loss(base.model, ids.to(device), labels.to(device))
             grads = torch.autograd.grad(loss / tokens, weights)
             total += torch.stack([g.float().square().mean() for g in grads]).cpu()
     finally:
@@ -119,9 +112,8 @@ def error_table(base: Switchable, felt: Tensor | None = None
     With `felt`, (layers,) from `sensitivities`, the error is weighed by its effect on the
     loss, and configurations of few bits are far better.
     """
-    formats = best_formats()
-    errors = format_errors(base, formats)
-    return formats, errors if felt is None else errors * felt[:, None]
+    errors = format_errors(base, best_formats())
+    return best_formats(), errors if felt is None else errors * felt[:, None]
 
 
 def format_errors(base: Switchable, formats: Sequence[Format]) -> Tensor:
@@ -160,12 +152,9 @@ def greedy_configuration(layers: Layers, budget: float, formats: Sequence[Format
 def spend(errors: Tensor, costs: Tensor, budget: float) -> list[int]:
     """The column for each row that makes errors fall most for what the budget buys.
 
-    Every row starts at its first column. Each move takes the row and the later column whose
-    error falls most for the cost. Gains fall along a row's lower convex hull, so sorting the
-    moves of all rows by gain gives this order.
-
-    Args:
-        errors, costs: (rows, columns), costs ascending along each row.
+    `errors` and `costs` are (rows, columns), costs ascending along each row. Every row starts
+    at its first column. Each move takes the row and the later column whose error falls most for
+    the cost. Gains fall along a row's lower convex hull, so moves are sorted by gain.
     """
     moves = []
     for row, (error, cost) in enumerate(zip(errors.tolist(), costs.tolist(), strict=True)):

@@ -1,8 +1,4 @@
-"""Configurations: the format of each linear layer in a model's blocks.
-
-A format is the tuple (b, b0, b1, B0, B1) of CoA-LoRA (Ye, Tang, Ngai,
-arXiv 2509.25214, section 3): 432 choices a layer.
-"""
+"""Configurations (Ye, Tang, Ngai, arXiv 2509.25214, section 3): a format for each layer."""
 
 import re
 from collections import Counter
@@ -81,9 +77,8 @@ class Configuration:
     @cached_property
     def indices(self) -> list[list[int]]:
         """For each layer, the positions of its format's five fields in the grid."""
-        return [[values.index(value)
-                 for values, value in zip(GRID.values(), fmt.as_list(), strict=True)]
-                for fmt in self.formats]
+        return [[values.index(value) for values, value in zip(
+            GRID.values(), fmt.as_list(), strict=True)] for fmt in self.formats]
 
     @property
     def bytes(self) -> int:
@@ -100,8 +95,8 @@ class Configuration:
         """Bits per parameter by block (rows) and module kind (columns), for a heat map."""
         cells = {block_and_kind(name): fmt.bits_per_parameter
                  for name, fmt in zip(self.layers.names, self.formats, strict=True)}
-        blocks = sorted({block for block, _ in cells})
-        return [[cells[block, kind] for kind in MODULE_KINDS] for block in blocks]
+        return [[cells[block, kind] for kind in MODULE_KINDS]
+                for block in sorted({block for block, _ in cells})]
 
     def to_json(self) -> dict[str, Any]:
         """{"bits": ..., "layers": {name: [b, b0, b1, B0, B1]}}."""
@@ -110,27 +105,21 @@ class Configuration:
 
     @classmethod
     def from_json(cls, data: Any, layers: Layers) -> "Configuration":
-        """The configuration that `to_json` wrote, for a model with these layers.
-
-        Raises:
-            UserError: naming a missing or unknown layer, or an illegal value.
-        """
+        """The configuration that `to_json` wrote; UserError unless it fits these layers."""
         values = data.get("layers") if isinstance(data, Mapping) else None
         require(isinstance(values, Mapping),
                 'a configuration is {"layers": {name: [b, b0, b1, B0, B1]}}')
-        known = set(layers.names)
         for name in (*layers.names, *values):
             require(name in values, f"the configuration lacks {name}: it is for another model")
-            require(name in known, f"this model has no layer {name}: the configuration is for "
-                    "another model")
-        return cls(layers, tuple(_read_format(name, values[name]) for name in layers.names))
-
-
-def _read_format(name: str, values: Any) -> Format:
-    try:
-        return Format(**dict(zip(GRID, values, strict=True)))
-    except (UserError, TypeError, ValueError) as error:
-        raise UserError(f"{name}: {values!r} is not [b, b0, b1, B0, B1] ({error})") from None
+            require(name in layers.names, f"this model has no layer {name}: it is for another one")
+        formats = []
+        for name in layers.names:
+            try:
+                formats.append(Format(**dict(zip(GRID, values[name], strict=True))))
+            except (UserError, TypeError, ValueError) as error:
+                raise UserError(f"{name}: {values[name]!r} is not [b, b0, b1, B0, B1] ({error})"
+                                ) from None
+        return cls(layers, tuple(formats))
 
 
 def numbers(configuration: Configuration) -> Tensor:

@@ -1,8 +1,7 @@
 """Training over many configurations, and the baselines in the same harness.
 
 One configuration makes a dedicated adapter (QLoRA's way), many make a shared one, and many
-with a mixing network make CoA-LoRA, all with the same data, steps and optimizer. "paper" is
-the paper's method; "coa" adds components that belong to the layers of few bits.
+with a mixing network make CoA-LoRA, all with the same data, steps and optimizer.
 """
 
 import random
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from lib.base.embedded import quiet
 from lib.base.model import MODULE_KINDS, load_tokenizer, release_memory
 from lib.base.records import Record
 from lib.coa.adapter import NAME, OWNED, CoaLora, MixingNetwork, learned_a
@@ -33,10 +31,7 @@ LEAST_LOSS = 0.02
 
 
 class Switching(TrainerCallback):
-    """Another configuration for each part of an optimizer step, in shuffled rounds.
-
-    A step that sees several has a steadier gradient at no cost.
-    """
+    """Another configuration for each part of an optimizer step, in shuffled rounds."""
 
     def __init__(self, base: Switchable, configurations: Sequence[Configuration],
                  seed: int) -> None:
@@ -52,8 +47,7 @@ class Switching(TrainerCallback):
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self.switch_to_next()
 
-    def on_substep_end(self, *_: Any, **__: Any) -> None:
-        self.switch_to_next()
+    on_substep_end = on_step_begin  # several in a step: a steadier gradient at no cost
 
 
 def _descend_on_logarithm(trainer: Any, parts: int) -> None:
@@ -81,7 +75,7 @@ def train_over(base: Switchable, records: Sequence[Record],
 
     Args:
         base: a fresh switchable model; the adapter is added to it.
-        method: "lora", plain; "paper", with the mixing network; "coa", also with owned
+        method: "lora", plain; "paper", with the paper's mixing network; "coa", also with owned
             components, which start from the quantisation error.
         callbacks: for the trainer. A `Switching` among them replaces the default one.
 
@@ -96,7 +90,6 @@ def train_over(base: Switchable, records: Sequence[Record],
             "train over configurations with mode lora and targets aggressive")
     require(not hasattr(base.model, "peft_config"),
             "this base already has an adapter: load a fresh one")
-    quiet()
     seed_everything(settings.seed)
     roots = []
     if method == "coa":  # on the model as it is, before it gets the adapter
@@ -114,7 +107,7 @@ def train_over(base: Switchable, records: Sequence[Record],
         if len(configurations) > 1:
             _descend_on_logarithm(trainer, settings.accumulate)
         if not any(isinstance(callback, Switching) for callback in callbacks):
-            trainer.add_callback(Switching(base, configurations, settings.seed))
+            callbacks = (Switching(base, configurations, settings.seed), *callbacks)
         for callback in callbacks:
             trainer.add_callback(callback)
         del roots  # 400 MB for the embedded model

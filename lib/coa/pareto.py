@@ -1,13 +1,40 @@
-"""Two objectives that pull apart, both to be minimised: bits and loss.
+"""The Pareto search over two objectives that pull apart, both to be minimised: bits and loss.
 
-Points are rows (bits a weight, loss). The hypervolume is the area that a set
-dominates, up to a reference point worse than all of them (Zitzler, Thiele 1999).
+Points are rows (bits a weight, loss). A Gaussian process predicts a configuration's loss. It
+does not see the 1,050 fields of a configuration but their effect: a format costs a layer some
+squared error, and the loss feels it in proportion to the layer's sensitivity.
 """
 
+import math
+import random
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.gaussian_process import GaussianProcessRegressor
+from sklearn.gaussian_process.kernels import ConstantKernel, DotProduct, Matern, WhiteKernel
 from torch import Tensor
 
+from lib.base.model import MODULE_KINDS
+from lib.coa.budgets import best_formats, format_errors, spend
+from lib.coa.configuration import FORMAT_NUMBERS, block_and_kind
+from lib.coa.switchable import Switchable
+from lib.errors import require
+from lib.quantize.formats import FORMATS, GRID
+
 SEGMENTS, LOW, HIGH = 40, 2.25, 7.25
+DEPTHS = 6
+# A format's number is built from the positions of its fields, as itertools.product counts.
+FIELDS = tuple(len(values) for values in GRID.values())
+STRIDES = tuple(math.prod(FIELDS[i + 1:]) for i in range(len(FIELDS)))
+# Climbs a round, steps a climb, and the most layers that one step changes.
+STARTS, STEPS, TOGETHER = 5, 6, 32
+# Of a round's candidates, how many go to segments that have no point yet.
+COVER = 2
+# The loss of a configuration, given as (layers,) format numbers.
+Evaluate = Callable[[Tensor], float]
 
 
 def non_dominated(points: Tensor) -> Tensor:
@@ -23,7 +50,10 @@ def front(points: Tensor) -> Tensor:
 
 
 def hypervolume(points: Tensor, reference: Tensor) -> float:
-    """Exact area dominated by `points` below `reference`; points beyond it add nothing."""
+    """Exact area that `points` dominate, up to a worse `reference` (Zitzler, Thiele 1999).
+
+    Points beyond the reference add nothing.
+    """
     inside = front(points.double())
     inside = inside[(inside < reference).all(1)]
     if not len(inside):
@@ -70,3 +100,232 @@ def expected_improvement(bits: Tensor, mean: Tensor, spread: Tensor, points: Ten
     phi = torch.exp(-z.square() / 2) / (2 * torch.pi) ** 0.5
     gain = gap * torch.special.ndtr(z) + spread[:, None] * phi
     return (width * gain.clamp(min=0)).sum(1)
+
+
+@dataclass(frozen=True)
+class Features:
+    """Inputs of the surrogate: log noise in all, by module kind, and by depth.
+
+    Noise adds up over layers, so changing one layer costs one addition.
+    """
+
+    noise: Tensor  # (layers, 432) float64: sensitivity * squared error of a layer in a format
+    cost: Tensor  # (layers, 432) float64: a layer's bits in a format over the weights of all
+    groups: Tensor  # (layers, features) 0 or 1: the sums that a layer belongs to
+
+    @classmethod
+    def of(cls, base: Switchable, sensitivity: Tensor) -> "Features":
+        """Features of a model, given the sensitivity of each of its layers."""
+        places = [block_and_kind(name) for name in base.layers.names]
+        blocks, kinds = 1 + max(block for block, _ in places), len(MODULE_KINDS)
+        groups = torch.zeros(len(places), 1 + kinds + DEPTHS)
+        for row, (block, kind) in zip(groups, places, strict=True):
+            depth = block * DEPTHS // blocks
+            row[[0, 1 + MODULE_KINDS.index(kind), 1 + kinds + depth]] = 1
+        sizes = torch.tensor(base.layers.sizes, dtype=torch.float64)
+        bits = torch.tensor([fmt.bits_per_parameter for fmt in FORMATS], dtype=torch.float64)
+        return cls((sensitivity[:, None] * format_errors(base, FORMATS)).double(),
+                   bits * (sizes / sizes.sum())[:, None], groups[:, groups.any(0)].double())
+
+    def sums(self, configurations: Tensor) -> Tensor:
+        """(n, layers) format numbers to (n, features) sums of noise."""
+        return self.noise[torch.arange(len(self.noise)), configurations] @ self.groups
+
+    def bits(self, configurations: Tensor) -> Tensor:
+        """(n, layers) format numbers to (n,) bits a weight, exact."""
+        return self.cost[torch.arange(len(self.cost)), configurations].sum(1)
+
+
+class Surrogate:
+    """Gaussian process of the logarithm of the loss, on (n, features) sums of noise.
+
+    Matern 5/2 on standardised features for the curvature, a linear term for the trend, white
+    noise. The hyper-parameters are fitted from several starts.
+    """
+
+    def __init__(self, sums: Tensor, logs: Tensor, *, starts: int = 3, seed: int = 0) -> None:
+        # Its own kernel: if two processes shared one, the second fit would overwrite the first.
+        kernel = (ConstantKernel(1.0) * Matern(3.0, (0.1, 100.0), nu=2.5)
+                  + ConstantKernel(1.0) * DotProduct(1.0, (0.01, 100.0))
+                  + WhiteKernel(0.01, (1e-6, 1.0)))
+        self.process = GaussianProcessRegressor(
+            kernel, normalize_y=True, n_restarts_optimizer=starts - 1, random_state=seed)
+        inputs = sums.log()
+        self.middle, self.scale = inputs.mean(0), inputs.std(0).clamp(min=1e-6)
+        with warnings.catch_warnings():
+            # A hyper-parameter at its bound is a valid answer.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            self.process.fit(((inputs - self.middle) / self.scale).double().numpy(),
+                             logs.double().numpy())
+
+    def predict(self, sums: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the logarithm of the loss, (n,) each, float64."""
+        inputs = ((sums.log() - self.middle) / self.scale).double().numpy()
+        mean, spread = self.process.predict(inputs, return_std=True)
+        return torch.from_numpy(mean), torch.from_numpy(spread)
+
+
+class Journal:
+    """The losses of all evaluated configurations; a known one is not evaluated again."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[int, ...], float] = {}
+
+    def __call__(self, configuration: Tensor, bits: float, evaluate: Evaluate) -> float:
+        """The loss of a configuration, known or evaluated now."""
+        positions = tuple(configuration.tolist())
+        if positions not in self.known:
+            loss = float(evaluate(configuration))
+            require(math.isfinite(loss) and loss > 0, f"the loss of a configuration at "
+                    f"{bits:.3f} bits is {loss}: a search needs a finite loss above 0")
+            self.record(positions, loss)
+        return self.known[positions]
+
+    def record(self, positions: tuple[int, ...], loss: float) -> None:
+        """Remember a loss."""
+        self.known[positions] = loss
+
+
+@dataclass
+class Evaluated:
+    """Everything that a search has evaluated, in order."""
+
+    configurations: Tensor  # (n, layers) format numbers
+    points: Tensor  # (n, 2) float64: bits a weight, logarithm of the loss
+
+    @classmethod
+    def at(cls, configurations: Tensor, features: Features, evaluate: Evaluate,
+           journal: Journal) -> "Evaluated":
+        """Evaluate configurations."""
+        bits = features.bits(configurations)
+        logs = [math.log(journal(configuration, float(b), evaluate))
+                for configuration, b in zip(configurations, bits, strict=True)]
+        return cls(configurations,
+                   torch.stack([bits, torch.tensor(logs, dtype=torch.float64)], 1))
+
+    def __add__(self, other: "Evaluated") -> "Evaluated":
+        return Evaluated(torch.cat([self.configurations, other.configurations]),
+                         torch.cat([self.points, other.points]))
+
+
+def reference_point(points: Tensor) -> Tensor:
+    """8.6 bits, or more where a configuration takes more, and 1.1 times the worst loss."""
+    return torch.stack([torch.clamp(points[:, 0].max() + 0.1, min=8.6),
+                        points[:, 1].max() + math.log(1.1)])
+
+
+def search(start: Evaluated, features: Features, evaluate: Evaluate, *, evaluations: int,
+           batch: int = 5, seed: int = 0, journal: Journal | None = None) -> Evaluated:
+    """Add evaluations to a starting set, in rounds of `batch`."""
+    rng, journal = random.Random(seed), journal or Journal()
+    evaluated, reference = start, reference_point(start.points)
+    total = len(start.configurations) + evaluations
+    while (left := total - len(evaluated.configurations)) > 0:
+        sums = features.sums(evaluated.configurations)
+        surrogate = Surrogate(sums, evaluated.points[:, 1], seed=seed)
+        candidates = propose(evaluated, features, surrogate, reference,
+                             count=min(batch, left), rng=rng)
+        if not len(candidates):
+            break  # the climbs pass only known configurations
+        evaluated = evaluated + Evaluated.at(candidates, features, evaluate, journal)
+    return evaluated
+
+
+def propose(evaluated: Evaluated, features: Features, surrogate: Surrogate, reference: Tensor, *,
+            count: int, rng: random.Random) -> Tensor:
+    """(count, layers): the candidates of highest expected improvement, each given those before.
+
+    The climbs start from points of the front, drawn at random. A chosen candidate counts at
+    its expected loss when the next one is chosen (kriging believer), so a batch spreads out.
+    The first ones go to empty segments.
+    """
+    def acquire(bits: Tensor, sums: Tensor) -> Tensor:
+        return expected_improvement(bits, *surrogate.predict(sums), evaluated.points, reference)
+
+    points, rows = evaluated.points, front_by_segment(evaluated.points)
+    candidates: list[Tensor] = []
+    for row in rng.sample(rows, min(STARTS, len(rows))):
+        candidates += climb(evaluated.configurations[row], features, acquire)
+    candidates += fillers(features, points)
+    known = {tuple(row) for row in evaluated.configurations.tolist()}
+    unique = dict.fromkeys(tuple(candidate.tolist()) for candidate in candidates)
+    pool = torch.tensor([row for row in unique if row not in known], dtype=torch.long)
+    if not len(pool):
+        return evaluated.configurations[:0]
+    bits, (mean, spread) = features.bits(pool), surrogate.predict(features.sums(pool))
+    chosen: list[int] = []
+    for turn in range(min(count, len(pool))):
+        gain = expected_improvement(bits, mean, spread, points, reference)
+        if turn < COVER:  # gains are far below 1e9, so filling a segment comes first
+            gain += 1e9 * ~torch.isin(segment(bits), segment(points[:, 0]))
+        gain[chosen] = -1.0
+        best = int(gain.argmax())
+        chosen.append(best)
+        points = torch.cat([points, torch.stack([bits[best], mean[best]])[None]])
+    return pool[chosen]
+
+
+def fillers(features: Features, points: Tensor) -> list[Tensor]:
+    """For each segment without a point, the configuration that greedy spending gives."""
+    columns = torch.tensor([FORMAT_NUMBERS[fmt] for fmt in best_formats()])
+    empty = set(range(SEGMENTS)) - set(segment(points[:, 0]).tolist())
+    noise, cost = features.noise[:, columns], features.cost[:, columns]
+    middles = (LOW + (i + 0.5) * (HIGH - LOW) / SEGMENTS for i in sorted(empty))
+    return [columns[spend(noise, cost, middle)] for middle in middles]
+
+
+def climb(configuration: Tensor, features: Features, acquire: Callable[[Tensor, Tensor], Tensor],
+          *, steps: int = STEPS) -> list[Tensor]:
+    """The configurations passed on the way up the finite differences of the acquisition.
+
+    Each step takes the acquisition at every neighbour (one field of one layer moved by one
+    place) less that at the configuration itself, so the difference is true at the grid's
+    borders as well. It then applies the best change of each of the most promising layers
+    together, and of fewer and fewer layers if that gains nothing. `acquire` takes (n,) bits and
+    (n, features) sums of noise.
+    """
+    passed = []
+    bits, sums = features.bits(configuration[None]), features.sums(configuration[None])
+    value = acquire(bits, sums)
+    for _ in range(steps):
+        layer, new = neighbours(configuration)
+        old = configuration[layer]
+        noise = features.noise[layer, new] - features.noise[layer, old]
+        gain = acquire(bits + features.cost[layer, new] - features.cost[layer, old],
+                       sums + noise[:, None] * features.groups[layer]) - value
+        best: dict[int, int] = {}  # layer to format number, most promising layer first
+        for i in gain.argsort(descending=True)[: int((gain > 0).sum())].tolist():
+            best.setdefault(int(layer[i]), int(new[i]))
+        changes, trials = list(best.items())[:TOGETHER], []
+        while changes:
+            trial = configuration.clone()
+            for index, number in changes:
+                trial[index] = number
+            trials.append(trial)
+            changes = changes[: len(changes) // 2]
+        if not trials:
+            break
+        stacked = torch.stack(trials)
+        values = acquire(features.bits(stacked), features.sums(stacked))
+        if values.max() <= value:
+            break
+        value, configuration = values.max(), stacked[int(values.argmax())]
+        bits, sums = features.bits(configuration[None]), features.sums(configuration[None])
+        passed.append(configuration)
+    return passed
+
+
+def neighbours(configuration: Tensor) -> tuple[Tensor, Tensor]:
+    """(layer, new format number) of every change of one field.
+
+    Bits, block and group sizes move one place up or down their list. The scales' dtype is a
+    category and goes to every other one.
+    """
+    layers, positions = [], []
+    for name, count, stride in zip(GRID, FIELDS, STRIDES, strict=True):
+        at = configuration // stride % count
+        for move in (-2, -1, 1, 2) if name == "scale_dtype" else (-1, 1):
+            fits = ((at + move >= 0) & (at + move < count)).nonzero()[:, 0]
+            layers.append(fits)
+            positions.append(configuration[fits] + move * stride)
+    return torch.cat(layers), torch.cat(positions)

@@ -1,8 +1,4 @@
-"""A model whose linear layers change their format in place.
-
-The model is never copied: a layer's weight points to the dequantised tensor of its format.
-These tensors are built from the file's float16 weights, and cached up to a limit.
-"""
+"""A model whose linear layers change their format in place."""
 
 import hashlib
 from collections import OrderedDict
@@ -16,18 +12,16 @@ from lib.base.embedded import EMBEDDED
 from lib.base.model import best_dtype, load_model
 from lib.coa.configuration import Configuration, Layers, block_linears
 from lib.errors import UserError
-from lib.quantize.blocks import round_trip
-from lib.quantize.formats import Format
+from lib.quantize.formats import Format, round_trip
 
 
 class Switchable:
     """A model, its original weights, and a cache of its layers in other formats.
 
-    Cached tensors are shared, so nothing may write into a layer's weight.
-
-    Attributes:
-        configuration: the current one; None stands for the original weights.
-        cache_mb: limit of the cache, MB. Weights in use count, and stay in any case.
+    The model is never copied: a layer's weight points to the dequantised tensor of its format,
+    built from the file's float16 weights. Cached tensors are shared, so nothing may write into
+    a layer's weight. `cache_mb`, MB, limits the cache; weights in use count, and stay in any
+    case. `configuration` is the current one, None for the original weights.
     """
 
     def __init__(self, model: PreTrainedModel, *, cache_mb: float = 512,
@@ -39,7 +33,6 @@ class Switchable:
         self.cache_mb, self.name = cache_mb, name
         self.configuration: Configuration | None = None
         self._cache: OrderedDict[tuple[int, Format], Tensor] = OrderedDict()
-        self._cached_bytes = 0
         for linear in self._linears:
             linear.weight.requires_grad_(False)
 
@@ -59,8 +52,8 @@ class Switchable:
                 linear.weight.data = weight
             self.configuration = configuration
         finally:
-            while self._cached_bytes > self.cache_mb * 1e6 and self._cache:
-                self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
+            while self.cached_mb > self.cache_mb and self._cache:
+                self._cache.popitem(last=False)
 
     def restore(self) -> None:
         """Point every layer to its original weight, in the model's dtype."""
@@ -81,7 +74,6 @@ class Switchable:
         key = index, fmt
         if key not in self._cache:
             self._cache[key] = self._build(index, fmt)
-            self._cached_bytes += self._cache[key].nbytes
         self._cache.move_to_end(key)
         return self._cache[key]
 
@@ -91,7 +83,7 @@ class Switchable:
     @property
     def cached_mb(self) -> float:
         """MB that the cache holds."""
-        return self._cached_bytes / 1e6
+        return sum(tensor.nbytes for tensor in self._cache.values()) / 1e6
 
     @cached_property
     def fingerprint(self) -> str:

@@ -12,14 +12,8 @@ def check(attempt: Callable[..., Any], cases: Sequence[tuple[Any, Any]],
           tolerance: float = 1e-6) -> None:
     """Print `right: N cases`, or `not attempted yet` after a NotImplementedError.
 
-    Args:
-        attempt: the learner's function; it gets copies of the arguments.
-        cases: pairs (arguments, expected). If `expected` is a function, it takes the
-            answer and returns what is wrong with it, or "".
-        tolerance: relative and absolute, for floats.
-
-    Raises:
-        AssertionError: a wrong answer, in one line.
+    `cases` are pairs (arguments, expected); an `expected` that is a function takes the answer
+    and says what is wrong with it, or "". AssertionError, in one line, for a wrong answer.
     """
     for arguments, expected in cases:
         try:
@@ -28,25 +22,22 @@ def check(attempt: Callable[..., Any], cases: Sequence[tuple[Any, Any]],
             return print("not attempted yet", *error.args)
         if answer is None:
             wrong = "yours None: is the return missing?"
-        elif callable(expected):
-            wrong = expected(answer)
         else:
-            wrong = differs(answer, expected, tolerance)
+            wrong = (expected(answer) if callable(expected)
+                     else differs(answer, expected, tolerance))
         if wrong:
             raise AssertionError(f"{attempt.__name__}{_shown(tuple(arguments))}: {wrong}")
     print(f"right: {len(cases)} case{'s' * (len(cases) > 1)}")
 
 
 def differs(yours: Any, expected: Any, tolerance: float = 1e-6) -> str:
-    """How two values differ, in one line; "" if they are equal."""
+    """How two values differ, in one line; "" if they are equal, floats within the tolerance."""
     both = f"yours {_shown(yours)}, expected {_shown(expected)}"
     if isinstance(expected, list | tuple) and isinstance(yours, list | tuple):
         yours, expected = ({f"part {i}": x for i, x in enumerate(v)} for v in (yours, expected))
-    if isinstance(expected, dict) and isinstance(yours, dict):
-        if yours.keys() != expected.keys():
-            return both
-        parts = {name: differs(yours[name], expected[name], tolerance) for name in expected}
-        return next((f"{name}: {wrong}" for name, wrong in parts.items() if wrong), "")
+    if isinstance(expected, dict) and isinstance(yours, dict) and yours.keys() == expected.keys():
+        parts = ((name, differs(yours[name], expected[name], tolerance)) for name in expected)
+        return next((f"{name}: {wrong}" for name, wrong in parts if wrong), "")
     if any(isinstance(x, str | bytes | dict) for x in (yours, expected)):
         return "" if yours == expected else both
     left, right = (torch.as_tensor(x if isinstance(x, torch.Tensor) else np.array(x)).detach()
@@ -54,12 +45,10 @@ def differs(yours: Any, expected: Any, tolerance: float = 1e-6) -> str:
     floats = right.is_floating_point()
     if left.shape != right.shape or (left.dim() and left.is_floating_point() != floats):
         return f"{both} ({left.dtype} and {right.dtype})".replace("torch.", "")
-    distance = (left.double() - right.double()).abs()
-    if torch.allclose(left.double(), right.double(), tolerance * floats, tolerance * floats):
+    left, right, limit = left.double(), right.double(), tolerance * floats
+    if torch.allclose(left, right, limit, limit):
         return ""
-    place = np.unravel_index(int(distance.argmax()), left.shape)
-    return both + f"; largest difference {distance.max():.3g} at {[*map(int, place)]}" * (
-        left.numel() > 12)
+    return both + f"; largest difference {(left - right).abs().max():.3g}" * (left.numel() > 12)
 
 
 def _shown(value: Any) -> str:
@@ -69,7 +58,7 @@ def _shown(value: Any) -> str:
             return f"{value.dtype} {tuple(value.shape)}".removeprefix("torch.")
         value = value.tolist()
     if isinstance(value, list | tuple):
-        text = ", ".join(map(_shown, value[:8])) + ", ..." * (len(value) > 8)
+        text = ", ".join(map(_shown, value))
         return f"[{text}]" if isinstance(value, list) else f"({text})"
     text = " ".join((f"{value:.8g}" if isinstance(value, float) else repr(value)).split())
     return text if len(text) <= 120 else f"{text[:117]}..."

@@ -1,6 +1,5 @@
-"""Run the notebooks in order and keep the results."""
+"""Run the notebooks in order and keep the results, as pages that need no network."""
 
-import html
 import importlib
 import os
 import re
@@ -16,7 +15,6 @@ from traitlets.config import Config
 
 from lib.base.model import machine
 from lib.course.opening import run_directory
-from lib.course.pages import OFFLINE, copy_mathjax, described
 from lib.errors import UserError, require
 from lib.evaluate.measure import peak_memory
 from lib.files import ROOT, read_json, replacing, scratch, write_json
@@ -24,6 +22,16 @@ from lib.settings import get_profile
 
 NOTEBOOKS = ROOT / "notebooks"
 CELL_TIMEOUT = 3600
+# Blocks of nbconvert's templates: MathJax beside the page, no other script, texts for figures.
+OFFLINE = """
+{%- block html_head_js -%}{%- endblock -%}
+{%- block html_head_js_mathjax -%}
+<script>MathJax = {tex: {inlineMath: [["$", "$"]]}}</script>
+<script src="mathjax/tex-chtml.js"></script>
+{%- endblock -%}
+{%- block data_png -%}
+<img src="data:image/png;base64,{{ output.data['image/png'] }}" alt="{{ cell.metadata.alt }}">
+{%- endblock -%}"""
 
 
 def notebooks(only: str = "") -> list[Path]:
@@ -109,24 +117,31 @@ def read_notebook(path: Path) -> nbformat.NotebookNode:
                         "take it from the repository") from error
 
 
+def copy_mathjax(folder: Path) -> None:
+    """Put MathJax and its fonts into a folder of pages."""
+    package = Path(importlib.import_module("sphinx-mathjax-offline").__file__).parent
+    fonts = "output/chtml/fonts/woff-v2"
+    shutil.copytree(package / "static/mathjax" / fonts, folder / "mathjax" / fonts,
+                    dirs_exist_ok=True)
+    shutil.copyfile(package / "static/mathjax/tex-chtml.js", folder / "mathjax/tex-chtml.js")
+
+
+def described(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The notebook, with the words below each figure as the figure's text alternative."""
+    for cell, after in zip(notebook.cells, [*notebook.cells[1:], None], strict=True):
+        words = after and re.match(r"\*+In words:\*+\s*(.+?)(?:\n\n|\Z)", after.source, re.DOTALL)
+        cell.metadata["alt"] = re.sub(r'[*`$\\\s"<]+', " ", words[1]) if words else "Figure"
+    return notebook
+
+
 def write_index(out: Path) -> None:
-    """One page that links the executed notebooks and lists what they measured."""
+    """One page that links the executed notebooks, and says what each took."""
     parts = ["<!doctype html><html lang='en'><meta charset='utf-8'><title>From LoRA to the edge"
-             "</title><style>body{font:16px sans-serif;max-width:60rem;margin:2rem auto}td"
-             "{padding:.2rem .8rem}</style><h1>From LoRA to the edge</h1>"
-             f"<p>Profile: {html.escape(out.name)}</p>"]
+             f"</title><h1>From LoRA to the edge</h1><p>Profile: {out.name}</p><ul>"]
     for page in sorted(out.glob("[0-9][0-9]_*.html")):
-        parts.append(f"<h2><a href='{page.name}'>{page.stem}</a></h2>")
         figures = out / f"{page.name[:2]}.json"
-        stored = read_json(figures) if figures.is_file() else {"measured": []}
-        if cost := stored.get("whole_run"):
-            parts.append(f"<p>{cost['seconds']} s, peak {cost['peak_mb']:,} MB</p>")
-        parts.append("<table>")
-        for row in stored["measured"]:
-            value = row["value"]
-            value = f"{value:.4g}" if isinstance(value, float) else f"{value:,}"
-            name, unit = html.escape(str(row["name"])), html.escape(str(row["unit"]))
-            parts.append(f"<tr><td>{name}<td>{value}<td>{unit}")
-        parts.append("</table>")
+        cost = read_json(figures).get("whole_run") if figures.is_file() else None
+        took = f", {cost['seconds']} s, peak {cost['peak_mb']:,} MB" if cost else ""
+        parts.append(f"<li><a href='{page.name}'>{page.stem}</a>{took}")
     with replacing(out / "index.html") as part:
         part.write_text("".join(parts), encoding="utf-8")

@@ -10,8 +10,7 @@ from pathlib import Path
 import nbformat
 from nbconvert import SlidesExporter
 
-from lib.course.pages import OFFLINE, copy_mathjax, described
-from lib.course.run import NOTEBOOKS, notebooks, read_notebook
+from lib.course.run import NOTEBOOKS, OFFLINE, copy_mathjax, described, notebooks, read_notebook
 from lib.errors import require
 from lib.files import ROOT, scratch, writing
 

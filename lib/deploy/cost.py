@@ -12,13 +12,13 @@ from typing import Any
 from lib.base.model import load_tokenizer
 from lib.base.prompts import render
 from lib.deploy.packed import TASKS, load_deployed, require_new
-from lib.errors import UserError, require
+from lib.errors import require
 from lib.evaluate.measure import peak_memory
 from lib.files import ROOT, scratch, swap
 from lib.serve.client import ask, connect, question
 from lib.serve.server import running
 
-TRIES, TOKENS = 6, 32
+TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def cost(folder: Path, task: str) -> Cost:
     return Cost(peak["mb"], token_ms)
 
 
-def _packed_ms(folder: Path, instruction: str) -> float:
+def packed_ms(folder: Path, instruction: str) -> float:
     """Time of a token of an answer, the prompt counted as its first."""
     model, tokenizer = load_deployed(folder), load_tokenizer(str(folder))
     prompt = tokenizer(render(tokenizer, instruction), return_tensors="pt",
@@ -64,33 +64,22 @@ def _packed_ms(folder: Path, instruction: str) -> float:
 
 def deploy_within(deploy: Callable[..., Any], task: str, budget_mb: float, out: Path,
                   limits: Cost, **options: Any) -> tuple[Any, Cost]:
-    """What `deploy` (`deploy_packed` or `deploy_gguf`) returns for files within limits; their cost.
+    """What `deploy` (`deploy_packed` or `deploy_gguf`) returns, and the files' cost.
 
-    Files shrink until they keep the limits. UserError if none do; then nothing is written.
+    UserError if the cost is above the limits; then nothing is written.
     """
     require(limits.memory_mb > 0 and limits.token_ms > 0,
             f"limits of {limits} cannot be kept: use numbers above 0")
     require_new(task, budget_mb, out)
-    spent = None
     with scratch(out) as work:
-        for folder in (work / str(number) for number in range(TRIES)):
-            try:
-                deployed = deploy(task, budget_mb, folder, **options)
-            except UserError as error:
-                require(spent is None, f"no known files keep within {limits}: "
-                        f"the last tried took {spent} ({error})")
-                raise
-            spent = cost(folder, task)
-            spare, slowness = limits.memory_mb - spent.memory_mb, spent.token_ms / limits.token_ms
-            if spare >= 0 and slowness <= 1:
-                swap(folder, out)
-                return deployed, spent
-            # A MB less on the disk is about one less in memory; time grows with the bytes read.
-            mb = deployed.actual_mb
-            budget_mb = min(mb + min(spare, -1.0), mb / max(slowness, 1.0))
-    raise UserError(f"no files within {limits} in {TRIES} tries: the last took {spent}: "
-                    "raise the limits or lower the budget")
+        deployed = deploy(task, budget_mb, work / "files", **options)
+        spent = cost(work / "files", task)
+        require(spent.memory_mb <= limits.memory_mb and spent.token_ms <= limits.token_ms,
+                f"{deployed.actual_mb:.1f} MB of files take {spent}, more than the limits: "
+                "lower --budget-mb, or raise --memory-mb or --token-ms")
+        swap(work / "files", out)
+    return deployed, spent
 
 
 if __name__ == "__main__":
-    print(_packed_ms(Path(sys.argv[1]), sys.argv[2]))
+    print(packed_ms(Path(sys.argv[1]), sys.argv[2]))

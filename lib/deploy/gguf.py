@@ -11,16 +11,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lib.base.embedded import EMBEDDED, embedded_gguf
-from lib.base.four_bit import dequantized_base
+from lib.base.model import dequantized_base
 from lib.base.records import Record
 from lib.coa.budgets import sensitivities, spend
-from lib.deploy.packed import MB, TASKS, folder_size, load_base, require_new, require_small
+from lib.deploy.packed import MB, TASKS, folder_size, load_base, require_budget, require_new
 from lib.errors import require
 from lib.evaluate.scores import Score, keyword_hit
 from lib.files import MANIFEST, ROOT, read_json, scratch, sha256, swap, verified, writing
-from lib.quantize.blocks import decode, encode, round_trip
-from lib.quantize.correction import WEIGHED_BY, input_roots, low_rank
-from lib.quantize.feedback import encode_with_feedback
+from lib.quantize.correction import WEIGHED_BY, encode_with_feedback, input_roots, low_rank
+from lib.quantize.formats import decode, encode, round_trip
 from lib.quantize.gguf import Encoded, export
 from lib.serve.bundle import Reader
 from lib.serve.client import ask_all, question
@@ -72,23 +71,18 @@ def deploy_gguf(task: str, budget_mb: float, out: Path, *, examples: int = 32,
         UserError: bad arguments, a budget too small or too large; nothing is written.
     """
     require_new(task, budget_mb, out)
-    base, parameters = load_base(model)
-    require_small(budget_mb, 2 * parameters)
-    linears = base.layers.names
-    names = (*linears, HEAD)
-    sizes = {name: base.model.get_submodule(name).weight.numel() for name in names}
-    with embedded_gguf() as path:
-        fixed = Reader(path).data_offset + MARGIN + 4 * (parameters - sum(sizes.values()))
-    room = budget_mb * MB - fixed
-    # A tenth of a MB is for rounding.
-    smallest = sum(sizes.values()) * min(CHOICES.values()) / 8 + MB / 10
-    require(room >= smallest, "the budget is below the smallest file, "
-            f"{(fixed + smallest) / MB:.1f} MB: give {(smallest - room) / MB:.1f} MB more")
-    adapter = folder / "adapters" / f"{task}_qlora"
+    base, adapter = load_base(model), folder / "adapters" / f"{task}_qlora"
     verified(adapter)
-    factors = adapter_factors(adapter)
+    linears, factors = base.layers.names, adapter_factors(adapter)
     require(factors.keys() == {*linears},
             f"{adapter} does not adapt each linear layer: train one with targets aggressive")
+    names, parameters = (*linears, HEAD), base.model.num_parameters()
+    weights_in_all = sum(base.model.get_submodule(name).weight.numel() for name in names)
+    with embedded_gguf() as path:
+        fixed = Reader(path).data_offset + MARGIN + 4 * (parameters - weights_in_all)
+    # A tenth of a MB is for rounding.
+    room, smallest = budget_mb * MB - fixed, weights_in_all * min(CHOICES.values()) / 8 + MB / 10
+    require_budget(budget_mb, fixed + smallest, 2 * parameters)
     felt = dict(zip(names, sensitivities(
         base, TASKS[task]("train", GRADIENTS), more=(HEAD,)).tolist(), strict=True))
     del base
@@ -120,17 +114,16 @@ def deploy_gguf(task: str, budget_mb: float, out: Path, *, examples: int = 32,
                                        task if beside else "")
         best = max(scores, key=lambda way: scores[way].share)
         swap(work / best, out)
-    return DeployedGguf(best, types[best], predictions[best], folder_size(out) / MB,
-                        8 * folder_size(out) / parameters, scores)
+    size = folder_size(out)
+    return DeployedGguf(best, types[best], predictions[best], size / MB, 8 * size / parameters,
+                        scores)
 
 
 def encode_within(room: float, matrices: Mapping[str, Tensor], felt: Mapping[str, float],
                   roots: Mapping[str, Tensor]) -> tuple[dict[str, Encoded], float]:
     """({module: matrix in its type}, their bytes): the least error in `room` bytes.
 
-    Args:
-        felt: sensitivity of the loss to each matrix.
-        roots: of the inputs of layers, which Q4_0 rounds with feedback.
+    `felt` has the loss's sensitivity to each matrix; Q4_0 rounds those with `roots` with feedback.
     """
     q4_0 = encode_with_feedback({name: matrices[name] for name in roots}, roots)
     errors = [type_errors(weight, felt[name], q4_0.get(name), roots.get(name))

@@ -5,8 +5,7 @@ adapter, tokenizer, configuration.
 """
 
 import json
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,9 +25,8 @@ from lib.coa.switchable import Switchable
 from lib.errors import UserError, require
 from lib.evaluate.scores import held_out_loss, keyword_score
 from lib.files import MANIFEST, ROOT, read_json, replacing, require_free, sha256, verified, writing
-from lib.quantize.blocks import dequantize, quantize
-from lib.quantize.formats import Format
-from lib.quantize.packing import PARTS, PackedLinear, pack_weight, unpack_layers, unpack_weight
+from lib.quantize.formats import Format, dequantize, quantize
+from lib.quantize.packing import PARTS, PackedLinear, pack_weight, unpack_weight
 from lib.train.lora import load_adapter
 
 TASKS: dict[str, Callable[..., list[Record]]] = {"sensors": sensors, "movies": movies}
@@ -38,8 +36,6 @@ EMBEDDINGS = {"8 bits": Format(8, 8, "bf16", 64, 256), "4 bits": Format(4, 4, "b
 EMBEDDING = "model.embed_tokens.weight"
 # Bytes of the names and shapes of all tensors, and of the configuration as JSON.
 HEADERS = 150_000
-# The key of a packed file's metadata.
-METADATA = "packed"
 
 
 def require_new(task: str, budget_mb: float, out: Path) -> None:
@@ -50,18 +46,21 @@ def require_new(task: str, budget_mb: float, out: Path) -> None:
     require(not (out / MANIFEST).exists(), f"{out} exists: choose a new folder")
 
 
-def load_base(model: str) -> tuple[Switchable, int]:
-    """The model of a deployment, with a tied embedding, and its number of parameters."""
+def load_base(model: str) -> Switchable:
+    """The model of a deployment, with a tied embedding."""
     base = Switchable.load(model)
     require(base.model.config.tie_word_embeddings, f"{model} has a head apart from its "
             "embedding: use a model with tied ones")
-    return base, base.model.num_parameters()
+    return base
 
 
-def require_small(budget_mb: float, plain_bytes: float) -> None:
-    """UserError if the budget holds the model in 16 bits."""
-    require(budget_mb * MB < plain_bytes, f"{budget_mb:g} MB hold the model in 16 bits "
-            f"({plain_bytes / MB:.0f} MB): it need not be quantised")
+def require_budget(budget_mb: float, least: float, most: float) -> None:
+    """UserError unless the budget is between the bytes of the smallest and of the 16-bit files."""
+    require(budget_mb * MB < most, f"{budget_mb:g} MB hold the model in 16 bits "
+            f"({most / MB:.0f} MB): it need not be quantised")
+    more = -(budget_mb * MB - least) // 1e5 / 10 + 0.1  # MB, rounded up to a tenth
+    require(least <= budget_mb * MB, f"the smallest files take {least / MB:.2f} MB: "
+            f"give {more:.1f} MB more")
 
 
 def folder_size(folder: Path) -> int:
@@ -118,52 +117,42 @@ def deploy_packed(task: str, budget_mb: float, out: Path, *, examples: int = 32,
     require_new(task, budget_mb, out)
     front = folder / "fronts" / f"{task}.json"
     require(front.is_file(), f"no search was made for {task} ({front}): use --format gguf")
-    (base, parameters), adapter = load_base(model), folder / "adapters" / f"{task}_coa"
+    base, adapter = load_base(model), folder / "adapters" / f"{task}_coa"
     known, coa = known_configurations(front, base, adapter), CoaLora.from_pretrained(base, adapter)
+    tokenizer, records = load_tokenizer(base.name), TASKS[task]("validation", held)
     rests = {name: pack_rest(base, fmt) for name, fmt in EMBEDDINGS.items()}
+    sizes = {name: sum(t.nbytes for t in rest.values()) for name, rest in rests.items()}
+    table = base.model.get_input_embeddings().weight
+    plain, losses = table.data, {}
     with writing(out, task=task, budget_mb=budget_mb) as part:
-        load_tokenizer(base.name).save_pretrained(part)
+        tokenizer.save_pretrained(part)
         base.model.config.save_pretrained(part)
         # The materialised adapter is at most as large as the stored one.
         fixed = folder_size(part) + HEADERS + (adapter / "adapter_model.safetensors").stat().st_size
-        require_small(budget_mb, fixed + 2 * parameters)
-        smallest = fixed + min(c.bytes for c, _ in known) + min(map(_bytes, rests.values()))
-        require(smallest <= budget_mb * MB, "the budget is below the smallest known "
-                f"configuration, {_up(smallest):g} MB: "
-                f"give {_up(smallest - budget_mb * MB):g} MB more")
-        candidates = [(loss, configuration, name) for configuration, loss in known
-                      for name, rest in rests.items()
-                      if fixed + configuration.bytes + _bytes(rest) <= budget_mb * MB]
+        require_budget(budget_mb, fixed + min(c.bytes for c, _ in known) + min(sizes.values()),
+                       fixed + 2 * base.model.num_parameters())
+        fitting = {name: [(loss, configuration) for configuration, loss in known
+                          if fixed + configuration.bytes + size <= budget_mb * MB]
+                   for name, size in sizes.items()}
         # Known losses are with the plain embedding: the best of each embedding is measured.
-        best = {name: min((c for c in candidates if c[2] == name), key=lambda c: c[0])[1]
-                for *_, name in candidates}
-        records = TASKS[task]("validation", held)
-        losses = {name: _loss_with(coa, best[name], rests[name], EMBEDDINGS[name], records)
-                  for name in best}
+        best = {name: min(rows, key=lambda row: row[0])[1]
+                for name, rows in fitting.items() if rows}
+        for name, configuration in best.items():
+            table.data = embedding_of(rests[name], EMBEDDINGS[name], plain)
+            base.switch(configuration)
+            losses[name] = held_out_loss(coa.model, tokenizer, records)
         name = min(losses, key=lambda name: losses[name])
         coa.materialise(best[name], part / "adapter", dtype=torch.float16)
         save_packed(base, best[name], part / "layers.safetensors")
         save_file(rests[name], part / "rest.safetensors",
                   {"embedding": json.dumps(EMBEDDINGS[name].as_list())})
-        score = str(keyword_score(_read(part, packed_layers=False), load_tokenizer(base.name),
+        score = str(keyword_score(_read(part, packed_layers=False), tokenizer,
                                   TASKS[task]("test", examples)))
         (part / "deployed.json").write_text(json.dumps(
             {"loss": losses[name], "score": score, "embedding": name}), encoding="utf-8")
-    predicted = fixed + best[name].bytes + _bytes(rests[name])
+    predicted = fixed + best[name].bytes + sizes[name]
     return Deployed(best[name], name, predicted / MB, folder_size(out) / MB, losses[name], score,
-                    len({configuration for _, configuration, _ in candidates}))
-
-
-def _loss_with(coa: CoaLora, configuration: Configuration, rest: dict[str, Tensor], fmt: Format,
-               held: Sequence[Record]) -> float:
-    """Held-out loss of a configuration with the embedding as it will be stored."""
-    table = coa.base.model.get_input_embeddings().weight
-    plain, table.data = table.data, _embedding(rest, fmt, table)
-    coa.base.switch(configuration)
-    try:
-        return held_out_loss(coa.model, load_tokenizer(coa.base.name), held)
-    finally:
-        table.data = plain
+                    len({row[1] for rows in fitting.values() for row in rows}))
 
 
 def pack_rest(base: Switchable, fmt: Format) -> dict[str, Tensor]:
@@ -174,19 +163,10 @@ def pack_rest(base: Switchable, fmt: Format) -> dict[str, Tensor]:
             | {name: state[name].float() for name in state if "norm" in name})
 
 
-def _embedding(rest: dict[str, Tensor], fmt: Format, like: Tensor) -> Tensor:
+def embedding_of(rest: Mapping[str, Tensor], fmt: Format, like: Tensor) -> Tensor:
     """The embedding of `pack_rest`, in the shape and dtype of `like`."""
     parts = {name: rest[f"{EMBEDDING}.{name}"] for name in PARTS}
     return dequantize(unpack_weight(parts, fmt, like.numel())).view(like.shape).to(like)
-
-
-def _bytes(tensors: dict[str, Tensor]) -> int:
-    return sum(t.nbytes for t in tensors.values())
-
-
-def _up(size: float) -> float:
-    """MB, rounded up to a tenth."""
-    return math.ceil(size / MB * 10) / 10
 
 
 def load_deployed(directory: Path, *, packed_layers: bool = True) -> PeftModel:
@@ -204,13 +184,11 @@ def _read(directory: Path, *, packed_layers: bool) -> PeftModel:
     with safe_open(file, "pt") as reader:
         fmt = Format(*json.loads(reader.metadata()["embedding"]))
     rest, table = load_file(file), model.get_input_embeddings().weight
-    table.data = _embedding(rest, fmt, table)
+    table.data = embedding_of(rest, fmt, table)
     for name, norm in rest.items():
         if not name.startswith(EMBEDDING):
             model.get_parameter(name).data = norm.to(table.dtype)
-    load_packed(model, directory / "layers.safetensors")
-    if not packed_layers:
-        unpack_layers(model)
+    load_packed(model, directory / "layers.safetensors", packed_layers=packed_layers)
     return load_adapter(model, directory / "adapter")
 
 
@@ -224,31 +202,32 @@ def save_packed(base: Switchable, configuration: Configuration, out: Path) -> No
         tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
     with replacing(out) as part:
         # One entry: safetensors writes several in any order, so equal files would differ.
-        save_file(tensors, part, {METADATA: json.dumps(
+        save_file(tensors, part, {"packed": json.dumps(
             {"grid": "nf", "configuration": configuration.to_json()})})
 
 
-def load_packed(model: PreTrainedModel, file: Path) -> Configuration:
-    """Put a packed file's layers into a model of the same shape, in place."""
-    layers, packed_layers = Layers.of(model), {}
+def load_packed(model: PreTrainedModel, file: Path, *, packed_layers: bool = True
+                ) -> Configuration:
+    """Put a packed file's layers into a model of the same shape, packed or unpacked, in place."""
+    layers = Layers.of(model)
     require(file.is_file(), f"{file} does not exist: check the path")
     try:
         with safe_open(file, "pt") as reader:
-            facts = json.loads((reader.metadata() or {}).get(METADATA, "{}"))
+            facts = json.loads((reader.metadata() or {}).get("packed", "{}"))
             require(facts.get("grid") == "nf" and "configuration" in facts,
                     f"{file} is not a packed model: make it with save_packed")
             configuration = Configuration.from_json(facts["configuration"], layers)
             for name, fmt in zip(layers.names, configuration.formats, strict=True):
                 plain = model.get_submodule(name)
-                parts = {part: reader.get_tensor(f"{name}.{part}") for part in PARTS}
-                packed_layers[name] = PackedLinear(
-                    parts, fmt, plain.weight.shape,
-                    bias=None if plain.bias is None else plain.bias.data)
-                packed_layers[name].weight  # noqa: B018 - a damaged part shows now
+                layer = PackedLinear({part: reader.get_tensor(f"{name}.{part}")
+                                      for part in PARTS}, fmt, plain)
+                weight = layer.weight  # a damaged part shows now
+                if packed_layers:
+                    model.set_submodule(name, layer)
+                else:
+                    plain.weight.data = weight.to(plain.weight.dtype)
     except UserError:
         raise
     except Exception as error:  # of safetensors, of JSON, of torch for a dtype
         raise UserError(f"{file} is damaged ({error}): make it again") from error
-    for name, layer in packed_layers.items():
-        model.set_submodule(name, layer)
     return configuration

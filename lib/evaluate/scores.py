@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib.base.four_bit import decoded
+from lib.base.model import decoded
 from lib.base.prompts import IGNORED, encode, pad_right, render
 from lib.base.records import Record
 from lib.evaluate.intervals import wilson

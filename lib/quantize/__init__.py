@@ -3,10 +3,9 @@
 from lib import exports
 
 __getattr__, __all__ = exports(__name__, {
-    "formats": "FORMATS GRID Format",
-    "blocks": "bits_per_parameter dequantize_blocks normal_float quantize_blocks round_trip",
+    "formats": "FORMATS GRID Format bits_per_parameter dequantize_blocks normal_float "
+               "quantize_blocks round_trip",
     "merging": "INT8_THRESHOLD ROUTES load_dynamic_int8 load_saved merge save_int8 save_model "
                "save_nf4",
     "gguf": "export permute",
-    "packing": "PackedLinear pack_bits unpack_bits",
-})
+    "packing": "pack_bits unpack_bits"})

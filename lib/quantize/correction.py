@@ -1,11 +1,13 @@
-"""What the low-rank factors of an adapter can undo of a quantisation error.
+"""Rounding whose error a layer's outputs feel little, and what an adapter can undo of it.
 
-An error has nearly full rank, but a task's activations fill few directions: weighted by
-them, a few components hold most of the error that the layer's output shows.
+A task's activations fill few directions. Weighted by them, rounding with feedback moves the
+error to where no input points, and a few low-rank components hold most of what is left.
+R below is the mean of x x^T over a layer's inputs, and L its root: L L^T = R.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,15 +23,13 @@ SPARE, SWEEPS = 8, 3
 WEIGHED_BY = 32
 # Module kinds that read the same input as another one of their block.
 SHARED = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+BLOCK = 32  # weights that share a scale of Q4_0
 
 
 @torch.no_grad()
 def input_roots(model: torch.nn.Module, names: Sequence[str], records: Sequence[Record], *,
                 name: str = EMBEDDED) -> list[Tensor]:
-    """L of each layer with L L^T = R, the mean of x x^T over its inputs; (in, in), float32.
-
-    The inputs are those of `model` as it is, on the records; `name` says its tokenizer.
-    """
+    """L of each layer over its inputs on the records, (in, in) float32; `name`: the tokenizer's."""
     tokenizer, device = load_tokenizer(name), next(model.parameters()).device
     read_by = []
     for layer in names:
@@ -57,11 +57,11 @@ def input_roots(model: torch.nn.Module, names: Sequence[str], records: Sequence[
 
 
 def low_rank(error: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """(B, A) of the given rank that minimise |(E - B A) L|_F, with L of `input_roots`.
+    """(B, A) of the given rank that minimise |(E - B A) L|_F, the error of the outputs.
 
-    That is the error of the layer's outputs. The best rank-r part of E L is taken back
-    through L (QERA, Zhang et al. 2025, with the symmetric root). Row i of A and column i
-    of B have the same norm, so that Adam moves both alike. Draws from torch's generator.
+    The best rank-r part of E L is taken back through L (QERA, Zhang et al. 2025, with the
+    symmetric root). Row i of A and column i of B have the same norm, so that Adam moves both
+    alike. Draws from torch's generator.
     """
     left, values, right = torch.svd_lowrank(
         error @ root, q=min(rank + SPARE, *error.shape), niter=SWEEPS)
@@ -70,3 +70,59 @@ def low_rank(error: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     a = torch.linalg.solve_triangular(root, right[:, :rank].T, upper=False, left=False)
     balance = (b.norm(dim=0) / a.norm(dim=1).clamp(min=1e-12)).sqrt().clamp(min=1e-12)
     return b / balance, a * balance[:, None]
+
+
+def encode_with_feedback(weights: Mapping[str, Tensor], roots: Mapping[str, Tensor]
+                         ) -> dict[str, np.ndarray]:
+    """Each weight (out, in) as `encode` gives Q4_0; roots are `input_roots`' L, (in, in)."""
+    encoded: dict[str, np.ndarray] = {}
+    for shape in {weight.shape: None for weight in weights.values()}:
+        # Layers of one shape together: a step over columns costs little more than for one.
+        names = [name for name, weight in weights.items() if weight.shape == shape]
+        codes, scales = codes_with_feedback(torch.stack([weights[n].float() for n in names]),
+                                            torch.stack([roots[n] for n in names]))
+        encoded |= zip(names, map(pack_q4_0, codes, scales), strict=True)
+    return encoded
+
+
+@torch.no_grad()
+def codes_with_feedback(weight: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
+    """Q4_0, rounded so that later columns compensate for the error of earlier ones.
+
+    GPTQ (Frantar et al. 2023, section 3): with U the upper Cholesky factor of R^-1, column j
+    is rounded and its error (w_j - q_j) / U_jj times U_jk is subtracted from each column k > j.
+    That keeps |(W - Q) L|_F small. A block's scale is fixed when its first column is reached.
+
+    Args:
+        weight, root: (..., out, in), in a multiple of 32, and (..., in, in).
+
+    Returns:
+        codes (..., out, in) uint8 and scales (..., out, in / 32) float16:
+        a weight is (code - 8) * scale.
+    """
+    weight, codes, scales = weight.clone(), torch.empty_like(weight, dtype=torch.uint8), []
+    ahead = torch.linalg.cholesky(torch.cholesky_inverse(root), upper=True)
+    for start in range(0, weight.shape[-1], BLOCK):
+        block, errors = weight[..., start:start + BLOCK].clone(), []
+        factor = ahead[..., start:start + BLOCK, start:]
+        # The number of largest size has code 0 and stands for -8 times the scale.
+        top = block.abs().argmax(-1)
+        scales.append((block.gather(-1, top[..., None])[..., 0] / -8).half())
+        scale = scales[-1].float()
+        inverse = torch.where(scale == 0, 0, 1 / scale)
+        for j in range(BLOCK):
+            column = (block[..., j] * inverse + 8.5).floor().clamp(0, 15)
+            column[(top == j) & (scale != 0)] = 0
+            codes[..., start + j] = column.byte()
+            errors.append((block[..., j] - (column - 8) * scale) / factor[..., j, j, None])
+            block[..., j + 1:] -= errors[j][..., None] * factor[..., j, None, j + 1:BLOCK]
+        weight[..., start + BLOCK:] -= torch.stack(errors, -1) @ factor[..., BLOCK:]
+    return codes, torch.stack(scales, -1)
+
+
+def pack_q4_0(codes: Tensor, scales: Tensor) -> np.ndarray:
+    """(out, bytes) of Q4_0: a block is its float16 scale, then codes i and i + 16 in byte i."""
+    halves = codes.reshape(-1, 2, BLOCK // 2)
+    pairs = halves[:, 0] | halves[:, 1] << 4
+    blocks = torch.cat([scales.reshape(-1, 1).view(torch.uint8), pairs], 1)
+    return blocks.view(len(codes), -1).numpy()

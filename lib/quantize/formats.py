@@ -1,17 +1,30 @@
-"""Formats of one matrix: the tuple (b, b0, b1, B0, B1) of CoA-LoRA, and GGUF's types."""
+"""Formats of one matrix, and rounding to them.
 
+A format is the tuple (b, b0, b1, B0, B1) of CoA-LoRA, NormalFloat with two levels of scales
+(QLoRA, section 3), or the name of one of GGUF's types.
+"""
+
+import functools
 import itertools
 from dataclasses import astuple, dataclass
+from statistics import NormalDist
 from typing import Any
 
-from lib.errors import require
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from lib.errors import UserError, require
 
 GRID: dict[str, tuple[Any, ...]] = {
     "bits": (2, 3, 4, 8), "scale_bits": (2, 3, 4, 8), "scale_dtype": ("bf16", "fp16", "fp32"),
     "block": (16, 32, 64), "group": (16, 64, 256)}
-DTYPE_BITS = {"bf16": 16, "fp16": 16, "fp32": 32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # The types that gguf's own quantiser writes, 32 to 4.5 bits a weight.
 GGUF_TYPES = ("F32", "F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
+# Probability below the outermost quantile, as in QLoRA's table.
+TAIL = 0.9677083
 
 
 @dataclass(frozen=True)
@@ -25,8 +38,7 @@ class Format:
     group: int = 256  # B1, scales that share one second-level scale
 
     def __post_init__(self) -> None:
-        for name, values in GRID.items():
-            value = getattr(self, name)
+        for (name, values), value in zip(GRID.items(), self.as_list(), strict=True):
             require(any(value == v and type(value) is type(v) for v in values),
                     f"{name} is {value!r}: use one of {', '.join(map(str, values))}")
 
@@ -34,7 +46,7 @@ class Format:
     def bits_per_parameter(self) -> float:
         """b + b0 / B0 + bits(b1) / (B0 B1): the storage of a weight in a large layer."""
         return (self.bits + self.scale_bits / self.block
-                + DTYPE_BITS[self.scale_dtype] / (self.block * self.group))
+                + 8 * DTYPES[self.scale_dtype].itemsize / (self.block * self.group))
 
     def scales(self, count: int) -> tuple[int, int]:
         """First- and second-level scales of `count` weights."""
@@ -45,7 +57,7 @@ class Format:
         """Bits of `count` weights: the formula on whole blocks and groups, and 32 for the mean."""
         blocks, groups = self.scales(count)
         return (count * self.bits + blocks * self.scale_bits
-                + groups * DTYPE_BITS[self.scale_dtype] + 32)
+                + 8 * groups * DTYPES[self.scale_dtype].itemsize + 32)
 
     def as_list(self) -> list[Any]:
         """[b, b0, b1, B0, B1], as in JSON."""
@@ -53,3 +65,140 @@ class Format:
 
 
 FORMATS = tuple(Format(*values) for values in itertools.product(*GRID.values()))
+
+
+@functools.cache
+def normal_float(bits: int) -> Tensor:
+    """Codebook of 2^bits quantisation levels in [-1, 1], float32, ascending.
+
+    Quantiles of N(0, 1) at evenly spaced probabilities: 2^(bits-1) above zero,
+    2^(bits-1) - 1 below, and zero itself; all divided by the largest.
+    """
+    require(2 <= bits <= 8, f"{bits} bits: NormalFloat is defined here for 2 to 8")
+    half = 2 ** (bits - 1)
+    levels = [0.0]
+    for count, sign in ((half, 1), (half - 1, -1)):
+        step = (TAIL - 0.5) / count
+        levels += [sign * NormalDist().inv_cdf(TAIL - i * step) for i in range(count)]
+    return (torch.tensor(sorted(levels), dtype=torch.float64) / max(levels)).float()
+
+
+def quantize_blocks(weight: Tensor, codebook: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Nearest entry of a codebook (levels,), ascending in [-1, 1], scaled by the block's absmax.
+
+    The weight is flattened row by row; the last block may be short. Of two levels equally
+    near, the lower one is taken.
+    Returns codes (n,) uint8 and absmax (ceil(n / block),) float32.
+    """
+    blocks = _blocks(weight, block)
+    absmax = blocks.abs().amax(1)
+    return _codes(blocks, absmax, codebook)[: weight.numel()], absmax
+
+
+def _blocks(values: Tensor, block: int) -> Tensor:
+    """(ceil(n / block), block) float32, the last one padded with zeros."""
+    require(block > 0, f"block size {block}: use a positive whole number")
+    flat = values.detach().float().reshape(-1)
+    return torch.nn.functional.pad(flat, (0, -flat.numel() % block)).view(-1, block)
+
+
+def _codes(blocks: Tensor, scales: Tensor, levels: Tensor) -> Tensor:
+    """Nearest level of each number divided by its block's scale, flat, uint8."""
+    scales = torch.where(scales != 0, scales, 1.0)[:, None]  # all codes of a scale 0 give zeros
+    midpoints = (levels[1:] + levels[:-1]) / 2
+    return torch.bucketize(blocks / scales, midpoints, out_int32=True).byte().view(-1)
+
+
+def dequantize_blocks(codes: Tensor, absmax: Tensor, codebook: Tensor, block: int) -> Tensor:
+    """(n,) float32 weights: codebook[code] * absmax of the block."""
+    values = codebook.to(codes.device).index_select(0, codes.int())
+    whole = values.numel() // block * block
+    values[:whole].view(-1, block).mul_(absmax[: whole // block, None])
+    values[whole:] *= absmax[-1]  # a short last block
+    return values
+
+
+def bits_per_parameter(bits: int, block: int, *, scale_bits: int = 32, scale_block: int = 0
+                       ) -> float:
+    """Storage of one weight: bits + scale_bits / block, plus second-level scales.
+
+    With double quantisation `scale_block` scales share one float32: NF4 with blocks of 64 and
+    8-bit scales in groups of 256 takes 4 + 8/64 + 32/(64 * 256) = 4.127 bits.
+    """
+    second = 32 / (block * scale_block) if scale_block else 0.0
+    return bits + scale_bits / block + second
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A weight as codes and two levels of scales."""
+
+    format: Format
+    codes: Tensor  # (n,) uint8
+    scale_codes: Tensor  # (ceil(n / block),) uint8
+    group_scales: Tensor  # (ceil(blocks / group),) in the format's dtype
+    mean: Tensor  # () float32, of the scales
+
+    @property
+    def scales(self) -> Tensor:
+        """(blocks,) float32: mean + level of the scale's code * scale of its group."""
+        return self.mean + dequantize_blocks(
+            self.scale_codes, self.group_scales.float(), normal_float(self.format.scale_bits),
+            self.format.group)
+
+
+def quantize(weight: Tensor, fmt: Format) -> Quantized:
+    """Quantise twice: the weights by their blocks' scales, the scales by groups.
+
+    The scales, less their mean, are coded with the b0-bit codebook; bitsandbytes uses a
+    map of 8-bit floats there. The weights are coded last, by the scales as decoded.
+    """
+    blocks = _blocks(weight, fmt.block)
+    absmax = blocks.abs().amax(1)
+    require(absmax.isfinite().all(),
+            "a weight is not a finite number: the model is damaged, fetch it again")
+    mean = absmax.mean()
+    groups = _blocks(absmax - mean, fmt.group)
+    group_scales = groups.abs().amax(1).to(DTYPES[fmt.scale_dtype])
+    require(group_scales.isfinite().all(), f"a scale is too large for {fmt.scale_dtype}")
+    scale_codes = _codes(groups, group_scales.float(), normal_float(fmt.scale_bits))
+    scale_codes = scale_codes[: absmax.numel()]
+    scales = Quantized(fmt, scale_codes, scale_codes, group_scales, mean).scales
+    codes = _codes(blocks, scales, normal_float(fmt.bits))[: weight.numel()]
+    return Quantized(fmt, codes, scale_codes, group_scales, mean)
+
+
+def dequantize(weight: Quantized) -> Tensor:
+    """(n,) float32: level of the weight's code * scale of its block."""
+    return dequantize_blocks(
+        weight.codes, weight.scales, normal_float(weight.format.bits), weight.format.block)
+
+
+def encode(weight: Tensor, gguf_type: str, *, name: str = "the matrix") -> np.ndarray:
+    """Rows of a matrix as GGUF stores them: (out, bytes) of blocks of 32 weights, or floats."""
+    require(gguf_type in GGUF_TYPES,
+            f"unknown GGUF type {gguf_type!r}: use one of {', '.join(GGUF_TYPES)}")
+    rows, stored = weight.detach().float().cpu().numpy(), gguf.GGMLQuantizationType[gguf_type]
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):  # checked below
+            data = gguf.quants.quantize(rows, stored)
+    except gguf.quants.QuantError as error:
+        raise UserError(f"{name} cannot be {gguf_type} ({error}): use F16") from None
+    largest = np.abs(rows).max()
+    # Scales of blocks are float16, so only larger weights can overflow.
+    finite = largest <= 65504 or np.isfinite(gguf.quants.dequantize(data, stored)).all()
+    require(finite, f"{name} has a weight of {largest:g}, which {gguf_type} cannot hold: "
+            "use F32, or fetch the weights again if they are damaged")
+    return data
+
+
+def decode(data: np.ndarray, gguf_type: str) -> Tensor:
+    """(out, in) float32: the weights of what `encode` returned."""
+    return torch.from_numpy(gguf.quants.dequantize(data, gguf.GGMLQuantizationType[gguf_type]))
+
+
+def round_trip(weight: Tensor, fmt: Format | str) -> Tensor:
+    """The weight as it comes back from a format or a GGUF type: same shape, float32."""
+    if isinstance(fmt, Format):
+        return dequantize(quantize(weight, fmt)).view(weight.shape)
+    return decode(encode(weight, fmt), fmt)

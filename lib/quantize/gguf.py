@@ -17,15 +17,15 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lib.base.embedded import EMBEDDED, MODEL_CACHE, embedded_gguf
-from lib.base.four_bit import dequantized_base
-from lib.base.model import CHAT_TEMPLATE, load_model, load_tokenizer
+from lib.base.model import CHAT_TEMPLATE, dequantized_base, load_model, load_tokenizer
 from lib.errors import require
 from lib.files import replacing, require_free, verified, writing
-from lib.quantize.blocks import encode, require_gguf_type
+from lib.quantize.formats import encode
 from lib.quantize.merging import merge
 from lib.serve.bundle import Reader, model_reader
 from lib.train.lora import adapter_factors
 
+NAMES = functools.cache(gguf.get_tensor_name_map)
 Encoded = tuple[str, np.ndarray]  # a GGUF type, and the rows of a matrix in it
 OTHER_VOCABULARY = ("only models with the embedded model's vocabulary are exported: "
                     "convert others with llama.cpp's convert_hf_to_gguf.py")
@@ -44,10 +44,8 @@ def write_model(model: PreTrainedModel, out: Path, *, gguf_type: str = "Q8_0",
                 encoded: Mapping[str, Encoded] | None = None, base: str = EMBEDDED) -> None:
     """Write a merged or plain Llama model as one GGUF file; norms stay F32.
 
-    Args:
-        gguf_type: of every matrix, one of `GGUF_TYPES`.
-        encoded: matrices by module that are encoded already, in their own types.
-        base: what these weights are called; an adapter must carry the same name.
+    Matrices get `gguf_type`, one of `GGUF_TYPES`, unless `encoded` has them, by module, in a
+    type of their own. `base` names these weights; an adapter must carry the same name.
     """
     config, encoded = model.config, encoded or {}
     require(config.model_type == "llama",
@@ -57,7 +55,11 @@ def write_model(model: PreTrainedModel, out: Path, *, gguf_type: str = "Q8_0",
         state.pop("lm_head", None)
     with _writer(out, "model", base) as writer:
         _add_config(writer, config)
-        _add_tokenizer(writer, config.vocab_size)
+        for key, value, types in _tokenizer():
+            require(not key.endswith(".tokens") or len(value) == config.vocab_size,
+                    OTHER_VOCABULARY)
+            writer.add_key_value(key, value, *types)
+        writer.add_chat_template(CHAT_TEMPLATE)
         for name, weight in state.items():
             chosen = gguf_type if weight.dim() > 1 else "F32"
             stored, data = encoded.get(name) or (chosen, encode(weight, chosen, name=name))
@@ -89,14 +91,13 @@ def export(out: Path, *, gguf_type: str = "Q8_0", route: str = "dequantized",
     Args:
         gguf_type, encoded: as in `write_model`.
         route: the base as in `merge`, "original" or "dequantized" (for QLoRA adapters).
-        merged: an adapter to fold in before quantising.
-        adapters: adapters to keep beside the model, by name.
+        merged, adapters: one to fold in before quantising, or several to keep, by name.
         weights: what `merge` returned for `merged` and this route, or the base.
     """
     adapters = adapters or {}
     require(route in ("original", "dequantized"),
             f"unknown route {route!r}: use original or dequantized")
-    require_gguf_type(gguf_type)
+    encode(torch.zeros(1, 32), gguf_type)  # an unknown type is refused before the work
     sources = [*([merged] if merged else []), *adapters.values()]
     require_free(out, *sources, MODEL_CACHE if model == EMBEDDED else model)
     for name in adapters:
@@ -155,16 +156,9 @@ def _add_config(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
     writer.add_vocab_size(config.vocab_size)
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, vocabulary: int) -> None:
-    """The embedded file's tokenizer, with the course's chat template."""
-    for key, value, types in _tokenizer():
-        require(not key.endswith(".tokens") or len(value) == vocabulary, OTHER_VOCABULARY)
-        writer.add_key_value(key, value, *types)
-    writer.add_chat_template(CHAT_TEMPLATE)
-
-
 @functools.cache
 def _tokenizer() -> list[tuple[str, Any, list[gguf.GGUFValueType]]]:
+    """(key, value, types) of the embedded file's tokenizer."""
     with embedded_gguf() as path:
         # The reader gets no name: Windows does not delete a file that is mapped.
         return [(key, field.contents(), field.types[:2])
@@ -172,15 +166,11 @@ def _tokenizer() -> list[tuple[str, Any, list[gguf.GGUFValueType]]]:
                 if key.startswith("tokenizer.ggml.")]
 
 
-@functools.cache
-def _names(blocks: int) -> gguf.TensorNameMap:
-    return gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, blocks)
-
-
 def _add(writer: gguf.GGUFWriter, module: str, encoded: Encoded, config: PretrainedConfig,
          end: str = "") -> None:
     """Add a tensor under llama.cpp's name, rows of q and k permuted (not those of an A)."""
-    name = _names(config.num_hidden_layers).get_name(f"{module}.weight", try_suffixes=(".weight",))
+    name = NAMES(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers).get_name(
+        f"{module}.weight", try_suffixes=(".weight",))
     require(name, f"GGUF has no place for {module} in a Llama of {config.num_hidden_layers} "
             "blocks: only plain Llama models are exported, and adapters that fit")
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}

@@ -6,8 +6,7 @@ from pathlib import Path
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from lib.base.four_bit import dequantized_base, quantized_config
-from lib.base.model import load_model, load_tokenizer
+from lib.base.model import dequantized_base, load_model, load_tokenizer, quantized_config
 from lib.errors import require
 from lib.files import read_json, verified, write_json, writing
 from lib.train.lora import load_adapter
@@ -40,25 +39,20 @@ def save_model(model: PreTrainedModel, out: Path, *, tokenizer_of: str = "embedd
 
     The model in memory is not changed.
     """
+    state = model.state_dict()
+    if dtype is not None:
+        converted: dict[int, torch.Tensor] = {}  # tied tensors stay tied: they are written once
+        for name, tensor in state.items():
+            if tensor.is_floating_point():
+                state[name] = converted.setdefault(tensor.data_ptr(), tensor.to(dtype))
+                require(state[name].isfinite().all(),
+                        f"{name} has a weight that {dtype} cannot hold: use dtype=None")
     with writing(out, parameters=model.num_parameters()) as part:
-        if dtype is None:
-            model.save_pretrained(part)
-        else:
-            model.save_pretrained(part, state_dict=_converted(model, dtype))
+        model.save_pretrained(part, state_dict=state if dtype else None)
+        if dtype is not None:
             config = read_json(part / "config.json")
             write_json(part / "config.json", config | {"dtype": str(dtype).split(".")[1]})
         load_tokenizer(tokenizer_of).save_pretrained(part)
-
-
-def _converted(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """State in another dtype; tied tensors stay tied, so that they are written once."""
-    state, converted = model.state_dict(), {}
-    for name, tensor in state.items():
-        if tensor.is_floating_point():
-            state[name] = converted.setdefault(tensor.data_ptr(), tensor.to(dtype))
-            require(state[name].isfinite().all(),
-                    f"{name} has a weight that {dtype} cannot hold: use dtype=None")
-    return state
 
 
 def load_saved(directory: Path | str, **options: object) -> PreTrainedModel:
@@ -80,16 +74,17 @@ def save_int8(merged: Path, out: Path) -> None:
 
     Columns whose activations exceed the threshold 6.0 are computed in 16 bits.
     """
-    config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=INT8_THRESHOLD)
-    _save_quantized(merged, out, config)
+    save_quantized(merged, out, BitsAndBytesConfig(
+        load_in_8bit=True, llm_int8_threshold=INT8_THRESHOLD))
 
 
 def save_nf4(merged: Path, out: Path) -> None:
     """NF4 with double quantisation of a merged model, saved."""
-    _save_quantized(merged, out, quantized_config())
+    save_quantized(merged, out, quantized_config())
 
 
-def _save_quantized(merged: Path, out: Path, config: BitsAndBytesConfig) -> None:
+def save_quantized(merged: Path, out: Path, config: BitsAndBytesConfig) -> None:
+    """A merged model as bitsandbytes quantises it, saved."""
     # From the file's own float16: bfloat16 would drop three of its bits first.
     model = load_saved(merged, quantization_config=config, dtype=torch.float16)
     save_model(model, out, tokenizer_of=str(merged), dtype=None)

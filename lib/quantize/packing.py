@@ -2,11 +2,9 @@
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from lib.errors import require
-from lib.quantize.blocks import DTYPES, Quantized, dequantize
-from lib.quantize.formats import Format
+from lib.quantize.formats import DTYPES, Format, Quantized, dequantize
 
 PARTS = ("codes", "scale_codes", "group_scales", "mean")
 
@@ -58,31 +56,19 @@ class PackedLinear(nn.Linear):
     Decoding is slow for one row and costs little beside many. peft takes it for a linear layer.
     """
 
-    def __init__(self, parts: dict[str, Tensor], fmt: Format, shape: torch.Size, *,
-                 bias: Tensor | None = None) -> None:
+    def __init__(self, parts: dict[str, Tensor], fmt: Format, plain: nn.Linear) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate the weight
         for name in PARTS:
             self.register_buffer(name, parts[name])
-        self.format, self.shape = fmt, shape
-        self.out_features, self.in_features = shape
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.format, self.bias = fmt, plain.bias
+        self.out_features, self.in_features = plain.out_features, plain.in_features
 
     @property
     def weight(self) -> Tensor:
         """The decoded weight (d_out, d_in), float32."""
-        parts = {name: getattr(self, name) for name in PARTS}
-        return dequantize(unpack_weight(parts, self.format, self.shape.numel())).view(self.shape)
+        parts, shape = dict(self.named_buffers()), (self.out_features, self.in_features)
+        return dequantize(unpack_weight(parts, self.format, shape[0] * shape[1])).view(shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_in) to (..., d_out), in x's dtype."""
         return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
-
-
-def unpack_layers(model: PreTrainedModel) -> None:
-    """Replace the packed layers of a model by plain linear layers, in place."""
-    for name, layer in [*model.named_modules()]:
-        if isinstance(layer, PackedLinear):
-            plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-            plain.weight = nn.Parameter(layer.weight.to(model.dtype), requires_grad=False)
-            plain.bias = layer.bias
-            model.set_submodule(name, plain)

@@ -15,7 +15,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from lib.base.four_bit import frozen_weight
+from lib.base.model import frozen_weight
 
 # Norms that compute x / rms(x) * weight. Others (1 + weight) are left alone.
 NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")

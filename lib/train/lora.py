@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from lib.base.model import MODULE_KINDS
 from lib.errors import UserError, require
 from lib.files import read_json, verified, write_json
 from lib.settings import TrainSettings
@@ -24,13 +25,8 @@ UNUSED = ("layer_replication", "modules_to_save", "use_dora", "rank_pattern", "a
 def delta_weight(a: Tensor, b: Tensor, *, alpha: float, rslora: bool = False) -> Tensor:
     """The update of a frozen weight: dW = (alpha / r) B A, of shape (d_out, d_in).
 
-    Args:
-        a: (r, d_in), random at the start.
-        b: (d_out, r), zero at the start, so that dW = 0.
-        alpha: scale; rsLoRA divides it by sqrt(r) instead (Kalajdzievski 2023).
-
-    Raises:
-        UserError: a and b differ in rank.
+    A (r, d_in) is random at the start, B (d_out, r) zero, so that dW = 0. rsLoRA divides alpha
+    by sqrt(r) instead (Kalajdzievski 2023). UserError if A and B differ in rank.
     """
     rank = a.shape[0]
     require(b.shape[1] == rank, f"A has rank {rank}, B has rank {b.shape[1]}: make them equal")
@@ -42,10 +38,9 @@ def linear_shapes(config: PretrainedConfig) -> dict[str, tuple[int, int]]:
     hidden, inner = config.hidden_size, config.intermediate_size
     head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     query, value = config.num_attention_heads * head, config.num_key_value_heads * head
-    return {
-        "q_proj": (query, hidden), "k_proj": (value, hidden), "v_proj": (value, hidden),
-        "o_proj": (hidden, query), "gate_proj": (inner, hidden),
-        "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+    shapes = ((query, hidden), (value, hidden), (value, hidden), (hidden, query),
+              (inner, hidden), (inner, hidden), (hidden, inner))
+    return dict(zip(MODULE_KINDS, shapes, strict=True))
 
 
 def count_adapter(config: PretrainedConfig, *, rank: int, modules: Iterable[str]) -> int:
@@ -56,14 +51,13 @@ def count_adapter(config: PretrainedConfig, *, rank: int, modules: Iterable[str]
 
 def count_trainable(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters of a model."""
-    parameters = list(model.parameters())
-    return (sum(p.numel() for p in parameters if p.requires_grad),
-            sum(p.numel() for p in parameters))
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
 
 
 def lora_config(model: PreTrainedModel, settings: TrainSettings) -> LoraConfig:
-    """peft's configuration. UserError if the model lacks a target, which peft would ignore, or
-    if the rank exceeds a target's width."""
+    """peft's configuration. UserError for a target that is missing, which peft would ignore, or
+    narrower than the rank."""
     widths = {name.rpartition(".")[2]: min(module.in_features, module.out_features)
               for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     widths.pop("lm_head", None)  # tied to the embedding, which has no adapter
@@ -79,8 +73,7 @@ def lora_config(model: PreTrainedModel, settings: TrainSettings) -> LoraConfig:
 
 
 def adapter_files(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Configuration and tensors of a saved adapter. UserError if they are damaged, do not go
-    together, or use a feature that is not supported."""
+    """Configuration and tensors of a saved adapter; UserError if damaged or not supported."""
     file, weights = directory / "adapter_config.json", directory / "adapter_model.safetensors"
     config = read_json(file) if file.is_file() else None
     require(isinstance(config, dict) and config.get("peft_type") == "LORA",

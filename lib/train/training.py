@@ -23,9 +23,15 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from lib.base.embedded import locate, quiet
-from lib.base.four_bit import quantized_config
-from lib.base.model import best_dtype, hold_memory, load_model, load_tokenizer, machine
+from lib.base.embedded import locate
+from lib.base.model import (
+    best_dtype,
+    hold_memory,
+    load_model,
+    load_tokenizer,
+    machine,
+    quantized_config,
+)
 from lib.base.prompts import chat
 from lib.base.records import Record, check_record
 from lib.errors import require
@@ -58,11 +64,8 @@ class TrainResult:
 
 
 class CourseTrainer(SFTTrainer):
-    """SFTTrainer with a lean loss and checkpoints without pickle.
-
-    A checkpoint holds trainable weights, Adam's moments and random states as tensors
-    "weight.NAME", "exp_avg.NAME", ..., "rng".
-    """
+    """SFTTrainer with a lean loss and checkpoints without pickle: "weight.NAME", "exp_avg.NAME",
+    ..., and "rng", as tensors."""
 
     run = ""  # a hash of everything that determines the result
 
@@ -72,37 +75,32 @@ class CourseTrainer(SFTTrainer):
         # This number covers all processes, and their gradients will be averaged.
         return total * self.accelerator.num_processes / num_items_in_batch
 
-    def _trainable(self) -> dict[str, torch.nn.Parameter]:
-        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # Weights and moments are the same in every process, random states are not.
-        rng = self.accelerator.gather(torch.get_rng_state().to(self.args.device))
-        if is_main_process():
-            self._write_checkpoint(rng.cpu())
-        self.accelerator.wait_for_everyone()
-
-    def _write_checkpoint(self, rng: torch.Tensor) -> None:
-        tensors = {"rng": rng}
-        for name, parameter in self._trainable().items():
-            tensors[f"weight.{name}"] = parameter.data
-            for key, value in self.optimizer.state[parameter].items():
-                # bitsandbytes counts steps in an int, and shares one "qmap" table.
-                tensors[f"{key}.{name}"] = (value.clone() if key.startswith("qmap")
-                                            else torch.as_tensor(value))
+        tensors = {"rng": self.accelerator.gather(torch.get_rng_state().to(self.args.device))}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                tensors[f"weight.{name}"] = parameter.data
+                for key, value in self.optimizer.state[parameter].items():
+                    # bitsandbytes counts steps in an int, and shares one "qmap" table.
+                    tensors[f"{key}.{name}"] = (value.clone() if key.startswith("qmap")
+                                                else torch.as_tensor(value))
         work = Path(self.args.output_dir)
         folder = work / f"checkpoint-{self.state.global_step}"
-        with writing(folder, run=self.run, scheduler=self.lr_scheduler.state_dict()) as part:
-            save_file({k: t.contiguous() for k, t in tensors.items()}, part / "state.safetensors")
-            self.state.save_to_json(str(part / "trainer_state.json"))
-        for old in set(work.glob("checkpoint-*")) - {folder}:
-            shutil.rmtree(old)
+        if is_main_process():
+            with writing(folder, run=self.run, scheduler=self.lr_scheduler.state_dict()) as part:
+                save_file({k: t.contiguous() for k, t in tensors.items()},
+                          part / "state.safetensors")
+                self.state.save_to_json(str(part / "trainer_state.json"))
+            for old in set(work.glob("checkpoint-*")) - {folder}:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
         """Weights are loaded together with the optimizer's state."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str) -> None:
-        parameters = self._trainable()
+        parameters = dict(self.model.named_parameters())
         for name, tensor in load_file(Path(checkpoint) / "state.safetensors").items():
             key, _, owner = name.partition(".")
             if key == "weight":
@@ -133,7 +131,7 @@ class Progress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         step, total, seconds = state.global_step, state.max_steps, time.monotonic() - self.time
         due = step % self.every == 0 or step == total or seconds > SILENCE
-        if is_main_process() and "loss" in (logs or {}) and due:
+        if due and is_main_process() and "loss" in (logs or {}):
             left = seconds / (step - self.step) * (total - step)
             print(f"step {step:4d}/{total}  loss {logs['loss']:.3f}  about {left:.0f} s left",
                   flush=True)
@@ -141,12 +139,10 @@ class Progress(TrainerCallback):
 
 
 def base_for(mode: str, name: str) -> PreTrainedModel:
-    """The base model for `mode`: in NF4 ("qlora"), or in full precision.
-
-    "full" needs float32: a step of Adam is often smaller than bfloat16 can add to a weight.
-    """
+    """The base model for `mode`: in NF4 ("qlora"), or in full precision."""
     if mode == "qlora":
         return load_model(name, quantization_config=quantized_config())
+    # A step of Adam is often smaller than bfloat16 can add to a weight.
     return load_model(name, dtype=torch.float32 if mode == "full" else None)
 
 
@@ -203,7 +199,6 @@ def train(records: Sequence[Record], settings: TrainSettings, *, model: str = "e
     Raises:
         UserError: bad records or model, or settings that do not suit them.
     """
-    quiet()
     seed_everything(settings.seed)
     require(records, "there are no records to train on: give at least one")
     for number, record in enumerate(records, 1):
@@ -223,8 +218,19 @@ def train(records: Sequence[Record], settings: TrainSettings, *, model: str = "e
         result = run_trainer(trainer, settings, resume=last_checkpoint(work, trainer.run))
         # FSDP leaves each process a part of the weights: all must take part in joining them.
         whole = trainer.accelerator.get_state_dict(trainer.model) if is_sharded() else None
-        if out is not None and is_main_process():
-            _save(result, out, settings, model, whole=whole)
+        if out is None or not is_main_process():
+            return result
+        with writing(out, settings=dataclasses.asdict(settings), base=model, machine=machine(),
+                     processes=process_count(), seconds=round(result.seconds, 1)) as part:
+            if settings.mode == "full":
+                result.model.save_pretrained(part, state_dict=whole)
+                tokenizer.save_pretrained(part)
+            else:
+                # The vocabulary has its old size, so peft need not look for the base's files.
+                result.model.save_pretrained(part, state_dict=whole, save_embedding_layers=False)
+                make_portable(part, model)
+                (part / "README.md").unlink()
+            write_json(part / "losses.json", list(result.losses))
     return result
 
 
@@ -247,15 +253,11 @@ def work_directory(out: Path | None, processes: PartialState) -> Iterator[Path]:
 
 def last_checkpoint(work: Path, run: str) -> Path | None:
     """The newest checkpoint of the same run, verified; None without one."""
-    steps = [int(manifest.parent.name.removeprefix("checkpoint-"))
-             for manifest in work.glob("checkpoint-*/manifest.json")
-             if read_json(manifest).get("run") == run]
-    if not steps:
-        return None
-    verified(work / f"checkpoint-{max(steps)}")
-    if is_main_process():
+    steps = [int(folder.name.removeprefix("checkpoint-")) for folder in work.glob("checkpoint-*")
+             if verified(folder).get("run") == run]
+    if steps and is_main_process():
         print(f"resuming from step {max(steps)}", file=sys.stderr)
-    return work / f"checkpoint-{max(steps)}"
+    return work / f"checkpoint-{max(steps)}" if steps else None
 
 
 def run_trainer(trainer: SFTTrainer, settings: TrainSettings,
@@ -282,26 +284,10 @@ def run_trainer(trainer: SFTTrainer, settings: TrainSettings,
     # B starts at zero. If it still is, the adapter was not trained.
     norms = [p.norm().item() for n, p in trainer.model.named_parameters() if "lora_B" in n]
     require(not norms or max(norms) > 0, "the adapter did not move: raise the learning rate")
-    moments = [t for state in (trainer.optimizer.state.values() if trainer.optimizer else ())
-               for t in state.values() if isinstance(t, torch.Tensor)]
+    states = trainer.optimizer.state.values() if trainer.optimizer else ()
+    moments = [t for state in states for t in state.values() if isinstance(t, torch.Tensor)]
     return TrainResult(trainer.model.eval(), losses, seconds, peak["mb"], trainable, parameters,
-                       sum(t.numel() * t.element_size() for t in moments) / 1e6)
-
-
-def _save(result: TrainResult, out: Path, settings: TrainSettings, model: str, *,
-          whole: dict[str, torch.Tensor] | None) -> None:
-    """Write the adapter or the full model; `whole` is the joined state of a sharded one."""
-    with writing(out, settings=dataclasses.asdict(settings), base=model, processes=process_count(),
-                 machine=machine(), seconds=round(result.seconds, 1)) as part:
-        if settings.mode == "full":
-            result.model.save_pretrained(part, state_dict=whole)
-            load_tokenizer(model).save_pretrained(part)
-        else:
-            # The vocabulary has its old size, so peft need not look for the base's files.
-            result.model.save_pretrained(part, state_dict=whole, save_embedding_layers=False)
-            make_portable(part, model)
-            (part / "README.md").unlink()
-        write_json(part / "losses.json", list(result.losses))
+                       sum(t.nbytes for t in moments) / 1e6)
 
 
 def join() -> PartialState:

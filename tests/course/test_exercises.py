@@ -53,14 +53,12 @@ def test_wrong_value_shows_input_yours_and_expected():
     assert "yours [[3, 3, 3], [3, 3, 3]], expected [[2, 2, 2], [2, 2, 2]]" in text
 
 
-def test_wrong_entry_of_a_large_tensor_is_found():
+def test_a_large_tensor_is_not_printed():
     expected = torch.zeros(20, 30)
     yours = expected.clone()
     yours[4, 7] = 1
-    text = differs(yours, expected)
-    assert text.startswith("yours float32 (20, 30), expected float32 (20, 30); ")
-    assert text.endswith("; largest difference 1 at [4, 7]")
-    assert wrong(lambda x: x, [((expected,), yours)]).startswith("<lambda>(float32 (20, 30)): y")
+    assert differs(yours, expected) == (
+        "yours float32 (20, 30), expected float32 (20, 30); largest difference 1")
 
 
 def test_wrong_shape_and_wrong_kind_of_number():
@@ -133,7 +131,6 @@ def test_equal(yours, expected, recwarn):
     ({"a": 1}, {"b": 1}, "yours {'a': 1}, expected {'b': 1}"),
     ({"a": 1}, {"a": 2}, "a: yours 1, expected 2"),
     ("a", "b", "yours 'a', expected 'b'"), (1, "a", "yours 1, expected 'a'"),
-    (list(range(20)), "a", "yours [0, 1, 2, 3, 4, 5, 6, 7, ...], expected 'a'"),
     ("x" * 500, "", f"yours '{'x' * 116}..., expected ''")])
 def test_different(yours, expected, text):
     assert differs(yours, expected) == text

@@ -17,8 +17,8 @@ from lib.deploy.gguf import CHOICES, HEAD, deploy_gguf, encode_within, type_erro
 from lib.errors import UserError
 from lib.evaluate.scores import Score
 from lib.files import verified
-from lib.quantize.blocks import encode, round_trip
-from lib.quantize.feedback import encode_with_feedback
+from lib.quantize.correction import encode_with_feedback
+from lib.quantize.formats import encode, round_trip
 from lib.serve.bundle import open_bundle
 
 pytestmark = pytest.mark.usefixtures("float32")
@@ -126,9 +126,9 @@ def test_the_smallest_file_has_the_adapter_inside(
         return deploy_gguf("sensors", budget, tmp_path / "out", model=tiny_directory,
                            folder=folder).actual_mb
 
-    with pytest.raises(UserError, match="below the smallest file, .* MB: give") as small:
+    with pytest.raises(UserError, match="the smallest files take .* MB: give") as small:
         deploy(0.5)
-    least = float(re.search(r"file, ([\d.]+) MB", str(small.value))[1])
+    least = float(re.search(r"files take ([\d.]+) MB", str(small.value))[1])
     with pytest.raises(UserError, match="give 0.[12] MB more"):
         deploy(least - 0.1)
     assert deploy(least + 0.05) <= least + 0.05 and asked == ["folded"]

@@ -20,8 +20,9 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 import lib.__main__
 import lib.course.opening
-from lib.__main__ import main
-from lib.base.model import best_dtype, tiny_model
+from data.evidence.tiny import tiny_model
+from lib.__main__ import dispatch, main, parser
+from lib.base.model import best_dtype
 from lib.evaluate.intervals import wilson
 from lib.quantize.gguf import export
 
@@ -131,8 +132,7 @@ def words(call: list[str], place: Place) -> list[str]:
 
 def typed(call: list[str], place: Place) -> None:
     """A command as `main` runs it."""
-    arguments = lib.__main__.parser().parse_args(words(call, place))
-    vars(lib.__main__)[f"_{arguments.command}"](arguments)
+    dispatch(parser().parse_args(words(call, place)))
 
 
 def named(variable: str, value: str, call: list[str]) -> Callable[[Place], Any]:
@@ -248,7 +248,7 @@ def status(call: Call, place: Place) -> int:
     """Exit status of a row."""
     if isinstance(call, list):
         return main(words(call, place))
-    place.patch.setattr(lib.__main__, "_doctor", lambda _: call(place))
+    place.patch.setattr(lib.__main__, "dispatch", lambda _: call(place))
     return main(["doctor"])
 
 

@@ -79,7 +79,7 @@ from lib.files import writing
 def full(_):
     with writing(Path("out")) as part:
         save_file({"w": np.ones(100_000)}, part / "model.safetensors")
-lib.__main__._doctor = full
+lib.__main__.dispatch = full
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (65536, resource.RLIM_INFINITY))
 sys.exit(lib.__main__.main(["doctor"]))
@@ -105,7 +105,7 @@ def test_a_fault_of_the_program_has_a_traceback(monkeypatch: pytest.MonkeyPatch)
     def fault(_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(lib.__main__, "_doctor", fault)
+    monkeypatch.setattr(lib.__main__, "dispatch", fault)
     with pytest.raises(ZeroDivisionError):
         main(["doctor"])
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lib.base.model import tiny_model
+from data.evidence.tiny import tiny_model
 from lib.base.records import read_jsonl
 from lib.errors import UserError
 from lib.quantize.gguf import write_model
@@ -59,7 +59,7 @@ def test_records(tmp_path: Path, noise: Any) -> None:
 def served(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     file = tmp_path_factory.mktemp("served") / "model.gguf"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lib.quantize.gguf._add_tokenizer", lambda *_: None)
+        patch.setattr("lib.quantize.gguf._tokenizer", list)
         write_model(tiny_model(layers=1, vocabulary=64), file, gguf_type="F32")
     return file.read_bytes()
 

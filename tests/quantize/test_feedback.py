@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib.quantize.blocks import decode, encode, round_trip
-from lib.quantize.feedback import codes_with_feedback, encode_with_feedback, pack_q4_0
+from lib.quantize.correction import codes_with_feedback, encode_with_feedback, pack_q4_0
+from lib.quantize.formats import decode, encode, round_trip
 
 
 def case(rows: int = 24, columns: int = 64, many: int = 2, seed: int = 0):

@@ -15,10 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, Qwen2Config
 
+from data.evidence.tiny import tiny_model
 from lib.base.embedded import embedded_gguf
-from lib.base.model import CHAT_TEMPLATE, tiny_model
+from lib.base.model import CHAT_TEMPLATE
 from lib.errors import UserError
-from lib.quantize.blocks import encode
+from lib.quantize.formats import encode
 from lib.quantize.gguf import export, permute, write_adapter, write_model
 from lib.serve.bundle import BASE_KEY, Reader, metadata, model_reader, open_bundle
 from lib.settings import TARGETS

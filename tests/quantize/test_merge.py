@@ -14,8 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 
-from lib.base.four_bit import dequantized_base, frozen_weight, quantized_config
-from lib.base.model import load_model, load_tokenizer
+from lib.base.model import (
+    dequantized_base,
+    frozen_weight,
+    load_model,
+    load_tokenizer,
+    quantized_config,
+)
 from lib.errors import UserError
 from lib.files import size_mb, verified, writing
 from lib.quantize.merging import load_saved, merge, save_int8, save_model, save_nf4

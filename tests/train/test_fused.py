@@ -15,8 +15,7 @@ from transformers import LlamaForCausalLM
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from lib.base.four_bit import decoded, frozen_weight
-from lib.base.model import MODULE_KINDS, load_model
+from lib.base.model import MODULE_KINDS, decoded, frozen_weight, load_model
 from lib.train.fused_step import LoraLinear, fused
 from lib.train.training import base_for
 

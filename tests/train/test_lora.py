@@ -12,7 +12,8 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lib.base.model import MODULE_KINDS, tiny_model
+from data.evidence.tiny import tiny_model
+from lib.base.model import MODULE_KINDS
 from lib.errors import UserError
 from lib.files import read_json, write_json, writing
 from lib.settings import TARGETS, TrainSettings

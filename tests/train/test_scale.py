@@ -23,8 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import lib.host
 from lib.__main__ import parser
 from lib.base.embedded import EMBEDDED, locate
-from lib.base.four_bit import frozen_weight, quantized_config
-from lib.base.model import best_dtype
+from lib.base.model import best_dtype, frozen_weight, quantized_config
 from lib.coa.joint import train_over
 from lib.coa.switchable import Switchable
 from lib.errors import UserError
@@ -209,7 +208,7 @@ def test_under_fsdp_the_step_is_the_stock_one(
         raise AssertionError("not under FSDP")
 
     monkeypatch.setattr(training, "fused", never)
-    monkeypatch.setattr(training.CourseTrainer, "_write_checkpoint", never)
+    monkeypatch.setattr(training.CourseTrainer, "_save_checkpoint", never)
     monkeypatch.setattr(training, "CHECKPOINT_EVERY", 1)
     settings = dataclasses.replace(SETTINGS, steps=2)
     result = train(RECORDS, settings, model=tiny_directory, out=tmp_path / "out")

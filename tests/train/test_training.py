@@ -269,7 +269,7 @@ def test_checkpoints_of_8_bit_adam(tiny: PreTrainedModel, tokenizer: PreTrainedT
                                    tmp_path: Path) -> None:
     """The optimizer of a GPU counts in an int and shares its code table among weights."""
     trainer = make_trainer(tiny, tokenizer, RECORDS, SETTINGS["lora"], work=tmp_path)
-    weights = list(trainer._trainable().values())
+    weights = [p for p in trainer.model.parameters() if p.requires_grad]
     trainer.optimizer = bnb.optim.AdamW8bit(weights, lr=0.1, min_8bit_size=256)
     trainer.create_scheduler(num_training_steps=4)
 
@@ -280,7 +280,7 @@ def test_checkpoints_of_8_bit_adam(tiny: PreTrainedModel, tokenizer: PreTrainedT
         return [weight.detach().clone() for weight in weights]
 
     step()
-    trainer._write_checkpoint(torch.get_rng_state())
+    trainer._save_checkpoint(None, None)
     after = step()
     dtypes = {t.dtype for t in trainer.optimizer.state[weights[0]].values()
               if isinstance(t, Tensor)}
