@@ -39,9 +39,10 @@ def parser() -> Parser:
     add("--only", default="", metavar="NN", help="one notebook, by number")
     add("--store", action="store_true", help="also keep the outputs in notebooks/")
 
-    train = commands.add_parser("train", help="train an adapter on your own JSONL")
+    train = commands.add_parser("train", help="train an adapter on your own records")
     add = train.add_argument
-    add("--data", required=True, type=Path, metavar="FILE.jsonl")
+    add("--data", required=True, metavar="FILE", help="JSONL, JSON, CSV, TSV, Parquet, or a hub id")
+    add("--ignore", action="append", default=[], metavar="FIELD", help="field to leave out")
     add("--out", required=True, **DIR)
     add("--model", default="embedded", help="hub id or directory")
     add("--mode", default="qlora", choices=MODES)
@@ -119,9 +120,11 @@ def dispatch(args: argparse.Namespace) -> int | None:
             out = run(args.profile, only=args.only, store=args.store)
             print(f"open {out / 'index.html'} ({time.monotonic() - start:.0f} s in all)")
         case "train":
-            from lib.base.records import read_jsonl
+            from lib.base.records import Records
 
-            settings, records = from_fields(TrainSettings, args), read_jsonl(args.data)
+            settings, records = from_fields(TrainSettings, args), Records(
+                args.data, ignore=[name for text in args.ignore for name in text.split(",")])
+            next(iter(records))  # a wrong file is reported before torch is loaded
             from lib.train.training import train
 
             result = train(records, settings, model=args.model, out=args.out, say_every=10)
@@ -160,15 +163,15 @@ def dispatch(args: argparse.Namespace) -> int | None:
             with contextlib.suppress(KeyboardInterrupt):  # the ordinary way to stop it
                 serve(args.path, from_fields(ServeSettings, args), args.lora,
                       until_eof=args.until_eof)
-        case "bench":  # by name, because `lib` does without `data`
+        # By name, because `lib` does without `data`.
+        case "bench":
             return importlib.import_module("data.evidence.__main__").main(args.words)
-        case "slides" | "site":
-            from lib.course.site import build_site, build_slides
-
-            if args.command == "site":
-                build_site(args.out)
-            else:
-                build_slides(args.out, solutions=args.solutions)
+        case "site":
+            importlib.import_module("data.evidence.site").build_site(args.out)
+            print(f"open {args.out / 'index.html'}")
+        case "slides":
+            importlib.import_module("data.evidence.site").build_slides(
+                args.out, solutions=args.solutions)
             print(f"open {args.out / 'index.html'}")
     return None
 

@@ -44,11 +44,16 @@ class TrainSettings:
     accumulate: int = 1  # parts in which a batch is computed: less memory, the same sums
     warmup: float = 0.05  # share of the steps over which the learning rate rises
     max_length: int = 512
+    learn: str = "all"  # or "last", of the assistant's turns
+    template: str = "auto"  # the model's own, the course's for the embedded one; "own", "course"
     seed: int = 0
     plain: bool = False  # TRL's own step instead of ours
 
     def __post_init__(self) -> None:
-        require(self.mode in MODES, f"mode {self.mode!r}: use one of {', '.join(MODES)}")
+        for name, choices in (("mode", MODES), ("learn", ("all", "last")),
+                              ("template", ("auto", "own", "course"))):
+            value = getattr(self, name)
+            require(value in choices, f"{name} {value!r}: use one of {', '.join(choices)}")
         check_bounds(self, rank=(1, math.inf), alpha=(1, math.inf), dropout=(0, 0.99),
                      learning_rate=(1e-12, math.inf), steps=(1, math.inf),
                      batch_size=(1, math.inf), accumulate=(1, self.batch_size),

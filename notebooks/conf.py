@@ -1,11 +1,6 @@
-"""The site, by Sphinx: `python -m lib site`."""
+"""The site, by Sphinx: `python -m lib site` starts it in the root of the repository."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from data.evidence.site_pages import escaped, write_sources
+from data.evidence.site import escaped, write_sources
 
 project = html_title = "From LoRA to the edge"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx-mathjax-offline"]

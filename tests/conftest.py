@@ -133,7 +133,7 @@ def cheap_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
     """`load_tokenizer` without reading its files again (a second each time)."""
     with pytest.MonkeyPatch.context() as patch:
         for module in ("base.model", "train.training", "quantize.merging"):
-            patch.setattr(f"lib.{module}.load_tokenizer", lambda *_: tokenizer)
+            patch.setattr(f"lib.{module}.load_tokenizer", lambda *_, **__: tokenizer)
         yield
 
 

@@ -6,5 +6,5 @@ __getattr__, __all__ = exports(__name__, {
     "model": "MODULE_KINDS best_dtype frozen_weight load_model load_tokenizer quantized_config "
              "release_memory",
     "embedded": "EMBEDDED locate",
-    "records": "DATA movies read_jsonl sensors",
+    "records": "DATA Records movies sensors",
     "prompts": "IGNORED encode pad_right render"})

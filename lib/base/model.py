@@ -10,6 +10,7 @@ import functools
 import gc
 import os
 import platform
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,20 +38,24 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{ '### Response:\n' }}{%- endif -%}")
 
 
-def load_tokenizer(model: str = EMBEDDED) -> PreTrainedTokenizerBase:
-    """Tokenizer with the course's chat template and a pad token that is not the end token.
+def load_tokenizer(model: str = EMBEDDED, *, template: str = "auto") -> PreTrainedTokenizerBase:
+    """Tokenizer with a chat template, and a pad token that is not the end token if it has one.
 
-    With one token for both, a collator that masks padding would also mask the end of
-    the answer. The model's own template remains as `tokenizer.own_chat_template`.
+    The template is the course's for the embedded model and for one without a template, else the
+    model's own; or "course" or "own". The own one remains as `tokenizer.own_chat_template`.
     """
     tokenizer = _load(transformers.AutoTokenizer, model)
-    tokenizer.own_chat_template = tokenizer.chat_template
-    tokenizer.chat_template = CHAT_TEMPLATE
+    own = tokenizer.own_chat_template = tokenizer.chat_template
+    require(own or template != "own", f"{model} has no chat template: use --template course")
+    if template == "course" or not own or (template == "auto" and model == EMBEDDED):
+        tokenizer.chat_template = CHAT_TEMPLATE
     if tokenizer.pad_token in (None, tokenizer.eos_token):
-        spare = [t for t in tokenizer.all_special_tokens
-                 if t not in (tokenizer.eos_token, tokenizer.bos_token)]
-        require(spare, f"{model} has no spare special token to pad with: add one")
-        tokenizer.pad_token = tokenizer.unk_token if tokenizer.unk_token in spare else spare[0]
+        spare = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special
+                 and t.content not in (tokenizer.eos_token, tokenizer.bos_token)]
+        # One that is for this, or that no text uses. Padding is never learned, so the end
+        # token will do where there is no other.
+        fit = [t for t in spare if re.search("pad|unk|reserved|unused", t)]
+        tokenizer.pad_token = (fit or spare or [tokenizer.eos_token])[0]
     return tokenizer
 
 

@@ -1,6 +1,11 @@
-"""The user's own records: JSON lines, each with an instruction and a response."""
+"""The user's own records: files of many formats, in many shapes, as chat messages or plain text.
 
+A field that carries content is used, listed in `ignore`, or refused by its name.
+"""
+
+import csv
 import json
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,44 +13,177 @@ from lib.errors import UserError, require
 from lib.files import ROOT
 
 DATA = ROOT / "data"
-KEYS = ("instruction", "response")
 Record = dict[str, Any]
+# The label that `evaluate` looks for in an answer; training does not read it.
+LABEL = "expected_keyword"
+SHAPES = "instruction and response, prompt and completion, messages, or text"
+# Roles as ShareGPT calls them.
+ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "developer": "system"} | {
+    role: role for role in ("system", "user", "assistant", "tool")}
 
 
-def read_jsonl(path: Path | str) -> list[Record]:
-    """Records of a JSON-lines file. A UserError names the line that is not a good record."""
-    records = []
-    # Split bytes: in JSON only \n ends a line, but text may contain Unicode's other line ends.
-    lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+class Records:
+    """Records of a file (JSON lines, JSON, CSV, TSV, Parquet) or a hub data set, read as needed.
+
+    Each has "messages" (and perhaps "tools") or "text", and its label if it has one. While one
+    is handled, `where` names its place. A UserError names the place that is wrong.
+    """
+
+    def __init__(self, source: Path | str, *, ignore: Collection[str] = ()) -> None:
+        self.source, self.ignore, self.where = str(source), ignore, str(source)
+
+    def __iter__(self) -> Iterator[Record]:
+        empty = True
+        for where, row in _rows(self.source):
+            empty, self.where = False, where
+            yield normalised(row, where, self.ignore)
+        require(not empty, f"{self.source} has no records: write at least one")
+
+
+def _rows(source: str) -> Iterator[tuple[str, Any]]:
+    """(place, row) of each record as it stands in the source."""
+    path, kind = Path(source), Path(source).suffix.lower()
+    if kind not in (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet"):
+        require(source.count("/") == 1 and not path.exists(), f"{source}: give a .jsonl, .json, "
+                ".csv, .tsv or .parquet file, or the id of a hub data set, OWNER/NAME")
+        yield from _hub_rows(source)
+    elif kind == ".parquet":
+        import pyarrow.parquet
+
+        path.stat()
         try:
-            record = json.loads(line.decode("utf-8"))
-            # JSON can spell half a character ("\ud800"), which no tokenizer takes.
-            json.dumps(record, ensure_ascii=False).encode("utf-8")
-        except UnicodeError:
-            raise UserError(f"{path}:{number} is not UTF-8: save the file as UTF-8") from None
-        except (ValueError, RecursionError):
-            raise UserError(f"{path}:{number} is not JSON: use one object per line") from None
-        check_record(record, f"{path}:{number}")
-        records.append(record)
-    require(records, f"{path} has no records: write one JSON object per line")
-    return records
+            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
+                yield from ((f"{source}, a record", row) for row in batch.to_pylist())
+        except (pyarrow.ArrowException, ValueError) as error:
+            raise UserError(f"{source} is not a Parquet file ({error}): write it again") from None
+    elif kind in (".csv", ".tsv"):
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, "excel" if kind == ".csv" else "excel-tab", strict=True)
+            try:
+                names = next(reader, [])
+                for row in filter(None, reader):
+                    place = f"{source}:{reader.line_num}"
+                    require(len(row) == len(names), f"{place} has {len(row)} fields instead of "
+                            f"{len(names)}: put quotes around text with commas or line breaks")
+                    yield place, dict(zip(names, row, strict=True))
+            except (csv.Error, UnicodeError) as error:
+                raise UserError(f"{source}:{reader.line_num} cannot be read ({error}): double "
+                                "each quote inside quotes, and save as UTF-8") from None
+    else:
+        yield from _json_rows(path)
 
 
-def check_record(record: Any, where: str) -> None:
-    """UserError unless the record has an instruction and a response."""
-    require(isinstance(record, dict), f"{where} is not a JSON object: use {{...}}")
-    for key in KEYS:
-        value = record.get(key)
-        require(isinstance(value, str), f"{where} lacks the text {key!r}: add it")
-        require(value.strip(), f"{where} has an empty {key!r}: fill it or drop the line")
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    with path.open("rb") as file:
+        # In JSON only \n ends a line, but text may contain Unicode's other line ends.
+        for number, line in enumerate(file, 1):
+            line, place = line.removeprefix(b"\xef\xbb\xbf" * (number == 1)), f"{path}:{number}"
+            try:
+                if number == 1 and path.suffix.lower() == ".json" and line.lstrip()[:1] == b"[":
+                    rows = json.loads((line + file.read()).decode("utf-8"))
+                    yield from ((f"{path}, record {i}", row) for i, row in enumerate(rows, 1))
+                elif line.strip():
+                    row = json.loads(line.decode("utf-8"))
+                    # JSON can spell half a character ("\ud800"), which no tokenizer takes.
+                    json.dumps(row, ensure_ascii=False).encode("utf-8")
+                    yield place, row
+            except UnicodeError:
+                raise UserError(f"{place} is not UTF-8: save the file as UTF-8") from None
+            except (ValueError, RecursionError):
+                raise UserError(f"{place} is not JSON: use one object a line") from None
+
+
+def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
+    import datasets
+
+    try:
+        for number, row in enumerate(datasets.load_dataset(source, split="train",
+                                                           streaming=True), 1):
+            yield f"{source}, record {number}", row
+    except Exception as error:  # of many kinds: the network, the name, the files
+        raise UserError(f"{source} is neither a file here nor a data set that the hub gives ("
+                        f"{' '.join(str(error).split())[:160]}): check the name and the network"
+                        ) from error
+
+
+def normalised(row: Any, where: str = "the record", ignore: Collection[str] | None = None
+               ) -> Record:
+    """A record of any of the shapes as {"messages": [...]} or {"text": ...}, with tools and label.
+
+    Without `ignore` further fields are not looked at.
+    """
+    require(isinstance(row, dict), f"{where} is not a JSON object: use {{...}}")
+    row = {key: value for key, value in row.items() if value not in (None, [], {})}
+    left = {key: value for key, value in row.items() if value != ""}
+
+    def take(*names: str) -> Any:
+        """The one of these fields that is there; it must be text."""
+        name = next((n for n in names if n in row), names[0])
+        value = row.get(name)
+        require(isinstance(value, str), f"{where} lacks the text {name!r}: add it")
+        require(value.strip(), f"{where} has an empty {name!r}: fill it or drop the record")
+        del left[name]
+        return value
+
+    record: Record = {key: left.pop(key) for key in ("tools", LABEL) if key in left}
+    if "messages" in left or "conversations" in left:
+        turns = left.pop("messages" if "messages" in left else "conversations")
+        record["messages"] = [_message(turn, where) for turn in turns]
+    elif isinstance(left.get("prompt"), list) and isinstance(left.get("completion"), list):
+        turns = left.pop("prompt") + left.pop("completion")
+        record["messages"] = [_message(turn, where) for turn in turns]
+    elif "prompt" in row or "instruction" in row:
+        given = take("prompt") if "prompt" in row else take("instruction")
+        if "input" in left:
+            given += "\n\n" + take("input")
+        answer = take("completion") if "prompt" in row else take("response", "output")
+        record["messages"] = [{"role": "user", "content": given},
+                              {"role": "assistant", "content": answer}]
+    elif "text" in row:
+        record["text"] = take("text")
+    else:
+        raise UserError(f"{where} has none of the known shapes (its fields are "
+                        f"{', '.join(map(str, row)) or 'empty'}): use {SHAPES}")
+    if "messages" in record and "system" in left:
+        record["messages"].insert(0, {"role": "system", "content": take("system")})
+    unused = [key for key in left if ignore is not None and key not in ignore]
+    require(not unused, f"{where} has {', '.join(map(repr, unused))}, which would not be used: "
+            "drop it, or name it with --ignore")
+    if "messages" in record:
+        last = record["messages"][-1]["role"] if record["messages"] else "nothing"
+        require(last == "assistant", f"{where} ends with {last}: the last turn must be the "
+                "assistant's, which is learned")
+    return record
+
+
+def _message(turn: Any, where: str) -> Record:
+    """One turn of a chat, from OpenAI's or ShareGPT's form."""
+    require(isinstance(turn, dict), f"{where} has a turn that is not an object: use {{...}}")
+    message = {{"from": "role", "value": "content"}.get(key, key): value
+               for key, value in turn.items() if value is not None}
+    role = ROLES.get(message.get("role"))
+    require(role, f"{where} has the role {message.get('role')!r}: use one of {', '.join(ROLES)}")
+    content = message.get("content", "")
+    if isinstance(content, list) and all(
+            isinstance(part, dict) and part.get("type") == "text" for part in content):
+        content = "".join(part["text"] for part in content)
+    require(isinstance(content, str), f"{where} has a turn whose content is not text: use text")
+    require(content.strip() or message.get("tool_calls"),
+            f"{where} has an empty turn of the {role}: fill it or drop the record")
+    for call in message.get("tool_calls", []):
+        function = call.get("function", call)
+        if isinstance(function.get("arguments"), str):  # templates expect them decoded
+            function["arguments"] = json.loads(function["arguments"])
+    return message | {"role": role, "content": content}
 
 
 def sensors(split: str, limit: int | None = None) -> list[Record]:
-    """Split of data/sensors: train, validation, test or test_phrasings."""
-    return read_jsonl(DATA / "sensors" / f"{split}.jsonl")[:limit]
+    """Split of data/sensors: train, validation, test or test_phrasings.
+
+    Beside instruction and response a record has labels: `expected_keyword`, `device`, `fault`.
+    """
+    lines = (DATA / "sensors" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [*map(json.loads, lines[:limit])]
 
 
 def movies(split: str, limit: int | None = None) -> list[Record]:

@@ -3,13 +3,14 @@
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast
 from datasets import Dataset
+from datasets.arrow_writer import ArrowWriter
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
@@ -32,12 +34,12 @@ from lib.base.model import (
     machine,
     quantized_config,
 )
-from lib.base.prompts import chat
-from lib.base.records import Record, check_record
-from lib.errors import require
+from lib.base.prompts import IGNORED, encode
+from lib.base.records import Record
+from lib.errors import UserError, require
 from lib.evaluate.measure import peak_memory
 from lib.evaluate.scores import answer_loss
-from lib.files import read_json, require_free, scratch, verified, write_json, writing
+from lib.files import read_json, require_free, scratch, sha256, verified, write_json, writing
 from lib.host import is_main_process, is_sharded, process_count
 from lib.settings import TrainSettings, seed_everything
 from lib.train.fused_step import fused
@@ -146,7 +148,7 @@ def base_for(mode: str, name: str) -> PreTrainedModel:
     return load_model(name, dtype=torch.float32 if mode == "full" else None)
 
 
-def make_trainer(model: PreTrainedModel, tokenizer: Any, records: Sequence[Record],
+def make_trainer(model: PreTrainedModel, tokenizer: Any, records: Iterable[Record],
                  settings: TrainSettings, *, work: Path, say_every: int = 0) -> SFTTrainer:
     """The trainer for a model without an adapter, which it adds."""
     on_gpu = torch.cuda.is_available()
@@ -161,7 +163,7 @@ def make_trainer(model: PreTrainedModel, tokenizer: Any, records: Sequence[Recor
         adam_beta2=0.95, max_grad_norm=0.5,
         # The state of paged_adamw_8bit cannot be saved under FSDP (peft's guide).
         optim="paged_adamw_8bit" if on_gpu and not is_sharded() else "adamw_torch_fused",
-        max_length=settings.max_length,
+        max_length=settings.max_length, dataset_kwargs={"skip_prepare_dataset": True},
         use_cpu=not on_gpu, bf16=settings.mode == "full" and best_dtype() == torch.bfloat16,
         gradient_checkpointing=on_gpu, dataloader_pin_memory=on_gpu,
         # peft's guide to FSDP with QLoRA uses the reentrant kind.
@@ -170,11 +172,9 @@ def make_trainer(model: PreTrainedModel, tokenizer: Any, records: Sequence[Recor
         save_strategy="no" if is_sharded() else "steps", save_steps=CHECKPOINT_EVERY,
         ddp_find_unused_parameters=False, report_to="none", disable_tqdm=True,
         logging_steps=1, logging_nan_inf_filter=False)
-    dataset = Dataset.from_list([  # TRL trains on the completion only
-        {"prompt": chat(r["instruction"]),
-         "completion": chat(r["instruction"], r["response"])[1:]} for r in records])
     trainer = (SFTTrainer if settings.plain else CourseTrainer)(
-        model=model, args=args, train_dataset=dataset, processing_class=tokenizer,
+        model=model, args=args, processing_class=tokenizer,
+        train_dataset=tokenised(tokenizer, records, settings, work),
         peft_config=None if settings.mode == "full" else lora_config(model, settings))
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # in bfloat16, as TRL leaves it, small Adam steps vanish
@@ -182,13 +182,44 @@ def make_trainer(model: PreTrainedModel, tokenizer: Any, records: Sequence[Recor
     trainer.remove_callback(PrinterCallback)
     if say_every:
         trainer.add_callback(Progress(say_every))
-    ends = sum(tokenizer.eos_token_id in labels for labels in trainer.train_dataset["labels"])
-    require(ends == len(records), f"{len(records) - ends} of {len(records)} answers are cut off: "
-            "raise --max-length or shorten them")  # a model that never sees an end does not stop
+        if is_main_process():
+            print(preview(tokenizer, **trainer.train_dataset[0]), flush=True)
     return trainer
 
 
-def train(records: Sequence[Record], settings: TrainSettings, *, model: str = "embedded",
+def tokenised(tokenizer: Any, records: Iterable[Record], settings: TrainSettings, work: Path
+              ) -> Dataset:
+    """The records as token ids and labels, in a file of `work` that is read as needed."""
+    work.mkdir(parents=True, exist_ok=True)
+    file = work / f"tokens-{os.environ.get('RANK', 0)}.arrow"
+    count = 0
+    with ArrowWriter(path=str(file)) as writer:
+        for count, record in enumerate(records, 1):
+            where = getattr(records, "where", f"record {count}")
+            try:
+                ids, labels = encode(tokenizer, record, learn=settings.learn)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
+            # A model that never sees an end does not stop.
+            require(len(ids) <= settings.max_length, f"{where} has {len(ids)} tokens and would be "
+                    f"cut off: raise --max-length {settings.max_length}, or shorten it")
+            writer.write({"input_ids": ids, "labels": labels})
+        require(count, "there are no records to train on: give at least one")
+        writer.finalize()
+    return Dataset.from_file(str(file))
+
+
+def preview(tokenizer: Any, input_ids: Sequence[int], labels: Sequence[int]) -> str:
+    """One example as it is trained on: what is read, and what is learned."""
+    parts = []
+    for learned, group in itertools.groupby(zip(input_ids, labels, strict=True),
+                                            lambda pair: pair[1] != IGNORED):
+        text = tokenizer.decode([token for token, _ in group])
+        parts.append(f"  {'learned' if learned else 'prompt '} {text!r}")
+    return "\n".join(["the first example, as the model sees it:", *parts])
+
+
+def train(records: Iterable[Record], settings: TrainSettings, *, model: str = "embedded",
           out: Path | None = None, say_every: int = 0) -> TrainResult:
     """Train on records; save the adapter ("full": the model) and `losses.json` to `out` if given.
 
@@ -200,20 +231,18 @@ def train(records: Sequence[Record], settings: TrainSettings, *, model: str = "e
         UserError: bad records or model, or settings that do not suit them.
     """
     seed_everything(settings.seed)
-    require(records, "there are no records to train on: give at least one")
-    for number, record in enumerate(records, 1):
-        check_record(record, f"record {number}")
     if out is not None:
         out = Path(out)
         require_free(out, model)
     processes = join()
     with processes.local_main_process_first():
         locate(model)  # the first process creates the embedded model's files
-    base, tokenizer = base_for(settings.mode, model), load_tokenizer(model)
-    identity = [dataclasses.asdict(settings), model, processes.num_processes,
-                [[r["instruction"], r["response"]] for r in records]]
+    tokenizer = load_tokenizer(model, template=settings.template)
     with work_directory(out, processes) as work:
-        trainer = make_trainer(base, tokenizer, records, settings, work=work, say_every=say_every)
+        trainer = make_trainer(base_for(settings.mode, model), tokenizer, records, settings,
+                               work=work, say_every=say_every)
+        identity = [dataclasses.asdict(settings), model, processes.num_processes,
+                    *map(sha256, sorted(work.glob("tokens-*.arrow")))]
         trainer.run = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
         result = run_trainer(trainer, settings, resume=last_checkpoint(work, trainer.run))
         # FSDP leaves each process a part of the weights: all must take part in joining them.
@@ -230,6 +259,7 @@ def train(records: Sequence[Record], settings: TrainSettings, *, model: str = "e
                 result.model.save_pretrained(part, state_dict=whole, save_embedding_layers=False)
                 make_portable(part, model)
                 (part / "README.md").unlink()
+                tokenizer.save_pretrained(part)  # with the template that it was trained in
             write_json(part / "losses.json", list(result.losses))
     return result
 

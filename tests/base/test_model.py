@@ -1,7 +1,6 @@
 """lib.base.model and lib.base.embedded: dtype, template, and every way a model is missing."""
 
 import json
-import platform
 import shutil
 import struct
 import subprocess
@@ -11,14 +10,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from lib.base import embedded
 from lib.base.embedded import EMBEDDED, locate
-from lib.base.model import best_dtype, load_model, load_tokenizer, machine, release_memory
+from lib.base.model import best_dtype, load_model, load_tokenizer, machine
 from lib.errors import UserError
 from lib.files import writing
 
@@ -203,18 +201,3 @@ def test_the_real_model_speaks() -> None:
     answer = generate(model, load_tokenizer(), ["What is the capital of France?"],
                       max_new_tokens=8, own=True)[0]
     assert "Paris" in answer
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be asked to trim")
-def test_memory_of_deleted_models_is_returned() -> None:
-    def resident() -> float:
-        return psutil.Process().memory_info().rss / 1e6
-
-    before = resident()
-    # Below 128 kB, so that they come from the heap, and one stays at its end.
-    tensors = [torch.ones(25_000) for _ in range(3000)]
-    last, held = tensors[-1], resident()
-    del tensors
-    release_memory()
-    assert held - before > 200
-    assert resident() - before < 100, last.shape

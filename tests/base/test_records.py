@@ -1,48 +1,98 @@
-"""lib.base.records and lib.base.prompts: reading JSON lines, prompts and labels."""
+"""lib.base.records and lib.base.prompts: files, shapes, prompts and labels."""
 
+import copy
+import itertools
 import json
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
+from lib.base.model import load_tokenizer
 from lib.base.prompts import IGNORED, chat, encode, pad_right, render
-from lib.base.records import Record, movies, read_jsonl, sensors
+from lib.base.records import Record, Records, movies, sensors
 from lib.errors import UserError
 
+CASES = {
+    "ok.jsonl": [{"instruction": "Name it.", "response": " Paris,\n  France."}],
+    "input.json": [{"instruction": "Translate.", "input": "Cheese.", "output": "Fromage."}],
+    "system.ndjson": [{"system": "Be brief.", "instruction": "Hi", "response": "Hello."}],
+    "completion.jsonl": [{"prompt": "Hi", "completion": "Hello."}],
+    "lists.jsonl": [{"prompt": [{"role": "user", "content": "Hi"}],
+                     "completion": [{"role": "assistant", "content": "Hello."}]}],
+    "parts.jsonl": [{"messages": [
+        {"role": "developer", "content": [{"type": "text", "text": "Be "},
+                                          {"type": "text", "text": "brief."}]},
+        {"role": "user", "content": "Hi", "name": None},
+        {"role": "assistant", "content": "Hello."}]}],
+    "sharegpt.jsonl": [{"conversations": [{"from": "human", "value": "Hi"},
+                                          {"from": "gpt", "value": "Hello."}]}]}
+HELLO = [("user", "Hi"), ("assistant", "Hello.")]
+EXPECTED = {
+    "ok.jsonl": [("user", "Name it."), ("assistant", " Paris,\n  France.")],
+    "input.json": [("user", "Translate.\n\nCheese."), ("assistant", "Fromage.")],
+    "system.ndjson": [("system", "Be brief."), *HELLO], "completion.jsonl": HELLO,
+    "lists.jsonl": HELLO, "parts.jsonl": [("system", "Be brief."), *HELLO],
+    "sharegpt.jsonl": HELLO}
 
-@settings(max_examples=15)
-@given(st.lists(st.fixed_dictionaries({
-    key: st.text(st.characters(codec="utf-8"), min_size=1, max_size=8).filter(str.strip)
-    for key in ("instruction", "response", "extra")}), min_size=1, max_size=2))
-@example([{"instruction": "a\u2028b", "response": "c\x85d\x0ce", "extra": "\x1c"}])
-@pytest.mark.parametrize(("ascii_only", "end"), [(True, "\n"), (False, "\r\n")])
-def test_reads_what_json_writes(tmp_path: Path, end: str, ascii_only: bool,
-                                records: list[Record]) -> None:
-    """Also text with Unicode's other line ends, and the mark that Windows editors write."""
-    path = tmp_path / "data.jsonl"
-    text = end.join(json.dumps(r, ensure_ascii=ascii_only) for r in records)
-    path.write_bytes(b"\xef\xbb\xbf" * ascii_only + text.encode())
-    assert read_jsonl(path) == records
+
+@pytest.mark.parametrize("name", CASES)
+def test_shapes_become_messages(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    lines = json.dumps(CASES[name]) if name.endswith(".json") else "\n".join(
+        map(json.dumps, CASES[name]))
+    path.write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    (record,) = Records(path)
+    assert [(m["role"], m["content"]) for m in record["messages"]] == EXPECTED[name]
+    if name != "parts.jsonl":  # Parquet has no column of texts and lists
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(CASES[name]), tmp_path / "p.parquet")
+        assert [*Records(tmp_path / "p.parquet")] == [record]
 
 
-@pytest.mark.parametrize(("line", "message"), [
-    (b"once upon a time", "data.jsonl:2 is not JSON"),
-    (b'{"instruction": "caf\xe9", "response": "b"}', "data.jsonl:2 is not UTF-8"),
-    (b'{"instruction": "\\ud800", "response": "b"}', "data.jsonl:2 is not UTF-8"),
-    (b'["instruction", "response"]', "data.jsonl:2 is not a JSON object"),
-    (b'{"instruction": "a"}', "data.jsonl:2 lacks the text 'response'"),
-    (b'{"instruction": " ", "response": "b"}', "data.jsonl:2 has an empty 'instruction'")])
-def test_says_which_line_is_wrong(tmp_path: Path, line: bytes, message: str) -> None:
-    path = tmp_path / "data.jsonl"
-    path.write_bytes(b"\n" + line)
+@pytest.mark.parametrize(("name", "mark"), [("c.csv", ","), ("c.tsv", "\t")])
+def test_tables(tmp_path: Path, name: str, mark: str) -> None:
+    text = f'instruction{mark}response{mark}id\n"Name, or\ntell"{mark}"He said ""x""."{mark}\n'
+    (tmp_path / name).write_text(text)
+    (record,) = Records(tmp_path / name)
+    assert [m["content"] for m in record["messages"]] == ["Name, or\ntell", 'He said "x".']
+
+
+@pytest.mark.parametrize(("name", "text", "message"), [
+    ("d.jsonl", "once upon a time", "d.jsonl:2 is not JSON"),
+    ("d.jsonl", b'{"instruction": "caf\xe9", "response": "b"}', "d.jsonl:2 is not UTF-8"),
+    ("d.jsonl", '{"instruction": "\\ud800", "response": "b"}', "d.jsonl:2 is not UTF-8"),
+    ("d.jsonl", '["instruction", "response"]', "d.jsonl:2 is not a JSON object"),
+    ("d.jsonl", '{"instruction": "a"}', "d.jsonl:2 lacks the text 'response'"),
+    ("d.jsonl", '{"instruction": " ", "response": "b"}', "d.jsonl:2 has an empty 'instruction'"),
+    ("d.jsonl", '{"instruction": "a", "response": "b", "context": "c"}',
+     "d.jsonl:2 has 'context', which would not be used: drop it, or name it with --ignore"),
+    ("d.jsonl", '{"instruction": "a", "response": "b", "output": "c"}', "has 'output', which"),
+    ("d.jsonl", '{"question": "a"}', r"known shapes \(its fields are question\): use instr"),
+    ("d.jsonl", '{"messages": [{"role": "user", "content": "a"}]}', "ends with user"),
+    ("d.jsonl", '{"messages": [{"role": "robot", "content": "a"}]}', "has the role 'robot'"),
+    ("d.jsonl", '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "not text"),
+    ("c.csv", "instruction,response\na,b,c", "c.csv:2 has 3 fields instead of 2: put quotes"),
+    ("c.csv", 'instruction,response\n"a"b,c', "c.csv:2 cannot be read .*double each quote"),
+    ("p.parquet", "PAR1", "p.parquet is not a Parquet file"),
+    ("d.xlsx", "x", "give a .jsonl, .json, .csv"), ("d.jsonl", "\n \n", "has no records")])
+def test_says_which_record_is_wrong(tmp_path: Path, name: str, text: str | bytes,
+                                    message: str) -> None:
+    path = tmp_path / name
+    text = text.encode() if isinstance(text, str) else text
+    path.write_bytes(b"\n" * name.endswith("l") + text)
     with pytest.raises(UserError, match=message):
-        read_jsonl(path)
-    path.write_bytes(b" \n\n")
-    with pytest.raises(UserError, match="has no records"):
-        read_jsonl(path)
+        list(Records(path))
+
+
+def test_what_is_listed_is_ignored(tmp_path: Path) -> None:
+    row = {"instruction": "a", "response": "b", "id": 7, "notes": "x", "expected_keyword": "b"}
+    (tmp_path / "d.jsonl").write_text(json.dumps(row))
+    (record,) = Records(tmp_path / "d.jsonl", ignore=["id", "notes"])
+    assert record.keys() == {"messages", "expected_keyword"}
 
 
 def test_a_limit_takes_the_first() -> None:
@@ -59,23 +109,83 @@ def test_prompt_is_the_tutorials_form(tokenizer: PreTrainedTokenizerBase) -> Non
     assert own.endswith("<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n")
 
 
+def learned(tokenizer: PreTrainedTokenizerBase, record: Record, **options: str) -> list[str]:
+    """The runs of learned tokens, each as text."""
+    pairs = zip(*encode(tokenizer, record, **options), strict=True)
+    groups = itertools.groupby(pairs, lambda pair: pair[1] != IGNORED)
+    return [tokenizer.decode([token for token, _ in part]) for own, part in groups if own]
+
+
 # The tokenizer lacks some bytes of control characters and of unassigned ones.
 texts = st.text(
     st.characters(codec="utf-8", max_codepoint=0xFFFF, exclude_categories=("Cc", "Cn", "Co"),
-                  include_characters="\n\t"), min_size=1, max_size=30)
+                  include_characters="\n\t"), min_size=1, max_size=30).filter(str.strip)
 
 
-@given(texts, texts.filter(str.strip))
-@example("a\n\n", "b  \n\n")
-@example("a", "  b")
-@example("a ", "- item\n    indented\n")
-def test_labels_are_the_answer_and_the_end(tokenizer: PreTrainedTokenizerBase, instruction: str,
-                                           response: str) -> None:
-    ids, labels = encode(tokenizer, {"instruction": instruction, "response": response})
+@given(texts, texts, st.sampled_from(["own", "course"]))
+@example("a\n\n", "b  \n\n", "course")
+@example("a", "  b", "course")
+@example("a <|im_end|>\n<|im_start|>", "\n\n<|im_end|> is\n an end<|im_end|>", "own")
+@example("### Response:\nx", "### Instruction:\nfoo\n\n### Response:\nbar", "course")
+def test_labels_are_the_answer_and_the_end(instruction: str, response: str,
+                                           template: str) -> None:
+    """As it is, with one end; control tokens in the record are text."""
+    tokenizer = load_tokenizer(template=template)
+    record = {"instruction": instruction, "response": response}
+    ids, labels = encode(tokenizer, record)
     assert all(label in (token, IGNORED) for token, label in zip(ids, labels, strict=True))
-    assert labels[-1] == tokenizer.eos_token_id
-    answer = [label for label in labels if label != IGNORED]
-    assert tokenizer.decode(answer) == response.strip() + tokenizer.eos_token
+    assert learned(tokenizer, record) == [response + tokenizer.eos_token]
+    assert labels.count(tokenizer.eos_token_id) == 1
+    assert ids.count(tokenizer.eos_token_id) == {"own": 3, "course": 1}[template]
+
+
+TURNS = {"messages": [{"role": role, "content": text} for role, text in (
+    ("system", "Be brief."), ("user", "One?"), ("assistant", "1."), ("user", "Two?"),
+    ("assistant", "2."))]}
+CALL = {"messages": [
+    {"role": "user", "content": "How warm?"},
+    {"role": "assistant", "content": "", "tool_calls": [
+        {"type": "function", "function": {"name": "read_sensor", "arguments": '{"of": "pump"}'}}]},
+    {"role": "tool", "content": "78"}, {"role": "assistant", "content": "78 C."}]}
+
+
+def test_turns_tools_and_plain_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    end = tokenizer.eos_token
+    assert learned(tokenizer, TURNS) == [f"1.{end}", f"2.{end}"]
+    assert learned(tokenizer, TURNS, learn="last") == [f"2.{end}"]
+    assert learned(tokenizer, {"text": "All of it."}) == [f"All of it.{end}"]
+    assert learned(tokenizer, {"text": f"All of it.{end}"}) == [f"All of it.{end}"]
+    with pytest.raises(UserError, match="leaves out 'read_sensor'"):
+        encode(tokenizer, CALL)
+    able = copy.deepcopy(tokenizer)
+    able.chat_template = tokenizer.chat_template.replace(
+        "message['content'] + eos", "message['content'] + (message.tool_calls | tojson if "
+        "message.tool_calls else '') + eos")
+    first, last = learned(able, CALL)
+    assert '"arguments": {"of": "pump"}' in first and last == f"78 C.{end}"
+
+
+def test_bos_as_the_tokenizer_has_it(tokenizer: PreTrainedTokenizerBase) -> None:
+    own = copy.deepcopy(tokenizer)
+    own.bos_token = "<|im_start|>"
+    assert encode(own, TURNS)[0] == encode(tokenizer, TURNS)[0]  # it does not begin with one
+    own.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", own.bos_token_id)])
+    ids, labels = encode(own, TURNS)
+    assert ids == [own.bos_token_id, *encode(tokenizer, TURNS)[0]] and labels[0] == IGNORED
+    assert render(own, "Hi").startswith("<|im_start|>###")
+    own.chat_template = "{{ bos_token }}" + own.chat_template
+    assert encode(own, TURNS)[0] == ids
+
+
+def test_templates_that_fail(tokenizer: PreTrainedTokenizerBase) -> None:
+    own = copy.deepcopy(tokenizer)
+    for template, message in (("{{ raise_exception('no system') }}", r"cannot render .*no system"),
+                              ("{{ messages[0].content }}", "leaves out"),
+                              ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "not end")):
+        own.chat_template = template
+        with pytest.raises(UserError, match=message):
+            encode(own, TURNS)
 
 
 def test_pad_right() -> None:

@@ -20,9 +20,8 @@ from lib.base.model import MODULE_KINDS
 from lib.base.records import sensors
 from lib.coa.adapter import NAME, OWNED, CoaLora, MixingNetwork, learned_a
 from lib.coa.budgets import best_formats, random_configuration
-from lib.coa.configuration import Configuration, Layers, numbers
+from lib.coa.configuration import Configuration, Layers
 from lib.coa.joint import LEAST_LOSS, METHODS, _descend_on_logarithm, start_owned, train_over
-from lib.coa.pareto import Features
 from lib.coa.switchable import Switchable
 from lib.errors import UserError
 from lib.files import read_json, writing
@@ -378,52 +377,6 @@ def test_each_part_of_a_step_uses_the_next_configuration(
     for order in orders:  # all get their turn in each round
         assert all(sorted(order[i:i + 3]) == [0, 1, 2] for i in range(0, len(order), 3))
     assert orders[0] == orders[1] != orders[2]
-
-
-@pytest.mark.usefixtures("quick")
-def test_a_callback_can_renew_the_configurations_by_a_search(
-        make_tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    base, sets = Switchable(make_tiny(), dtype=torch.float32), []
-    start, search = several(base, 4), alternate.renewed
-
-    def renewed(adapter: Any, before: list[Configuration], **options: Any) -> list[Configuration]:
-        sets.append((before, search(adapter, before, **options)))
-        assert adapter.model.training
-        return sets[-1][1]
-
-    monkeypatch.setattr(alternate, "renewed", renewed)
-    seen = switched(monkeypatch)
-    renewing = alternate.Renewing(
-        base, start, 0, at=(2, 4), evaluations=5, held=sensors("validation", 3),
-        features=Features.of(base, torch.ones(len(base.layers.names))))
-    train_over(base, sensors("train", 12), start, SETTINGS, callbacks=[renewing])
-    (first, second), (third, last) = sets
-    assert first == start and third == second and set(last) - set(start)
-    # Two steps; nine evaluations; two steps; an evaluation of each and five more; two steps.
-    assert set(seen[:2]) <= set(start) and set(seen[11:13]) <= set(second)
-    assert set(seen[-2:]) <= set(last)
-
-
-@pytest.mark.usefixtures("quick")
-def test_a_search_scores_on_one_batch_with_the_current_adapter(
-        base: Switchable, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The released code scores on a random training batch, without U, and never again."""
-    model = with_adapter(base.model, target_modules=list(MODULE_KINDS))
-    coa, held, batches = CoaLora(model, base), sensors("validation", 3), []
-    torch.nn.init.normal_(coa.network.network[-1].weight, std=0.5)
-    measured = alternate.held_out_loss
-
-    def watched(model: Any, tokenizer: Any, records: Any) -> float:
-        batches.append(records)
-        return measured(model, tokenizer, records)
-
-    monkeypatch.setattr(alternate, "held_out_loss", watched)
-    evaluate, (one, other) = alternate.loss_with(coa, held), map(numbers, several(base, 2))
-    before = evaluate(one)
-    assert evaluate(other) != before == evaluate(one)
-    assert all(batch is held for batch in batches)
-    torch.nn.init.zeros_(coa.network.network[-1].weight)  # as training would change it
-    assert evaluate(one) != before
 
 
 def test_without_a_configuration_nothing_is_corrected(base: Switchable) -> None:

@@ -7,7 +7,6 @@ import random
 import pytest
 import torch
 
-from data.evidence.rivals import nsga2
 from data.evidence.search import JournalFile
 from lib.coa.budgets import random_configuration
 from lib.coa.configuration import Configuration, Layers, numbers
@@ -90,14 +89,6 @@ def test_the_climb_reaches_a_quadratic_s_optimum_from_any_start(start, target):
     assert end.tolist() == [target] * 3
 
 
-def test_the_reference_point_is_worse_than_every_point():
-    """That of the released code, (0, 0) for negated objectives, dominates all of them."""
-    dearest = torch.tensor([[8.625, -1.0], [4.0, 0.0]], dtype=torch.float64)
-    reference = reference_point(dearest)
-    assert (reference > dearest).all()
-    assert reference_point(dearest[1:])[0] == 8.6  # what is stored was measured from
-
-
 def test_the_search_reaches_the_known_front(features):
     start = start_of(features)
     evaluated = search(start, features, loss_of(features), evaluations=60, seed=0)
@@ -165,15 +156,6 @@ def test_a_loss_that_is_not_finite_raises(features, loss):
         search(start_of(features), features, lambda _: loss, evaluations=5)
 
 
-def test_a_failure_in_the_search_raises(features, monkeypatch):
-    def failing(*_, **__):
-        raise FloatingPointError("not positive definite")
-
-    monkeypatch.setattr(Surrogate, "predict", failing)
-    with pytest.raises(FloatingPointError, match="positive definite"):
-        search(start_of(features), features, loss_of(features), evaluations=5)
-
-
 def test_a_search_that_knows_everything_ends(features, monkeypatch):
     start = start_of(features)
     monkeypatch.setattr("lib.coa.pareto.climb", lambda configuration, *_: [configuration])
@@ -200,24 +182,6 @@ def test_the_surrogate_predicts_what_it_has_not_seen(features):
     truth = Evaluated.at(new, features, loss_of(features), Journal()).points[:, 1]
     assert float((mean - truth).square().mean() / truth.var()) < 0.02
     assert float(((mean - truth).abs() < 3 * spread).double().mean()) > 0.9
-
-
-def test_nsga2_has_the_same_start_and_number_of_evaluations(features):
-    start, journal, calls = start_of(features), Journal(), itertools.count()
-
-    def evaluate(configuration):
-        next(calls)
-        return loss_of(features)(configuration)
-
-    for configuration, (_, log) in zip(start.configurations, start.points, strict=True):
-        journal.known[tuple(configuration.tolist())] = float(log.exp())
-    evaluated = nsga2(start, features, evaluate, evaluations=12, seed=0, journal=journal)
-    first, new = evaluated.configurations.split([30, 12])
-    assert torch.equal(first.unique(dim=0), start.configurations.unique(dim=0))
-    assert next(calls) <= 15
-    assert bool(((new >= 0) & (new < len(FORMATS))).all())
-    # Children are made of the parents' fields.
-    assert not {tuple(row) for row in new.tolist()} <= {tuple(row) for row in first.tolist()}
 
 
 def test_features_add_up_and_know_the_bits(tiny):

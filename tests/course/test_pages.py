@@ -68,15 +68,6 @@ def test_terms_are_sorted_and_their_anchors_unique() -> None:
     assert [t for t in terms if not re.fullmatch(r"[a-z0-9_ -]+", t)] == []
 
 
-@pytest.mark.parametrize("term", entries())
-def test_a_term_is_short_and_names_its_notebook(term: str) -> None:
-    text = entries()[term].strip()
-    found = re.search(r"\(\[(\d\d)\]\((\w+\.ipynb)\)\)$", text)
-    assert found and found[2] in NAMES and found[2].startswith(found[1])
-    assert 30 < len(text) < 420
-    assert max(map(len, text.splitlines())) <= 88
-
-
 def said_by(sources: list[Path]) -> list[str]:
     """Every text of a source; what is filled in is one NUL."""
     texts = []
@@ -152,9 +143,3 @@ def test_the_guide_gives_each_line_the_minutes_of_its_sections() -> None:
     sums = [sum(int(m) for m in re.findall(r"(?m)^\| (\d+) \|", part))
             for part in re.split(r"\| minutes \| (?:what|day \d) ", guide)[1:]]
     assert sums == [90, 300, 300]
-
-
-@pytest.mark.parametrize("name", ["START", "TROUBLESHOOTING", "GLOSSARY"])
-def test_plain_words(name: str) -> None:
-    for sign in ("\u2014", "TODO", "FIXME", "http://"):
-        assert sign not in PAGES[name]

@@ -1,25 +1,20 @@
 """What is stored: the ledger, the README, the model card and the picture fit the results."""
 
 import json
-import random
 import re
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
-import torch
 from conftest import ROOT
 
 from data.evidence import __main__ as evidence
 from data.evidence import claims_paper as paper
 from data.evidence import claims_tutorial as tutorial
-from data.evidence import coa, ledger, picture, search, tables
-from data.evidence.compare import MAIN
+from data.evidence import ledger, picture, search, tables
 from data.evidence.ledger import NOT_YET, RULES, Stored
 from data.evidence.pieces import ADAPTERS, RESULTS, Piece, store
-from data.evidence.training_runs import variants
-from lib.coa.budgets import random_configuration
 from lib.files import read_json
 
 IDS = [f"T{i}" for i in range(1, 17)] + [f"P{i}" for i in range(1, 6)]
@@ -59,13 +54,6 @@ def test_every_stored_result_names_the_command_that_makes_it(claims):
     for c in claims:
         assert c["evidence"] or c["verdict"] == NOT_YET
         assert c["command"] == [read_json(ROOT / file)["command"] for file in c["evidence"]]
-
-
-def test_films_are_scored_at_every_main_configuration():
-    """One word is right by luck half of the time: a missing score cannot count as wrong."""
-    for file in RESULTS.glob("coa/movies-*-[0-9].json"):
-        rows = read_json(file)["result"]["plans"]
-        assert all("score" in rows[name] for name in MAIN if name in rows), file.name
 
 
 def test_the_last_notebook_shows_the_ledger(claims):
@@ -120,15 +108,6 @@ def test_rules_name_pieces_that_can_be_made():
     assert (paper.METHODS, paper.SEARCHES) == (search.METHODS, search.ALL_SEEDS)
 
 
-def test_the_curve_compares_runs_of_as_many_steps():
-    """Only the number of examples differs, also between the last two."""
-    for names in (tutorial.CURVE.values(), tutorial.LONGER):
-        rows = [variants()[name] for name in names]
-        assert len({row["steps"] for row in rows}) == 1
-        assert all(row.keys() == {"mode", "examples", "steps"} for row in rows)
-    assert [variants()[n]["examples"] for n in tutorial.CURVE.values()] == [*tutorial.CURVE]
-
-
 def test_the_modes_are_compared_at_the_best_rates_of_the_sweep():
     rows = read_json(RESULTS / "sweeps.json")["result"]["learning_rate"].values()
     for mode in ("lora", "full"):
@@ -137,23 +116,6 @@ def test_the_modes_are_compared_at_the_best_rates_of_the_sweep():
         for name in tutorial.of_seeds(mode):
             settings = read_json(RESULTS / f"{name}.json")["result"]["settings"]
             assert settings["learning_rate"] == min(losses, key=lambda x: losses[x]), name
-
-
-def test_cached_weights_are_those_that_are_built(tiny_directory, tmp_path, monkeypatch):
-    """Read back from their files they are equal to the last bit; a second model builds none."""
-    monkeypatch.setattr(coa, "BUILD", tmp_path)
-    base = coa.CachedOnDisk.load(tiny_directory)
-    configuration = random_configuration(base.layers, 4.0, random.Random(0))
-    base.switch(configuration)
-    built = [base.weight(i, fmt) for i, fmt in enumerate(configuration.formats)]
-    files = [path.suffix for path in tmp_path.rglob("*") if path.is_file()]
-    assert files == [".bin"] * len(built)
-    again = coa.CachedOnDisk.load(tiny_directory)
-    monkeypatch.setattr(again, "weight", None)
-    again.switch(configuration)
-    for name, weight in zip(base.layers.names, built, strict=True):
-        ours = again.model.get_submodule(name).weight
-        assert torch.equal(ours, weight.to(ours))
 
 
 def test_the_command_makes_what_is_named(tmp_path, monkeypatch, capsys):

@@ -160,12 +160,12 @@ ROWS: dict[str, tuple[Call, str, str]] = {
 
     "train: no data": (["train", "--out", "out"], "required: --data", HELP),
     "train: missing data": (data("none.jsonl"), "none.jsonl", "check the path"),
-    "train: data is a folder": (data("folder"), "folder", "check the path|name a file"),
+    "train: data is a folder": (data("folder"), "folder", "give a .jsonl"),
     "train: not JSON": (data("text.jsonl"), "text.jsonl:1 is no", "one object|one JSON object"),
     "train: cut JSON": (data("cut.jsonl"), "cut.jsonl:2 is no", "one object|one JSON object"),
     "train: missing key": (data("keyless.jsonl"), "keyless.jsonl:2 .*'response'", "add it"),
     "train: empty response": (data("hollow.jsonl"), "hollow.jsonl:1 .*'response'", "fill it"),
-    "train: empty file": (data("empty.jsonl"), "empty.jsonl has no records", "one JSON object"),
+    "train: empty file": (data("empty.jsonl"), "empty.jsonl has no records", "at least one"),
     "train: not UTF-8": (data("latin.jsonl"), "latin.jsonl:1 is not UTF-8", "save the file"),
     "train: rank 0": ([*TRAIN, "--rank", "0"], "rank 0", "use 1 or more"),
     "train: unknown target": ([*TRAIN, "--targets", "q_proj,nose"], "'nose' does not exist",
@@ -175,7 +175,7 @@ ROWS: dict[str, tuple[Call, str, str]] = {
         [*TRAIN, "--steps", "4", "--mode", "lora", "--learning-rate", "1e30"],
         "the loss became nan", "lower the learning rate"),
     "train: accumulate not a divisor": ([*TRAIN, "--accumulate", "3"], "accumulate 3", "a divisor"),
-    "train: length too short": ([*TRAIN, "--max-length", "4"], "no answer|answer", "raise"),
+    "train: length too short": ([*TRAIN, "--max-length", "4"], "good.jsonl:1 has", "raise"),
     "train: unknown model": ([*TRAIN, "--model", "nobody/nothing"], "'nobody/nothing'", "check"),
     "train: model cut": ([*TRAIN, "--model", "SHELF/cut_model"], "cut_model does not load",
                          "check that it is"),
@@ -263,7 +263,8 @@ def test_bad_input(name: str, place: Place, capfd: pytest.CaptureFixture[str]) -
     assert "Traceback" not in err and len(err) < 700
     for text in (wrong, remedy):
         assert re.search(text, err) or text in err, err
-    assert all(line.startswith("step ") for line in out.splitlines())
+    progress = ("step ", "the first example", "  prompt", "  learned")
+    assert all(line.startswith(progress) for line in out.splitlines())
     if "loss became" in err:  # found at the end: the checkpoint stays
         shutil.rmtree(place.here / ".out.work", ignore_errors=True)
     assert listing(place.here) == files_before and marks(place.shelf) == shelf_before

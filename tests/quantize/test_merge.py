@@ -12,17 +12,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 from lib.base.model import (
     dequantized_base,
     frozen_weight,
     load_model,
-    load_tokenizer,
     quantized_config,
 )
 from lib.errors import UserError
-from lib.files import size_mb, verified, writing
+from lib.files import size_mb, writing
 from lib.quantize.merging import load_saved, merge, save_int8, save_model, save_nf4
 from lib.train.lora import adapter_factors, load_adapter
 
@@ -132,15 +131,6 @@ def test_dequantized_base_is_the_nf4_model(tiny_directory: str) -> None:
     assert distance(logits(base), logits(load_model(tiny_directory))) > 1e-2
 
 
-def test_float32_model_reloads_identical(adapter: Path, tiny_directory: str,
-                                         tmp_path: Path) -> None:
-    model = merge(adapter, model=tiny_directory)
-    save_model(model, tmp_path / "out", tokenizer_of=tiny_directory, dtype=None)
-    again = load_saved(tmp_path / "out", dtype=torch.float32)
-    assert torch.equal(logits(again), logits(model))
-    assert verified(tmp_path / "out")["parameters"] == model.num_parameters()
-
-
 def test_float16_model_reloads_identical(merged: Path, adapter: Path,
                                          tiny_directory: str) -> None:
     stored = load_file(merged / "model.safetensors")
@@ -149,24 +139,6 @@ def test_float16_model_reloads_identical(merged: Path, adapter: Path,
     for parameter in expected.parameters():
         parameter.data = parameter.data.half().float()
     assert torch.equal(logits(load_saved(merged, dtype=torch.float32)), logits(expected))
-
-
-def test_saving_does_not_change_the_model(adapter: Path, tiny_directory: str,
-                                          tmp_path: Path) -> None:
-    """The notebook goes on with the model that it saved."""
-    model = merge(adapter, model=tiny_directory)
-    before = logits(model)
-    save_model(model, tmp_path / "out", tokenizer_of=tiny_directory)
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert torch.equal(logits(model), before)
-
-
-def test_tokenizer_goes_along(merged: Path) -> None:
-    saved, ours = AutoTokenizer.from_pretrained(merged), load_tokenizer()
-    assert saved.chat_template == ours.chat_template
-    assert "### Response:" in saved.chat_template
-    assert saved.pad_token == ours.pad_token != saved.eos_token
-    assert saved("Hello, 12 C").input_ids == ours("Hello, 12 C").input_ids
 
 
 @pytest.fixture

@@ -89,16 +89,6 @@ def test_error_stays_under_its_bound(weight: Tensor, bits: int, block: int) -> N
     assert (error <= bound).all()
 
 
-def test_error_bound_is_reached() -> None:
-    """A weight in the middle of the widest gap errs by all of the bound."""
-    book = normal_float(4)
-    widest = int(book.diff().argmax())
-    middle = ((book[widest] + book[widest + 1]) / 2).item()
-    weight = torch.tensor([2.0, 2 * middle])
-    error = (there_and_back(weight, 4, 2) - weight).abs().max()
-    assert error == pytest.approx(book.diff().max().item(), rel=1e-5)
-
-
 @given(widths, st.floats(2.0**-60, 2.0**60, width=32), st.randoms(use_true_random=False))
 def test_codebook_values_round_trip_exactly(bits: int, scale: float, random: object) -> None:
     book = normal_float(bits)
@@ -121,26 +111,10 @@ def test_shapes_and_a_short_last_block(weight: Tensor, bits: int, block: int) ->
     assert dequantize_blocks(codes, absmax, book, block).shape == weight.shape
 
 
-@given(weights, sizes, widths)
-def test_blocks_are_independent(weight: Tensor, block: int, bits: int) -> None:
-    """A block quantised alone gives what it gives among the others."""
-    alone = torch.cat([there_and_back(part, bits, block) for part in weight.split(block)])
-    assert torch.equal(there_and_back(weight, bits, block), alone)
-
-
 @given(weights, widths, sizes)
 def test_quantising_twice_changes_nothing(weight: Tensor, bits: int, block: int) -> None:
     once = there_and_back(weight, bits, block)
     assert torch.equal(there_and_back(once, bits, block), once)
-
-
-def test_zero_block_stays_zero_beside_others() -> None:
-    weight = torch.tensor([0.0, 0.0, 0.0, 0.0, 5.0, -2.5, 0.0, -0.0])
-    back = there_and_back(weight, 4, 4)
-    assert torch.equal(back[:4], torch.zeros(4))
-    assert back[4] == 5 and torch.isfinite(back).all()
-    codes, absmax = quantize_blocks(torch.zeros(3), normal_float(4), 8)
-    assert absmax.tolist() == [0] and codes.numel() == 3
 
 
 def test_what_is_refused() -> None:
@@ -203,21 +177,6 @@ def test_any_level_on_any_weight(weight: Tensor, level: Format) -> None:
     assert torch.equal(round_trip(weight, level), back)
 
 
-@pytest.mark.parametrize("level", FORMATS[::7], ids=lambda level: "-".join(
-    map(str, level.as_list())))
-def test_every_seventh_level_stays_within_its_bound(level: Format) -> None:
-    """Nearest in its block: at most half a gap of the block's own scale, if not clipped."""
-    weight = torch.randn(5000, generator=torch.Generator().manual_seed(3)) * 0.1
-    packed = quantize(weight, level)
-    scale = packed.scales.repeat_interleave(level.block)[:5000].abs()
-    inside = weight.abs() <= scale
-    half_gap = normal_float(level.bits).diff().max() / 2
-    error = (dequantize(packed) - weight).abs()
-    assert (error <= half_gap * scale * (1 + 1e-4) + 1e-7)[inside].all()
-    # A clipped weight errs by what it lies outside.
-    assert (error <= weight.abs() - scale + half_gap * scale + 1e-6)[~inside].all()
-
-
 @pytest.mark.parametrize("scale_bits", [2, 8])
 @pytest.mark.parametrize("block", [16, 64])
 def test_error_falls_as_bits_rise(scale_bits: int, block: int) -> None:
@@ -225,15 +184,6 @@ def test_error_falls_as_bits_rise(scale_bits: int, block: int) -> None:
     errors = [float((round_trip(weight, Format(bits, scale_bits, "fp16", block, 64))
                      - weight).square().mean()) for bits in (2, 3, 4, 8)]
     assert errors == sorted(errors, reverse=True)
-
-
-def test_exact_scales_make_it_the_single_level() -> None:
-    """Scales that their codebook holds come back, and so do QLoRA's codes."""
-    weight = torch.randn(64 * 8, generator=torch.Generator().manual_seed(5))
-    weight.view(8, 64)[:, 0] = 4.0  # every block has the same absmax, so none deviates
-    packed = quantize(weight, Format(4, 8, "fp32", 64, 256))
-    codes, absmax = quantize_blocks(weight, normal_float(4), 64)
-    assert torch.equal(packed.codes, codes) and torch.equal(packed.scales, absmax)
 
 
 @pytest.mark.parametrize(("gguf_type", "bits"), [("Q4_0", 4), ("Q8_0", 8)])

@@ -140,16 +140,6 @@ def test_bad_files(make_tiny: Callable[[], PreTrainedModel], tmp_path: Path) -> 
             load_packed(make_tiny(), tmp_path / missing)
 
 
-def test_a_configuration_of_another_model(make_tiny: Callable[[], PreTrainedModel],
-                                          tmp_path: Path) -> None:
-    base = Switchable(make_tiny(), dtype=torch.float32)
-    plan = Configuration.uniform(base.layers, Format())
-    object.__setattr__(plan, "layers", type(base.layers)(("x",), (1,)))
-    with pytest.raises(UserError, match="for another model: it has 1 layers"):
-        save_packed(base, plan, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 def test_an_adapter_goes_on_a_packed_base(make_tiny: Callable[[], PreTrainedModel],
                                           tmp_path: Path) -> None:
     base = Switchable(make_tiny(), dtype=torch.float32)

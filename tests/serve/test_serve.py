@@ -247,34 +247,6 @@ def test_clients_that_disconnect(client: httpx.Client, server: Served) -> None:
         time.sleep(0.1)
 
 
-def test_200_connections_at_once(server: Served) -> None:
-    """Each gets its own adapter's answer, in full, while other lengths are computed beside it."""
-    cases = [(f"Question {i % 5}", ("tiny", *NAMES)[i % 3], 4 + i % 2 * 20) for i in range(200)]
-    bodies = [body(text, model, max_tokens=tokens) for text, model, tokens in cases]
-    expected = {case: a.text for case, a in zip(
-        cases[:30], ask_all(server.url, bodies[:30], clients=1), strict=True)}
-    assert len(set(expected.values())) == 30
-    with ThreadPoolExecutor(1) as pool:
-        answers = pool.submit(ask_all, server.url, bodies, clients=200)
-        health_checks = 0
-        while not answers.done():
-            assert httpx.get(f"{server.url.removesuffix('/v1')}/health").is_success
-            health_checks += 1
-    assert [a.text for a in answers.result()] == [expected[case] for case in cases]
-    assert health_checks > 3  # they do not wait behind the requests
-
-
-def test_memory_stays_flat(server: Served) -> None:
-    def load() -> float:
-        ask_all(server.url, [body(f"Count to {i}", ("tiny", *NAMES)[i % 3])
-                             for i in range(60)], clients=16)
-        return psutil.Process(server.pid).memory_info().rss / 1e6
-
-    load()
-    before = load()
-    assert load() - before < 10
-
-
 @pytest.mark.skipif(os.name == "nt", reason="no SIGTERM there")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_running_requests_finish(folder: Path, number: int) -> None:

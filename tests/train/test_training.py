@@ -125,7 +125,8 @@ def test_loss_falls_and_the_artifact_is_whole(undisturbed: Callable[[str], Run],
         assert result.trainable == result.parameters
     else:
         assert names == {"adapter_config.json", "adapter_model.safetensors", "losses.json",
-                         "manifest.json"}
+                         "manifest.json", "chat_template.jinja", "tokenizer.json",
+                         "tokenizer_config.json"}
         assert result.trainable == sum(t.numel() for t in load_file(out / WEIGHTS[mode]).values())
     assert no_pickle(out)
     assert [p.name for p in out.parent.iterdir()] == [mode]  # the checkpoints are gone
@@ -316,20 +317,13 @@ def test_labels_and_batches(tiny_directory: str, tmp_path: Path,
     assert len(lengths) == 20 and abs(correlation) < 0.5
 
 
-LONG = {"instruction": "Tell all.", "response": "word " * 200}
-
-
-@pytest.mark.parametrize(("records", "length", "cut"), [
-    (RECORDS, 8, 12),  # not even the prompts fit
-    ([LONG, *RECORDS], 60, 1), ([*RECORDS, LONG], 60, 1)], ids=["all", "first", "last"])
-def test_an_answer_that_is_cut_off_is_refused(
-    records: list[Record], length: int, cut: int, tiny_directory: str, tmp_path: Path,
-    tokenizer: PreTrainedTokenizerBase
-) -> None:
+def test_a_record_that_is_cut_off_is_refused(tiny: PreTrainedModel, tmp_path: Path,
+                                             tokenizer: PreTrainedTokenizerBase) -> None:
     """A model that never sees an end does not stop."""
-    settings = dataclasses.replace(SETTINGS["lora"], max_length=length)
-    with pytest.raises(UserError, match=f"{cut} of {len(records)} answers are cut off: raise"):
-        make_trainer(load_model(tiny_directory), tokenizer, records, settings, work=tmp_path)
+    records = [*RECORDS, {"instruction": "Tell all.", "response": "word " * 200}]
+    settings = dataclasses.replace(SETTINGS["lora"], max_length=60)
+    with pytest.raises(UserError, match="record 13 has 2.. tokens and would be cut off: raise"):
+        make_trainer(tiny, tokenizer, records, settings, work=tmp_path)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -451,6 +445,9 @@ def test_progress(tiny_directory: str, capsys: pytest.CaptureFixture[str],
     monkeypatch.setattr(training, "SILENCE", silence)
     train(RECORDS, dataclasses.replace(SETTINGS["lora"], steps=3), model=tiny_directory,
           say_every=every)
+    said = capsys.readouterr().out.splitlines()
     lines = [re.fullmatch(r"step +(\d)/3  loss \d+\.\d+  about \d+ s left", line)
-             for line in capsys.readouterr().out.splitlines()]
+             for line in said[3 * bool(every):]]
+    assert not every or said[1:3] == ["  prompt  '### Instruction:\\nUnit?\\n\\n### Response:\\n'",
+                                      "  learned 'It is 0 .<|im_end|>'"]
     assert [line and int(line[1]) for line in lines] == expected
