@@ -54,9 +54,8 @@ def parser() -> Parser:
     add("--adapter", action="append", default=[], metavar="NAME=DIR",
         help="adapter to keep beside the model; may be repeated")
     add("--type", default="Q8_0", help="Q8_0 (default), F16, Q4_1, ...")
-    add("--route", default="dequantized",
-        help="base: dequantized (for QLoRA, default) or original")
-    add("--model", default="embedded", help="hub id or directory")
+    add("--route", default="", help="base: dequantized or original; default as it was trained")
+    add("--model", default="", help="hub id or directory; default the adapter's base")
 
     add = commands.add_parser("deploy", help="from a budget to files that run").add_argument
     add("--task", default="sensors", help="sensors (default); for gguf movies, too")

@@ -86,8 +86,9 @@ def serving() -> dict[str, Any]:
         weights = merge(adapter, route="dequantized")
         save_model(weights, work / "merged")
         save_int8(work / "merged", work / "int8")
-        export(work / "q8", merged=adapter, weights=weights)
-        export(work / "edge", adapters={n: ADAPTERS / f"{n}_qlora" for n in ("sensors", "movies")})
+        export(work / "q8", merged=adapter, weights=weights, route="dequantized")
+        export(work / "edge", route="dequantized",
+               adapters={n: ADAPTERS / f"{n}_qlora" for n in ("sensors", "movies")})
         with running(work / "q8") as merged, running(work / "edge") as base:
             return _measure(load_saved(work / "int8"), merged, base,
                             weight_bytes(work / "q8" / "model.gguf"))

@@ -79,10 +79,12 @@ def edge_files() -> Path:
     adapter = ADAPTERS / "sensors_qlora"
     weights = merge(adapter, route="dequantized")
     for kind in ("F16", "Q8_0", "Q4_1"):
-        export(WORK / "edge" / kind, gguf_type=kind, merged=adapter, weights=weights)
+        export(WORK / "edge" / kind, gguf_type=kind, merged=adapter, weights=weights,
+               route="dequantized")
     beside = {name: ADAPTERS / f"{name}_qlora" for name in ("sensors", "movies")}
     for kind in ("F16", "Q8_0"):
-        export(WORK / "edge" / f"{kind}_lora", gguf_type=kind, adapters=beside)
+        export(WORK / "edge" / f"{kind}_lora", gguf_type=kind, adapters=beside,
+               route="dequantized")
     return WORK / "edge"
 
 

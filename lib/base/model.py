@@ -23,7 +23,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 
 from lib.base.embedded import EMBEDDED, locate, quiet
 from lib.errors import UserError, require
-from lib.files import verified
+from lib.files import read_json, verified
 from lib.host import cores, is_sharded
 
 # The linear layers of a block, in its order.
@@ -79,6 +79,10 @@ def load_model(model: str = EMBEDDED, *, dtype: torch.dtype | None = None, **opt
 def _load(loader: Any, model: str, **options: object) -> Any:
     """`loader.from_pretrained`, but say in one line why a model does not load."""
     source = locate(model)
+    adapter = Path(source) / "adapter_config.json"
+    if adapter.is_file():  # transformers would load its base and apply it
+        base = read_json(adapter).get("base_model_name_or_path")
+        raise UserError(f"{source} is an adapter of {base}: name its base as the model")
     try:
         return loader.from_pretrained(source, **options)
     except Exception as error:

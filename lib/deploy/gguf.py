@@ -105,7 +105,7 @@ def deploy_gguf(task: str, budget_mb: float, out: Path, *, examples: int = 32,
             beside = {task: work / "adapter" / task} if way == "beside" else {}
             if beside:
                 write_correction(adapter, beside[task], plain, encoded, roots)
-            export(work / way, weights=weights, encoded=encoded, model=model,
+            export(work / way, weights=weights, encoded=encoded, model=model, route="dequantized",
                    merged=None if beside else adapter, adapters=beside)
             chosen = [gguf_type for gguf_type, _ in encoded.values()]
             types[way] = {name: chosen.count(name) for name in CHOICES}

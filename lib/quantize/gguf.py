@@ -19,11 +19,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from lib.base.embedded import EMBEDDED, MODEL_CACHE, embedded_gguf
 from lib.base.model import CHAT_TEMPLATE, dequantized_base, load_model, load_tokenizer
 from lib.errors import require
-from lib.files import replacing, require_free, verified, writing
+from lib.files import replacing, require_free, writing
 from lib.quantize.formats import encode
 from lib.quantize.merging import merge
 from lib.serve.bundle import Reader, model_reader
-from lib.train.lora import adapter_factors
+from lib.train.lora import adapter_factors, origin
 
 NAMES = functools.cache(gguf.get_tensor_name_map)
 Encoded = tuple[str, np.ndarray]  # a GGUF type, and the rows of a matrix in it
@@ -82,24 +82,26 @@ def write_adapter(adapter: Path | str, out: Path, config: PretrainedConfig, *,
                 _add(writer, name, ("F16", encode(factor, "F16", name=name)), config, end)
 
 
-def export(out: Path, *, gguf_type: str = "Q8_0", route: str = "dequantized",
-           merged: Path | None = None, adapters: Mapping[str, Path] | None = None,
-           model: str = EMBEDDED, weights: PreTrainedModel | None = None,
+def export(out: Path, *, gguf_type: str = "Q8_0", route: str = "", merged: Path | None = None,
+           adapters: Mapping[str, Path] | None = None, model: str = "",
+           weights: PreTrainedModel | None = None,
            encoded: Mapping[str, Encoded] | None = None) -> None:
     """Write the folder that `python -m lib serve` serves: a model file, adapters beside it.
 
     Args:
         gguf_type, encoded: as in `write_model`.
-        route: the base as in `merge`, "original" or "dequantized" (for QLoRA adapters).
+        route: the base as in `merge`, "original" or "dequantized" (for QLoRA adapters); by
+            default the one that the adapters were trained on.
         merged, adapters: one to fold in before quantising, or several to keep, by name.
+        model: by default the adapters' base, or the embedded one without adapters.
         weights: what `merge` returned for `merged` and this route, or the base.
     """
     adapters = adapters or {}
-    require(route in ("original", "dequantized"),
+    require(route in ("", "original", "dequantized"),
             f"unknown route {route!r}: use original or dequantized")
     encode(torch.zeros(1, 32), gguf_type)  # an unknown type is refused before the work
     sources = [*([merged] if merged else []), *adapters.values()]
-    require_free(out, *sources, MODEL_CACHE if model == EMBEDDED else model)
+    require_free(out, *sources, MODEL_CACHE if model in ("", EMBEDDED) else model)
     for name in adapters:
         require(re.fullmatch(r"\w[\w.-]*", name) and name not in ("base", "model"),
                 f"adapter name {name!r} cannot name a file beside the model: use letters and "
@@ -107,7 +109,16 @@ def export(out: Path, *, gguf_type: str = "Q8_0", route: str = "dequantized",
     require(not (merged and adapters),
             "adapters are made for the plain base: fold one in, or keep them beside it")
     for adapter in sources:
-        verified(adapter)
+        base, own = origin(adapter)
+        model, route = model or base, route or own
+        require(model, f"{adapter} does not say what it was trained on: name its base with --model")
+        alike = not base or model == base or Path(base).absolute() == Path(model).absolute()
+        require(alike, f"{adapter} was trained on {base}, not on {model}: name its base")
+        require(route, f"{adapter} does not say how it was trained: name --route dequantized "
+                "(after QLoRA) or original")
+        require(not own or own == route, f"{adapter} was trained on the {own} weights, not on the "
+                f"{route} ones: use --route {own}, or export it apart")
+    model, route = model or EMBEDDED, route or "original"
     if model != EMBEDDED:
         require(load_tokenizer(model).get_vocab() == load_tokenizer().get_vocab(),
                 OTHER_VOCABULARY)

@@ -7,7 +7,7 @@ import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from lib.base.model import dequantized_base, load_model, load_tokenizer, quantized_config
-from lib.errors import require
+from lib.errors import UserError, require
 from lib.files import read_json, verified, write_json, writing
 from lib.train.lora import load_adapter
 
@@ -30,7 +30,15 @@ def merge(adapter: Path | str, *, route: str = "original",
         base = dequantized_base(model)
     else:
         base = load_model(model, dtype=torch.float32)
-    return load_adapter(base, adapter).merge_and_unload().eval()
+    adapted = load_adapter(base, adapter)
+    ends = adapted.get_input_embeddings(), adapted.get_output_embeddings()
+    require(not (base.config.tie_word_embeddings and any(hasattr(m, "lora_A") for m in ends)),
+            f"{adapter} adapts the embedding or the head, which this model has in one matrix: "
+            "merged, it would change both; serve it unmerged")
+    try:
+        return adapted.merge_and_unload().eval()
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        raise UserError(f"peft cannot merge {adapter} ({error}): serve it unmerged") from error
 
 
 def save_model(model: PreTrainedModel, out: Path, *, tokenizer_of: str = "embedded",

@@ -13,10 +13,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lib.base.model import MODULE_KINDS
 from lib.errors import UserError, require
-from lib.files import read_json, verified, write_json
+from lib.files import MANIFEST, read_json, verified, write_json
 from lib.settings import TrainSettings
 
-# Features of peft that merging and GGUF export would silently drop.
+# Features of peft that are more than an A and a B of one rank for each linear layer.
 UNUSED = ("layer_replication", "modules_to_save", "use_dora", "rank_pattern", "alpha_pattern",
           "megatron_config", "target_parameters", "trainable_token_indices", "lora_bias",
           "alora_invocation_tokens")
@@ -73,43 +73,46 @@ def lora_config(model: PreTrainedModel, settings: TrainSettings) -> LoraConfig:
 
 
 def adapter_files(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Configuration and tensors of a saved adapter; UserError if damaged or not supported."""
+    """Configuration and tensors of an adapter, made here or elsewhere; UserError if damaged."""
     file, weights = directory / "adapter_config.json", directory / "adapter_model.safetensors"
     config = read_json(file) if file.is_file() else None
     require(isinstance(config, dict) and config.get("peft_type") == "LORA",
             f"{directory} is not a LoRA adapter: name the folder of one")
-    unsupported = [key for key in UNUSED if config.get(key)]
-    require(not unsupported, f"{file} uses {', '.join(unsupported)}, which is not supported here: "
-            "train a plain LoRA adapter")
+    if (directory / MANIFEST).is_file():
+        verified(directory)
     try:
         tensors = load_file(weights)
         require(all(t.float().isfinite().all() for t in tensors.values()),
                 "some values are not finite numbers")
     except Exception as error:  # safetensors, and torch for some dtypes, have their own
         raise UserError(f"{weights} is damaged ({error}): train the adapter again") from error
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    ranks = {t.shape[0] if ".lora_A." in name else t.shape[-1]  # A (r, d_in), B (d_out, r)
-             for name, t in tensors.items() if t.dim() == 2}
-    modules = {name.rpartition(".lora_")[0] for name in tensors}
-    pairs = {f"{module}.lora_{factor}.weight" for module in modules for factor in "AB"}
-    require(type(rank) is int and ranks == {rank} and tensors.keys() == pairs
-            and type(alpha) in (int, float) and 0 < alpha < float("inf"),
-            f"{file} does not go with {weights.name}, which must hold an A and a B of rank {rank} "
-            f"for each module (it has rank {ranks}): train the adapter again")
     return config, tensors
+
+
+def origin(directory: Path | str) -> tuple[str, str]:
+    """(base, route) of an adapter: the model it was trained on, and which form of its weights.
+
+    The route is "dequantized" after QLoRA and "original" after LoRA; "" where files do not say.
+    """
+    config, file = adapter_files(Path(directory))[0], Path(directory) / MANIFEST
+    manifest = read_json(file) if file.is_file() else {}
+    mode = manifest.get("settings", {}).get("mode")
+    return (manifest.get("base") or config.get("base_model_name_or_path") or "",
+            {"qlora": "dequantized", "lora": "original"}.get(mode, ""))
 
 
 def load_adapter(model: PreTrainedModel, directory: Path | str) -> PeftModel:
     """The model with a saved adapter. UserError if a file is damaged or does not fit."""
     directory = Path(directory)
-    verified(directory)
     tensors = adapter_files(directory)[1]
     try:
         with warnings.catch_warnings(action="ignore"):
             adapted = PeftModel.from_pretrained(model, str(directory)).eval()
         expected = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
-        # peft only warns about missing layers, and ignores surplus ones.
-        require(tensors.keys() == expected, "it adapts other layers")
+        # peft only warns about missing layers, and ignores surplus ones. Beside an adapted
+        # embedding it saves the embedding itself.
+        require(expected == {name for name in tensors if ".base_layer." not in name},
+                "it adapts other layers")
     except Exception as error:  # the configuration decides which one peft raises
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{directory} does not fit this model ({reason}): "
@@ -126,8 +129,22 @@ def make_portable(directory: Path, base: str) -> None:
 
 
 def adapter_factors(directory: Path | str) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """{module: (A, B, scale)} of a saved adapter, in float32."""
+    """{module: (A, B, scale)} of a saved adapter, in float32. UserError if it has other parts."""
     config, tensors = adapter_files(Path(directory))
+    parts = [key for key in UNUSED if config.get(key)]
+    if config.get("init_lora_weights") not in (True, False, None, "gaussian"):
+        parts.append(f"init_lora_weights {config['init_lora_weights']!r}")  # it changes the base
+    require(not parts, f"{directory} uses {', '.join(parts)}, which A and B do not hold: "
+            "merge it with --merge, or train a plain LoRA adapter")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    ranks = {t.shape[0] if ".lora_A." in name else t.shape[-1]  # A (r, d_in), B (d_out, r)
+             for name, t in tensors.items() if t.dim() == 2}
+    paired = {name.rpartition(".lora_")[0] for name in tensors}
+    pairs = {f"{module}.lora_{factor}.weight" for module in paired for factor in "AB"}
+    require(type(rank) is int and ranks == {rank} and tensors.keys() == pairs
+            and type(alpha) in (int, float) and 0 < alpha < float("inf"),
+            f"{directory} must hold an A and a B of rank {rank} for each module (it has rank "
+            f"{ranks}): train the adapter again")
     scale = config["lora_alpha"] / (config["r"]**0.5 if config.get("use_rslora") else config["r"])
     modules = [n.removesuffix(".lora_A.weight") for n in tensors if n.endswith(".lora_A.weight")]
     return {module.removeprefix("base_model.model."): (

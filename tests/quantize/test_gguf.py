@@ -18,6 +18,7 @@ from data.evidence.tiny import tiny_model
 from lib.base.embedded import embedded_gguf
 from lib.base.model import CHAT_TEMPLATE
 from lib.errors import UserError
+from lib.files import writing
 from lib.quantize.formats import encode
 from lib.quantize.gguf import export, permute, write_adapter, write_model
 from lib.serve.bundle import BASE_KEY, Reader, metadata, model_reader, open_bundle
@@ -243,13 +244,44 @@ def test_export_and_open(bare: None, tmp_path: Path, tiny_directory: str,
     assert bundle.name == "base"
     assert list(bundle.adapters) == ["one", "two"]
     assert metadata(gguf.GGUFReader(bundle.model), BASE_KEY) == f"{tiny_directory} original"
-    export(out, merged=lora, model=tiny_directory)  # replaces it
+    for options, message in (({}, "does not say what it was trained on"),
+                             ({"model": tiny_directory}, "does not say how it was trained")):
+        with pytest.raises(UserError, match=message):
+            export(out, merged=lora, **options)
+    export(out, merged=lora, model=tiny_directory, route="dequantized")  # replaces it
     assert open_bundle(out).name == "lora"
     assert open_bundle(out).adapters == {}
     with pytest.raises(UserError, match="fold one in, or keep them beside it"):
         export(out, merged=lora, adapters={"one": lora}, model=tiny_directory)
     with pytest.raises(UserError, match="unknown route 'through_4bit'"):
         export(out, route="through_4bit", model=tiny_directory)
+
+
+def test_base_and_route_follow_from_the_adapter(bare: None, tmp_path: Path, tiny_directory: str,
+                                                lora: Path) -> None:
+    """A merge into another base, or into the other form of it, is far off and looks fine."""
+    def trained(name: str, base: str, mode: str) -> Path:
+        with writing(tmp_path / name, base=base, settings={"mode": mode}) as part:
+            for file in lora.glob("adapter_*"):
+                (part / file.name).write_bytes(file.read_bytes())
+        return tmp_path / name
+
+    qlora, plain = (trained(mode, tiny_directory, mode) for mode in ("qlora", "lora"))
+    for adapter, route in ((qlora, "dequantized"), (plain, "original")):
+        export(tmp_path / "out", adapters={"one": adapter}, gguf_type="F16")
+        bundle = open_bundle(tmp_path / "out")
+        assert metadata(gguf.GGUFReader(bundle.model), BASE_KEY) == f"{tiny_directory} {route}"
+    other = trained("other", "somebody/else", "lora")
+    for options, message in (
+            ({"merged": other, "model": tiny_directory}, "somebody/else, not on .*tiny: name"),
+            ({"merged": qlora, "model": "embedded"}, "tiny, not on embedded: name its base"),
+            ({"merged": qlora, "route": "original"}, "on the dequantized weights, not on the orig"),
+            ({"adapters": {"a": qlora, "b": plain}}, "use --route original, or export it apart")):
+        with pytest.raises(UserError, match=message):
+            export(tmp_path / "new", **options)
+    with pytest.raises(UserError, match="is an adapter of None: name its base"):
+        export(tmp_path / "new", model=str(saved_adapter(tiny_model(), tmp_path / "bare")))
+    assert not (tmp_path / "new").exists()
 
 
 def test_files_that_are_refused(bare: None, tmp_path: Path, lora: Path,

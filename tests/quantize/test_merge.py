@@ -196,6 +196,19 @@ def test_int8_and_nf4_are_near_and_smaller(merged: Path, tmp_path: Path) -> None
     assert sizes[0] > sizes[1] > sizes[2]
 
 
+@pytest.mark.parametrize(("options", "message"), [
+    ({"lora_bias": True}, "peft cannot merge .*no bias"),
+    # peft would merge it into the head as well.
+    ({"target_modules": ["q_proj", "embed_tokens"]}, "it would change both")])
+def test_what_cannot_be_merged_is_one_line(tiny_directory: str, tmp_path: Path,
+                                           options: dict[str, Any], message: str) -> None:
+    model = get_peft_model(load_model(tiny_directory), LoraConfig(
+        **{"target_modules": ["q_proj"]} | options))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=message):
+        merge(tmp_path, model=tiny_directory)
+
+
 def test_load_saved_refuses_a_damaged_model(merged: Path, tmp_path: Path) -> None:
     copied = tmp_path / "copy"
     shutil.copytree(merged, copied)

@@ -1,5 +1,6 @@
 """LoRA in formulas: the update, its counts and singular values, and adapters from disk."""
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import saved_adapter
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -159,11 +160,7 @@ def flip_a_byte(directory: Path) -> None:
     file.write_bytes(data)
 
 
-def remove_manifest(directory: Path) -> None:
-    (directory / "manifest.json").unlink()
-
-
-@pytest.mark.parametrize("damage", [flip_a_byte, remove_manifest, shutil.rmtree])
+@pytest.mark.parametrize("damage", [flip_a_byte, shutil.rmtree])
 def test_damaged_adapter(make_tiny: Callable[[], LlamaForCausalLM], adapter: Path,
                          damage: Callable[[Path], None]) -> None:
     damage(adapter)
@@ -200,27 +197,63 @@ def changed(adapter: Path, out: Path, *, tensors: Callable[[str], str] = str,
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"use_dora": True}, "uses use_dora, which is not supported"),
-    ({"alpha_pattern": {"q_proj": 3}, "modules_to_save": ["lm_head"]},
-     "uses modules_to_save, alpha_pattern"),
     ({"peft_type": "IA3"}, "is not a LoRA adapter"),
-    ({"r": 3}, "does not go with"), ({"lora_alpha": "8"}, "does not go with"),
-    # A bias, or A without B: merging would drop them.
-    ({"tensors": lambda name: name.replace("0.self_attn.q_proj.lora_B.weight",
-                                           "0.self_attn.q_proj.lora_B.bias")}, "does not go with"),
     ({"tensors": lambda name: name.replace("q_proj", "c_attn"), "target_modules": ["c_attn"]},
      "does not fit this model"),
-    ({"tensors": lambda name: name.replace("layers.1", "layers.7")}, "does not fit this model"),
-])
-def test_adapter_that_is_not_plain(make_tiny: Callable[[], LlamaForCausalLM], adapter: Path,
+    ({"tensors": lambda name: name.replace("layers.1", "layers.7")}, "does not fit this model")])
+def test_adapter_of_something_else(make_tiny: Callable[[], LlamaForCausalLM], adapter: Path,
                                    tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    """It is refused, because parts of it would be dropped silently."""
     with pytest.raises(UserError, match=message):
         load_adapter(make_tiny(), changed(adapter, tmp_path / "changed", **change))
 
 
+@pytest.mark.parametrize("change", [
+    {"r": 3}, {"lora_alpha": "8"},
+    # A bias, or A without B.
+    {"tensors": lambda name: name.replace("0.self_attn.q_proj.lora_B.weight",
+                                          "0.self_attn.q_proj.lora_B.bias")}])
+def test_factors_that_do_not_go_together(adapter: Path, tmp_path: Path,
+                                         change: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="must hold an A and a B of rank"):
+        adapter_factors(changed(adapter, tmp_path / "changed", **change))
+
+
+@pytest.mark.parametrize("options", [
+    {"target_modules": "all-linear"}, {"target_modules": r".*\.1\..*(q_proj|up_proj)"},
+    {"layers_to_transform": [1]}, {"use_rslora": True}, {"init_lora_weights": "pissa"},
+    {"init_lora_weights": "olora"}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 3}},
+    {"use_dora": True}, {"modules_to_save": ["o_proj"]},
+    {"trainable_token_indices": [5, 7]}], ids=str)
+def test_adapters_made_elsewhere(make_tiny: Callable[[], LlamaForCausalLM], tmp_path: Path,
+                                 options: dict[str, Any]) -> None:
+    """peft merges its own; as A and B they are whole, or refused."""
+    theirs = get_peft_model(make_tiny(), LoraConfig(
+        **{"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "down_proj"]} | options))
+    torch.manual_seed(0)
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    theirs.eval().save_pretrained(str(tmp_path))
+    ids = torch.arange(3, 13)[None]
+    with torch.no_grad():
+        expected = theirs(input_ids=ids).logits
+        merged = load_adapter(make_tiny(), tmp_path).merge_and_unload()
+        torch.testing.assert_close(merged(input_ids=ids).logits, expected, rtol=1e-3, atol=1e-4)
+        assert (make_tiny()(input_ids=ids).logits - expected).abs().max() > 1e-3
+        try:
+            factors = adapter_factors(tmp_path)
+        except UserError as error:
+            assert re.search("which A and B do not hold|must hold an A and a B", str(error))
+            return
+        plain = make_tiny()
+        for name, (a, b, scale) in factors.items():
+            plain.get_submodule(name).weight.data += scale * b @ a
+        torch.testing.assert_close(plain(input_ids=ids).logits, expected, rtol=1e-3, atol=1e-4)
+
+
 def test_damaged_values(adapter: Path) -> None:
     """Files made elsewhere have no manifest."""
+    (adapter / "manifest.json").unlink()
     file = adapter / "adapter_model.safetensors"
     tensors = load_file(file)
     save_file(tensors | {min(tensors): tensors[min(tensors)] * float("inf")}, file)
