@@ -1,9 +1,10 @@
-"""The command line: `python -m lib doctor | run | train | export | deploy | serve | ...`."""
+"""The command line, `python -m lib COMMAND`: doctor, run, train, evaluate, export, serve, ..."""
 
 import argparse
 import contextlib
 import dataclasses
 import importlib
+import itertools
 import math
 import os
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lib.errors import UserError, require
-from lib.files import BUILD, size_mb
+from lib.files import BUILD, size_mb, write_json
 from lib.host import is_main_process, process_count
 from lib.settings import MODES, PROFILES, ServeSettings, TrainSettings
 
@@ -43,10 +44,20 @@ def parser() -> Parser:
     add = train.add_argument
     add("--data", required=True, metavar="FILE", help="JSONL, JSON, CSV, TSV, Parquet, or a hub id")
     add("--ignore", action="append", default=[], metavar="FIELD", help="field to leave out")
+    add("--eval-data", default="", metavar="FILE", help="records for validation along the way")
     add("--out", required=True, **DIR)
     add("--model", default="embedded", help="hub id or directory")
     add("--mode", default="qlora", choices=MODES)
     add_fields(train, TrainSettings, omit=("mode", "plain"))
+
+    add = commands.add_parser("evaluate", help="score one or two systems on records").add_argument
+    add("systems", nargs="+", metavar="SYSTEM",
+        help="adapter, deployment or model: a folder, a hub id, embedded; or http://HOST/v1#NAME")
+    add("--data", required=True, metavar="FILE", help="records, as for train")
+    add("--ignore", action="append", default=[], metavar="FIELD", help="field to leave out")
+    add("--limit", type=int, default=None, metavar="N", help="only the first N records")
+    add("--new-tokens", type=int, default=128, metavar="N", help="longest answer, default 128")
+    add("--out", type=Path, metavar="FILE", help="also write the figures as JSON")
 
     add = commands.add_parser("export", help="write GGUF files that `serve` serves").add_argument
     add("--out", required=True, **DIR)
@@ -100,6 +111,11 @@ def from_fields(settings: type, args: argparse.Namespace) -> Any:
     return settings(**{name: getattr(args, name) for name in names})
 
 
+def split_commas(texts: list[str]) -> list[str]:
+    """The names in options that may be repeated, or hold several with commas."""
+    return [name for text in texts for name in text.split(",")]
+
+
 def dispatch(args: argparse.Namespace) -> int | None:
     """Run the chosen command; its exit status, if it is not 0."""
     match args.command:
@@ -121,16 +137,41 @@ def dispatch(args: argparse.Namespace) -> int | None:
         case "train":
             from lib.base.records import Records
 
-            settings, records = from_fields(TrainSettings, args), Records(
-                args.data, ignore=[name for text in args.ignore for name in text.split(",")])
-            next(iter(records))  # a wrong file is reported before torch is loaded
+            settings, ignore = from_fields(TrainSettings, args), split_commas(args.ignore)
+            records = Records(args.data, ignore=ignore)
+            held = Records(args.eval_data, ignore=ignore) if args.eval_data else None
+            for source in filter(None, (records, held)):
+                next(iter(source))  # a wrong file is reported before torch is loaded
             from lib.train.training import train
 
-            result = train(records, settings, model=args.model, out=args.out, say_every=10)
+            result = train(records, settings, model=args.model, out=args.out, say_every=10,
+                           held=held)
             if is_main_process():
                 processes = f", {process_count()} processes" if process_count() > 1 else ""
                 print(f"{args.out}: {result.trainable:,} of {result.parameters:,} parameters "
                       f"trained, {result.seconds:.0f} s, peak {result.peak_mb:.0f} MB{processes}")
+        case "evaluate":
+            from lib.base.records import Records
+
+            require(len(args.systems) <= 2, "name one system, or two to compare")
+            records = Records(args.data, ignore=split_commas(args.ignore))
+            records = [*itertools.islice(records, args.limit)]
+            from lib.deploy.evaluation import differences, evaluate
+
+            done = [evaluate(system, records, new_tokens=args.new_tokens)
+                    for system in args.systems]
+            rows = [(system, row.figures()) for system, row in zip(args.systems, done, strict=True)]
+            if len(done) == 2:
+                rows.append(("the second less the first", differences(*done)))
+            for name, row in rows:
+                print(f"{name}, {len(records)} records")
+                for figure, value in row.items():
+                    middle, *ends = value if isinstance(value, list | tuple) else [value]
+                    interval = " [{:.4g}, {:.4g}]".format(*ends) if ends else ""
+                    print(f"  {figure:14} {middle:.4g}{interval}")
+            if args.out:
+                write_json(args.out, {"data": args.data, "records": len(records),
+                                      "systems": dict(rows)})
         case "export":
             adapters: dict[str, Path] = {}
             for text in args.adapter:

@@ -1,8 +1,7 @@
-"""Folders that are whole or absent: written beside the target, renamed, verified.
+"""Artifacts: folders that are whole or absent, written beside the target, renamed, verified.
 
-An artifact is a folder of safetensors and JSON files with a `manifest.json` that holds
-the SHA-256 of each. A killed run leaves the old artifact or the new one, never half of one.
-`lib.__main__` turns errors of writing, such as a full disk, into one line.
+Each has a `manifest.json` with the SHA-256 of its files. A killed run leaves the old artifact or
+the new one. `lib.__main__` turns errors of writing, such as a full disk, into one line.
 """
 
 import contextlib
@@ -62,15 +61,12 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def scratch(target: Path | None = None) -> Iterator[Path]:
-    """A private folder for one block, beside `target` or among the system's temporary ones.
-
-    What a killed run left goes after a day: until then it may belong to a running process.
-    """
+    """A private folder for one block, beside `target` or among the system's temporary ones."""
     place = target or Path(tempfile.gettempdir(), "course")
     place.parent.mkdir(parents=True, exist_ok=True)
     for stale in place.parent.glob(f".{glob.escape(place.name)}.*.part"):
         with contextlib.suppress(FileNotFoundError):  # another process was faster
-            if stale.stat().st_mtime < time.time() - DAY:
+            if stale.stat().st_mtime < time.time() - DAY:  # a younger one may be in use
                 shutil.rmtree(stale, ignore_errors=True)
     part = Path(tempfile.mkdtemp(".part", f".{place.name}.", place.parent))
     try:
@@ -108,10 +104,7 @@ def writing(target: Path, **facts: Any) -> Iterator[Path]:
 
 
 def require_free(target: Path, *sources: Path | str) -> None:
-    """UserError unless `target` is absent, empty, or an artifact that may be replaced.
-
-    Replacing deletes it, so it must hold neither files of others nor one of the `sources`.
-    """
+    """UserError unless `target` is absent, empty, or an artifact without one of the `sources`."""
     require(target.name, f"{target} is the folder you are in: choose a new one")
     require(not target.is_symlink(), f"{target} is a link: name the folder it leads to")
     recover(target)

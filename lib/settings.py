@@ -21,9 +21,9 @@ MODES = ("lora", "qlora", "full")
 def check_bounds(settings: Any, **bounds: tuple[float, float]) -> None:
     """Raise UserError for a field outside its bounds; both ends are allowed."""
     for name, (low, high) in bounds.items():
-        value, label = getattr(settings, name), name.replace("_", " ")
-        limit = f"to {high}" if high < math.inf else "or more"
-        require(low <= value <= high and value < math.inf, f"{label} {value}: use {low} {limit}")
+        value, limit = getattr(settings, name), f"to {high}" if high < math.inf else "or more"
+        require(low <= value <= high and value < math.inf,
+                f"{name.replace('_', ' ')} {value}: use {low} {limit}")
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,9 @@ class TrainSettings:
     learn: str = "all"  # or "last", of the assistant's turns
     template: str = "auto"  # the model's own, the course's for the embedded one; "own", "course"
     seed: int = 0
+    eval_share: float = 0.0  # of the records, for validation along the way
+    eval_every: int = 0  # steps between two validations; 0 is a tenth of the run
+    patience: int = 0  # validations without gain after which the run stops; 0 is never
     plain: bool = False  # TRL's own step instead of ours
 
     def __post_init__(self) -> None:
@@ -57,7 +60,8 @@ class TrainSettings:
         check_bounds(self, rank=(1, math.inf), alpha=(1, math.inf), dropout=(0, 0.99),
                      learning_rate=(1e-12, math.inf), steps=(1, math.inf),
                      batch_size=(1, math.inf), accumulate=(1, self.batch_size),
-                     warmup=(0, 0.99), max_length=(2, math.inf), seed=(0, 2**32 - 1))
+                     warmup=(0, 0.99), max_length=(2, math.inf), seed=(0, 2**32 - 1),
+                     eval_share=(0, 0.5), eval_every=(0, math.inf), patience=(0, math.inf))
         require(self.batch_size % self.accumulate == 0,
                 f"accumulate {self.accumulate}: use a divisor of the batch size")
 

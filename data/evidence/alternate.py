@@ -17,10 +17,9 @@ from transformers import TrainerCallback
 from lib.base.model import load_tokenizer
 from lib.base.records import Record
 from lib.coa.adapter import NAME, CoaLora
-from lib.coa.configuration import Configuration, from_numbers, numbers
+from lib.coa.configuration import Configuration, Switchable, from_numbers, numbers
 from lib.coa.joint import Switching, set_components
 from lib.coa.pareto import Evaluate, Evaluated, Features, Journal, front_by_segment, search
-from lib.coa.switchable import Switchable
 from lib.evaluate.scores import held_out_loss
 from lib.quantize.correction import WEIGHED_BY, input_roots, low_rank
 

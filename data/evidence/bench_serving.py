@@ -12,8 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from data.evidence.bench import median_and_range
 from lib.base.model import load_tokenizer
-from lib.base.prompts import render
-from lib.base.records import DATA, movies, sensors
+from lib.base.records import DATA, movies, render, sensors
 from lib.files import scratch
 from lib.quantize.gguf import export
 from lib.quantize.merging import load_saved, merge, save_int8, save_model

@@ -18,9 +18,8 @@ from lib.base.model import load_model
 from lib.base.records import sensors
 from lib.coa.adapter import CoaLora
 from lib.coa.budgets import random_configuration
-from lib.coa.configuration import Configuration
+from lib.coa.configuration import Configuration, Switchable
 from lib.coa.joint import train_over
-from lib.coa.switchable import Switchable
 from lib.deploy.packed import load_packed, save_packed
 from lib.files import scratch
 from lib.settings import TrainSettings, seed_everything

@@ -29,7 +29,7 @@ from data.evidence.ledger import (
     spread,
 )
 from lib.errors import require
-from lib.evaluate.intervals import paired_interval
+from lib.evaluate.scores import paired_interval
 
 # What a stored run measured, by the name of the configuration.
 Rows = dict[str, Any]

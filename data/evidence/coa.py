@@ -25,10 +25,9 @@ from data.evidence.pieces import ADAPTERS, RESULTS, Piece, score_row, training_r
 from lib.base.model import load_tokenizer
 from lib.coa.budgets import BUDGETS as SPREAD
 from lib.coa.budgets import error_table, greedy_configuration, random_configuration, sensitivities
-from lib.coa.configuration import Configuration, Layers, numbers
+from lib.coa.configuration import Configuration, Layers, Switchable, numbers
 from lib.coa.joint import train_over
 from lib.coa.pareto import Features
-from lib.coa.switchable import Switchable
 from lib.deploy.packed import TASKS
 from lib.errors import require
 from lib.evaluate.scores import held_out_loss, keyword_score

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lib.errors import require
-from lib.evaluate.intervals import paired_interval
+from lib.evaluate.scores import paired_interval
 from lib.files import ROOT, read_json
 
 STORED = ROOT / "data" / "results" / "coa"

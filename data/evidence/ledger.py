@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lib.errors import UserError, require
-from lib.evaluate.intervals import paired_interval
+from lib.evaluate.scores import paired_interval
 from lib.files import ROOT, read_json
 
 RESULTS, CLAIMS = ROOT / "data" / "results", ROOT / "data" / "claims.json"

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from lib.base.model import load_tokenizer
-from lib.base.prompts import encode
-from lib.base.records import sensors
+from lib.base.records import encode, sensors
 from lib.evaluate.scores import held_out_loss
 from lib.quantize.merging import INT8_THRESHOLD, load_saved
 from lib.train.lora import linear_shapes

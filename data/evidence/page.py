@@ -25,8 +25,7 @@ from trl import SFTConfig, SFTTrainer
 from data.evidence.tiny import tiny_model
 from lib.base.embedded import quiet
 from lib.base.model import load_tokenizer
-from lib.base.prompts import render
-from lib.base.records import sensors
+from lib.base.records import render, sensors
 from lib.settings import TARGETS, seed_everything
 
 SAVED = {"num_train_epochs": 3, "per_device_train_batch_size": 4,

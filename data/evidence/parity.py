@@ -8,8 +8,7 @@ import httpx
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib.base.prompts import IGNORED, encode
-from lib.base.records import Record
+from lib.base.records import IGNORED, Record, encode
 
 
 @dataclass(frozen=True)

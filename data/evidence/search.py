@@ -20,7 +20,7 @@ from data.evidence.pieces import ADAPTERS, RESULTS, Piece
 from data.evidence.rivals import at_random, nsga2
 from lib.base.records import sensors
 from lib.coa.adapter import CoaLora
-from lib.coa.configuration import Configuration, Layers, from_numbers, numbers
+from lib.coa.configuration import Configuration, Layers, Switchable, from_numbers, numbers
 from lib.coa.pareto import (
     Evaluated,
     Features,
@@ -31,7 +31,6 @@ from lib.coa.pareto import (
     search,
     segment,
 )
-from lib.coa.switchable import Switchable
 from lib.errors import UserError, require
 from lib.files import BUILD, read_json, replacing, sha256
 

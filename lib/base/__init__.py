@@ -3,8 +3,7 @@
 from lib import exports
 
 __getattr__, __all__ = exports(__name__, {
-    "model": "MODULE_KINDS best_dtype frozen_weight load_model load_tokenizer quantized_config "
-             "release_memory",
+    "model": "MODULE_KINDS best_dtype frozen_weight load_model load_tokenizer pad_right "
+             "quantized_config release_memory",
     "embedded": "EMBEDDED locate",
-    "records": "DATA Records movies sensors",
-    "prompts": "IGNORED encode pad_right render"})
+    "records": "DATA IGNORED Records encode movies render sensors"})

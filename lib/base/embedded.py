@@ -25,12 +25,11 @@ MODEL_CACHE = BUILD / "models" / "smollm2-135m-instruct"
 
 def quiet() -> None:
     """Silence the libraries' progress bars, repeated notices and usage reports."""
-    # Imported here, so that this module can be read where they are not installed.
-    import datasets
+    import datasets  # here, so that this module can be read where they are not installed
     import huggingface_hub
     import transformers
 
-    # TRL reports every trainer otherwise. The environment variable would come too late.
+    # TRL reports every trainer otherwise; the environment variable would come too late.
     huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -12,7 +12,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lib.base.embedded import EMBEDDED, locate, quiet
+from lib.base.records import IGNORED
 from lib.errors import UserError, require
 from lib.files import read_json, verified
 from lib.host import cores, is_sharded
@@ -79,8 +80,8 @@ def load_model(model: str = EMBEDDED, *, dtype: torch.dtype | None = None, **opt
 def _load(loader: Any, model: str, **options: object) -> Any:
     """`loader.from_pretrained`, but say in one line why a model does not load."""
     source = locate(model)
-    adapter = Path(source) / "adapter_config.json"
-    if adapter.is_file():  # transformers would load its base and apply it
+    adapter, whole = Path(source, "adapter_config.json"), Path(source, "tokenizer.json").is_file()
+    if adapter.is_file() and not (whole and loader is transformers.AutoTokenizer):
         base = read_json(adapter).get("base_model_name_or_path")
         raise UserError(f"{source} is an adapter of {base}: name its base as the model")
     try:
@@ -123,8 +124,7 @@ def frozen_weight(base: nn.Module, dtype: torch.dtype) -> Tensor:
 def decoded(model: nn.Module) -> Iterator[None]:
     """Keep 4-bit layers on a CPU dequantised in the block; return the memory afterwards.
 
-    Their own kernel decodes the weights again for every few rows: good for one answer,
-    slow for the many rows of a score. The block needs 2 bytes for each weight.
+    Their own kernel decodes the weights again for every few rows, slow for a score's many.
     """
     def forward(x: Tensor, *, weight: Tensor, bias: Tensor | None) -> Tensor:
         return nn.functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
@@ -153,6 +153,15 @@ def dequantized_base(model: str = "embedded") -> PreTrainedModel:
     return base
 
 
+def pad_right(pairs: Sequence[tuple[list[int], list[int]]], pad: int
+              ) -> tuple[Tensor, Tensor]:
+    """Ids and labels (batch, length), padded on the right."""
+    length = max(len(ids) for ids, _ in pairs)
+    rows = [ids + [pad] * (length - len(ids)) for ids, _ in pairs]
+    labels = [row + [IGNORED] * (length - len(row)) for _, row in pairs]
+    return torch.tensor(rows), torch.tensor(labels)
+
+
 def _call_glibc(function: str, *numbers: int) -> None:
     with contextlib.suppress(OSError, TypeError, AttributeError):  # another C library
         getattr(ctypes.CDLL(None), function)(*numbers)
@@ -175,10 +184,9 @@ def release_memory() -> None:
 
 @functools.cache
 def best_dtype() -> torch.dtype:
-    """bfloat16 if a short matrix product is faster in it than in float32.
+    """bfloat16 if a short matrix product is faster in it than in float32: we time both.
 
-    On a processor without bfloat16 instructions such a product takes up to 40 times as
-    long, so we time both (a few milliseconds). `COURSE_DTYPE=float32` overrides the probe.
+    Without bfloat16 instructions it takes up to 40 times as long. `COURSE_DTYPE` overrides.
     """
     if name := os.environ.get("COURSE_DTYPE"):
         require(name in ("float32", "bfloat16"), f"COURSE_DTYPE={name}: use float32 or bfloat16")

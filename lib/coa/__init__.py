@@ -3,9 +3,8 @@
 from lib import exports
 
 __getattr__, __all__ = exports(__name__, {
-    "configuration": "Configuration block_and_kind numbers",
+    "configuration": "Configuration Switchable block_and_kind numbers",
     "budgets": "error_table greedy_configuration random_configuration sensitivities",
-    "switchable": "Switchable",
     "adapter": "OWNED PACE CoaLora MixingNetwork",
     "joint": "train_over",
     "pareto": "Evaluated Features Journal expected_improvement fillers front hypervolume "

@@ -16,16 +16,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lib.base.model import MODULE_KINDS
-from lib.coa.configuration import Configuration, Layers, block_and_kind
-from lib.coa.switchable import Switchable
+from lib.coa.configuration import Configuration, Layers, Switchable, block_and_kind
 from lib.errors import UserError, require
 from lib.files import verified, writing
 from lib.quantize.formats import GRID
 from lib.train.lora import adapter_files, load_adapter, make_portable
 
 NAME = "default"
-# U is a tenth of the network's output. Adam moves each weight by about the learning
-# rate regardless of its gradient; this makes U move at a pace that suits A and B.
+# U is a tenth of the network's output: Adam moves each weight by about the learning rate
+# whatever its gradient, and U should move at a pace that suits A and B.
 PACE = 0.1
 # For weights of these bits, the share of the rank that only their layers use.
 OWNED = {2: 1 / 4}
@@ -130,8 +129,7 @@ class CoaLora:
         factors, widths = [*map(learned_a, self.lora_layers.values())], defaultdict(list)
         for index, a in enumerate(factors):
             widths[a.shape[1]].append(index)
-        # One batched product for the layers of one width: two hundred small products, and as
-        # many in the backward pass, cost several times as much.
+        # One batched product for the layers of one width: two hundred small ones cost more.
         for _, rows in sorted(widths.items()):
             a = torch.stack([factors[index] for index in rows])
             self.mixed |= zip(rows, torch.baddbmm(a, self.mixers[rows], a), strict=True)

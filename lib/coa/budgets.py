@@ -8,11 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lib.base.model import load_tokenizer
-from lib.base.prompts import encode, pad_right
-from lib.base.records import Record
-from lib.coa.configuration import Configuration, Layers
-from lib.coa.switchable import Switchable
+from lib.base.model import load_tokenizer, pad_right
+from lib.base.records import Record, encode
+from lib.coa.configuration import Configuration, Layers, Switchable
 from lib.errors import UserError, require
 from lib.evaluate.scores import answer_loss
 from lib.quantize.formats import FORMATS, Format, round_trip
@@ -56,10 +54,7 @@ def random_configuration(layers: Layers, budget: float, rng: random.Random) -> C
 
 @functools.cache
 def best_formats() -> tuple[Format, ...]:
-    """The formats on the lower convex hull of squared error over bits, for normal numbers.
-
-    A mixture of two of them beats every format above the hull.
-    """
+    """The formats on the lower convex hull of squared error over bits, for normal numbers."""
     weight = torch.randn(1 << 16, generator=torch.Generator().manual_seed(0))
     rows = sorted((fmt.bits_per_parameter,
                    float((round_trip(weight, fmt) - weight).square().sum()), number)
@@ -109,8 +104,7 @@ def error_table(base: Switchable, felt: Tensor | None = None
                 ) -> tuple[tuple[Format, ...], Tensor]:
     """Formats worth choosing from, and each layer's squared error in each, (layers, formats).
 
-    With `felt`, (layers,) from `sensitivities`, the error is weighed by its effect on the
-    loss, and configurations of few bits are far better.
+    With `felt`, (layers,) from `sensitivities`, the error is weighed by its effect on the loss.
     """
     errors = format_errors(base, best_formats())
     return best_formats(), errors if felt is None else errors * felt[:, None]
@@ -119,7 +113,7 @@ def error_table(base: Switchable, felt: Tensor | None = None
 def format_errors(base: Switchable, formats: Sequence[Format]) -> Tensor:
     """(layers, formats): squared error of each layer in each format, from a sample of blocks.
 
-    Samples of all layers, each divided by its own root mean square, are quantised together.
+    Samples of all layers, each divided by its root mean square, are quantised together.
     """
     samples, energy = [], []
     count = min(SAMPLE, *(size // 64 * 64 for size in base.layers.sizes))

@@ -16,8 +16,7 @@ from lib.base.model import MODULE_KINDS, load_tokenizer, release_memory
 from lib.base.records import Record
 from lib.coa.adapter import NAME, OWNED, CoaLora, MixingNetwork, learned_a
 from lib.coa.budgets import best_formats
-from lib.coa.configuration import Configuration
-from lib.coa.switchable import Switchable
+from lib.coa.configuration import Configuration, Switchable
 from lib.errors import require
 from lib.files import scratch
 from lib.host import process_count
@@ -53,8 +52,7 @@ class Switching(TrainerCallback):
 def _descend_on_logarithm(trainer: Any, parts: int) -> None:
     """Divide each part's gradient by its loss, so that the logarithm of the loss falls.
 
-    A configuration with too few bits has a hundred times the loss of a good one, and its
-    gradient would drown the others. The logged value stays.
+    A configuration of too few bits would drown the others. The logged value stays.
     """
     plain = trainer.compute_loss
 
@@ -73,11 +71,9 @@ def train_over(base: Switchable, records: Sequence[Record],
                ) -> tuple[TrainResult, CoaLora | None]:
     """Train one adapter on a base that changes its configuration in each part of a step.
 
-    Args:
-        base: a fresh switchable model; the adapter is added to it.
-        method: "lora", plain; "paper", with the paper's mixing network; "coa", also with owned
-            components, which start from the quantisation error.
-        callbacks: for the trainer. A `Switching` among them replaces the default one.
+    `base` is fresh and gets the adapter. The method is "lora", plain; "paper", with the paper's
+    mixing network; or "coa", also with owned components, which start from the quantisation
+    error. A `Switching` among the `callbacks` replaces the default one.
 
     Returns the run with its model, and the adapter with its network if it has one.
     """
@@ -128,10 +124,9 @@ def set_components(layer: torch.nn.Module, rows: Iterable[int], b: Tensor, a: Te
 def start_owned(coa: CoaLora, roots: Sequence[Tensor]) -> None:
     """Each component owned by layers of b bits starts from their mean error.
 
-    The mean is over the formats of b bits that greedy configurations use: their errors have
-    much in common. The rows of A without an owner grow by sqrt(r / their number). B starts at
-    zero, so a step moves B A by the sum of |a|^2 over them, and they learn as fast as all r
-    would.
+    The mean is over the formats of b bits that greedy configurations use. The rows of A without
+    an owner grow by sqrt(r / their number): a step moves B A by the sum of |a|^2 over them, so
+    they learn as fast as all r would.
     """
     base, rank, owned = coa.base, coa.network.rank, coa.network.owned
     shared = [i for i in range(rank) if not any(i in rows for rows in owned.values())]

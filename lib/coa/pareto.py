@@ -19,8 +19,7 @@ from torch import Tensor
 
 from lib.base.model import MODULE_KINDS
 from lib.coa.budgets import best_formats, format_errors, spend
-from lib.coa.configuration import FORMAT_NUMBERS, block_and_kind
-from lib.coa.switchable import Switchable
+from lib.coa.configuration import FORMAT_NUMBERS, Switchable, block_and_kind
 from lib.errors import require
 from lib.quantize.formats import FORMATS, GRID
 
@@ -39,9 +38,8 @@ Evaluate = Callable[[Tensor], float]
 
 def non_dominated(points: Tensor) -> Tensor:
     """Rows that no other row beats, being as small in both and smaller in one; (n,) bool."""
-    no_worse = (points[:, None] <= points[None]).all(2)
-    better = (points[:, None] < points[None]).any(2)
-    return ~(no_worse & better).any(0)
+    left, right = points[:, None], points[None]
+    return ~((left <= right).all(2) & (left < right).any(2)).any(0)
 
 
 def front(points: Tensor) -> Tensor:
@@ -76,18 +74,14 @@ def front_by_segment(points: Tensor) -> list[int]:
 
 def expected_improvement(bits: Tensor, mean: Tensor, spread: Tensor, points: Tensor,
                          reference: Tensor) -> Tensor:
-    """Expected hypervolume improvement of candidates whose bits are known exactly.
+    """Expected hypervolume improvement of candidates whose bits are known exactly, (n,).
 
-    Only the loss is uncertain, y ~ N(mean, spread^2). Let f(b) be the least
-    loss among the points of at most b bits. A candidate of c bits gains
-    int_c^R max(0, f(b) - y) db. As f is constant between the front's points,
+    Only the loss is uncertain, y ~ N(mean, spread^2). With f(b) the least loss among the points
+    of at most b bits, a candidate of c bits gains int_c^R max(0, f(b) - y) db. As f is constant
+    between the front's points, E = sum_i width_i(c) * EI(f_i), EI(f) = (f - mean) Phi(z) +
+    spread phi(z), z = (f - mean) / spread (Emmerich et al. 2011, with one objective exact).
 
-    E = sum_i width_i(c) * EI(f_i),  EI(f) = (f - mean) Phi(z) + spread phi(z),
-
-    z = (f - mean) / spread (Emmerich et al. 2011, with one objective exact).
-
-    `bits`, `mean` and `spread` (above 0) of the candidates are (n,), `points` are the (m, 2)
-    evaluated ones, `reference` is (2,). Returns (n,), not negative.
+    `bits`, `mean` and `spread` (above 0) are (n,), `points` (m, 2), `reference` (2,).
     """
     inside = front(points)
     inside = inside[(inside < reference).all(1)]
@@ -104,10 +98,7 @@ def expected_improvement(bits: Tensor, mean: Tensor, spread: Tensor, points: Ten
 
 @dataclass(frozen=True)
 class Features:
-    """Inputs of the surrogate: log noise in all, by module kind, and by depth.
-
-    Noise adds up over layers, so changing one layer costs one addition.
-    """
+    """Inputs of the surrogate: noise in all, by module kind, and by depth, summed over layers."""
 
     noise: Tensor  # (layers, 432) float64: sensitivity * squared error of a layer in a format
     cost: Tensor  # (layers, 432) float64: a layer's bits in a format over the weights of all
@@ -235,9 +226,8 @@ def propose(evaluated: Evaluated, features: Features, surrogate: Surrogate, refe
             count: int, rng: random.Random) -> Tensor:
     """(count, layers): the candidates of highest expected improvement, each given those before.
 
-    The climbs start from points of the front, drawn at random. A chosen candidate counts at
-    its expected loss when the next one is chosen (kriging believer), so a batch spreads out.
-    The first ones go to empty segments.
+    The climbs start from random points of the front. A chosen candidate counts at its expected
+    loss when the next is chosen (kriging believer). The first ones go to empty segments.
     """
     def acquire(bits: Tensor, sums: Tensor) -> Tensor:
         return expected_improvement(bits, *surrogate.predict(sums), evaluated.points, reference)
@@ -279,10 +269,9 @@ def climb(configuration: Tensor, features: Features, acquire: Callable[[Tensor, 
     """The configurations passed on the way up the finite differences of the acquisition.
 
     Each step takes the acquisition at every neighbour (one field of one layer moved by one
-    place) less that at the configuration itself, so the difference is true at the grid's
-    borders as well. It then applies the best change of each of the most promising layers
-    together, and of fewer and fewer layers if that gains nothing. `acquire` takes (n,) bits and
-    (n, features) sums of noise.
+    place) less that at the configuration itself. It then applies the best change of each of the
+    most promising layers together, and of fewer and fewer layers if that gains nothing.
+    `acquire` takes (n,) bits and (n, features) sums of noise.
     """
     passed = []
     bits, sums = features.bits(configuration[None]), features.sums(configuration[None])
@@ -316,10 +305,9 @@ def climb(configuration: Tensor, features: Features, acquire: Callable[[Tensor, 
 
 
 def neighbours(configuration: Tensor) -> tuple[Tensor, Tensor]:
-    """(layer, new format number) of every change of one field.
+    """(layer, new format number) of every change of one field by one place up or down its list.
 
-    Bits, block and group sizes move one place up or down their list. The scales' dtype is a
-    category and goes to every other one.
+    The scales' dtype is a category and goes to every other one.
     """
     layers, positions = [], []
     for name, count, stride in zip(GRID, FIELDS, STRIDES, strict=True):

@@ -1,8 +1,6 @@
-"""Running and teaching the course: notebooks, exercises, the doctor, the site."""
+"""Running and teaching the course: notebooks, exercises, the doctor."""
 
 from lib import exports
 
 __getattr__, __all__ = exports(__name__, {
-    "exercises": "check differs",
-    "opening": "Measurements run_directory start",
-})
+    "notebook": "Measurements check differs run_directory start"})

@@ -14,7 +14,7 @@ from nbconvert import HTMLExporter
 from traitlets.config import Config
 
 from lib.base.model import machine
-from lib.course.opening import run_directory
+from lib.course.notebook import run_directory
 from lib.errors import UserError, require
 from lib.evaluate.measure import peak_memory
 from lib.files import ROOT, read_json, replacing, scratch, write_json

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.base.model import load_tokenizer
-from lib.base.prompts import render
+from lib.base.records import render
 from lib.deploy.packed import TASKS, load_deployed, require_new
 from lib.errors import require
 from lib.evaluate.measure import peak_memory

@@ -42,7 +42,7 @@ class DeployedGguf:
     """What was written, and why; sizes of all files in MB (10^6 bytes).
 
     "folded" is the adapter added before quantising, "beside" one that also corrects the
-    rounding of its base. Validation answers through the server choose the way.
+    rounding of its base. Validation answers through the server choose.
     """
 
     way: str
@@ -143,8 +143,8 @@ def type_errors(weight: Tensor, felt: float, q4_0: np.ndarray | None = None,
                 root: Tensor | None = None) -> list[float]:
     """Squared error times sensitivity of a matrix in each type, from a sample of its rows.
 
-    Rounding with feedback (`q4_0`) errs more than plain rounding, but in directions that the
-    inputs lack. So the error of Q4_0 is scaled by what feedback does to the layer's outputs.
+    Rounding with feedback (`q4_0`) errs more, but in directions that the inputs lack. So the
+    error of Q4_0 is scaled by what feedback does to the layer's outputs.
     """
     rows = slice(None, None, max(1, weight.numel() // SAMPLE))
     part = weight[rows][:64].float()
@@ -160,11 +160,7 @@ def type_errors(weight: Tensor, felt: float, q4_0: np.ndarray | None = None,
 @torch.no_grad()
 def write_correction(adapter: Path, out: Path, weights: Mapping[str, Tensor],
                      encoded: Mapping[str, Encoded], roots: Mapping[str, Tensor]) -> None:
-    """Write an adapter that fits its base as the file holds it, Q(W) instead of W.
-
-    Its product is the low-rank part of W + dW - Q(W) that a layer's outputs feel, so the
-    same rank also undoes some of the rounding.
-    """
+    """Write an adapter for the base as the file holds it: what outputs feel of W + dW - Q(W)."""
     tensors = {}
     for module, (a, b, scale) in adapter_factors(adapter).items():
         gguf_type, data = encoded[module]

@@ -20,13 +20,11 @@ from lib.base.embedded import EMBEDDED
 from lib.base.model import best_dtype, load_tokenizer
 from lib.base.records import Record, movies, sensors
 from lib.coa.adapter import CoaLora
-from lib.coa.configuration import Configuration, Layers
-from lib.coa.switchable import Switchable
+from lib.coa.configuration import Configuration, Layers, Switchable
 from lib.errors import UserError, require
 from lib.evaluate.scores import held_out_loss, keyword_score
 from lib.files import MANIFEST, ROOT, read_json, replacing, require_free, sha256, verified, writing
-from lib.quantize.formats import Format, dequantize, quantize
-from lib.quantize.packing import PARTS, PackedLinear, pack_weight, unpack_weight
+from lib.quantize.formats import PARTS, Format, PackedLinear, pack_weight, quantize, unpack
 from lib.train.lora import load_adapter
 
 TASKS: dict[str, Callable[..., list[Record]]] = {"sensors": sensors, "movies": movies}
@@ -166,7 +164,7 @@ def pack_rest(base: Switchable, fmt: Format) -> dict[str, Tensor]:
 def embedding_of(rest: Mapping[str, Tensor], fmt: Format, like: Tensor) -> Tensor:
     """The embedding of `pack_rest`, in the shape and dtype of `like`."""
     parts = {name: rest[f"{EMBEDDING}.{name}"] for name in PARTS}
-    return dequantize(unpack_weight(parts, fmt, like.numel())).view(like.shape).to(like)
+    return unpack(parts, fmt, like.shape).to(like)
 
 
 def load_deployed(directory: Path, *, packed_layers: bool = True) -> PeftModel:

@@ -3,8 +3,7 @@
 from lib import exports
 
 __getattr__, __all__ = exports(__name__, {
-    "scores": "Score answer_loss generate held_out_loss keyword_hit keyword_score",
-    "intervals": "paired_interval wilson",
+    "scores": "Score answer_loss generate held_out_loss keyword_hit keyword_score "
+              "paired_interval wilson",
     "measure": "peak_memory",
-    "figures": "COLOURS heat_map smoothed use_style",
-})
+    "figures": "COLOURS heat_map smoothed use_style"})

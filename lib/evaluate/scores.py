@@ -1,17 +1,18 @@
-"""Scores of generated answers, and the loss of the true ones."""
+"""Scores of generated answers, the loss of the true ones, and confidence intervals."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from scipy.special import stdtrit
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib.base.model import decoded
-from lib.base.prompts import IGNORED, encode, pad_right, render
-from lib.base.records import Record
-from lib.evaluate.intervals import wilson
+from lib.base.model import decoded, pad_right
+from lib.base.records import IGNORED, Record, encode, render
+from lib.errors import require
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,13 @@ class Score:
 
 @torch.inference_mode()
 def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
-             instructions: Sequence[str], *, max_new_tokens: int = 56, batch_size: int = 100,
-             own: bool = False) -> list[str]:
-    """Greedy answers, without their prompts; `own` uses the model's own chat template."""
-    prompts = [render(tokenizer, text, own=own) for text in instructions]
+             questions: Sequence[str | Sequence[Record]], *, max_new_tokens: int = 56,
+             batch_size: int = 100, own: bool = False) -> list[str]:
+    """Greedy answers to instructions or messages; `own` uses the model's own chat template."""
+    prompts = [render(tokenizer, question, own=own) for question in questions]
+    # A model may end its turn with another token than its tokenizer's end of text.
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None) or []
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     # Prompts of similar length share a batch, so that there is little padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
@@ -54,7 +58,7 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
                               padding_side="left", add_special_tokens=False).to(model.device)
             output = model.generate(
                 **batch, max_new_tokens=max_new_tokens, do_sample=False,
-                eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+                eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id)
             texts = tokenizer.batch_decode(
                 output[:, batch.input_ids.shape[1]:], skip_special_tokens=True)
             for row, text in zip(rows, texts, strict=True):
@@ -106,3 +110,36 @@ def answer_loss(model: PreTrainedModel, ids: Tensor, labels: Tensor) -> tuple[Te
     keep = target != IGNORED
     loss = nn.functional.cross_entropy(logits[keep].float(), target[keep], reduction="sum")
     return loss, int(keep.sum())
+
+
+def wilson(hits: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """Score interval of a binomial share (Wilson 1927)."""
+    require(total > 0, "no examples to score: give at least one")
+    share = hits / total
+    middle = share + z * z / (2 * total)
+    spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    scale = 1 + z * z / total
+    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
+
+
+def paired_interval(differences: Tensor) -> tuple[float, float, float]:
+    """Mean of paired differences and its 95 % interval, as (mean, low, high).
+
+    `differences` has one axis for each thing drawn, such as (seeds, configurations,
+    examples); the interval is for drawing all of them again. Each axis adds to the variance
+    of the mean: V = sum of v_a, v_a = s_a^2 / n_a, where s_a^2 is the sample variance of the
+    n_a means along axis a (two-way clusters, Cameron, Gelbach, Miller 2011, without the term
+    they subtract again, so rather too wide). The half-width is Student's t sqrt(V) with
+    V^2 / sum(v_a^2 / (n_a - 1)) degrees of freedom (Welch 1947). An axis of one entry adds
+    nothing. With three seeds it covers the truth in 92 to 93 % of cases where another axis
+    adds a tenth or a fifth of what the seeds do, a bootstrap in three of four (notebook 06).
+    """
+    values, variance, freedom = differences.double(), 0.0, 0.0
+    require(values.numel() > 1, "one difference has no interval: give several")
+    for axis, count in enumerate(values.shape):
+        if count > 1:
+            own = float(values.movedim(axis, 0).reshape(count, -1).mean(1).var()) / count
+            variance, freedom = variance + own, freedom + own ** 2 / (count - 1)
+    mean = float(values.mean())
+    half = float(stdtrit(variance ** 2 / freedom, 0.975)) * variance ** 0.5 if freedom else 0.0
+    return mean, mean - half, mean + half

@@ -4,8 +4,7 @@ from lib import exports
 
 __getattr__, __all__ = exports(__name__, {
     "formats": "FORMATS GRID Format bits_per_parameter dequantize_blocks normal_float "
-               "quantize_blocks round_trip",
+               "pack_bits quantize_blocks round_trip unpack_bits",
     "merging": "INT8_THRESHOLD ROUTES load_dynamic_int8 load_saved merge save_int8 save_model "
                "save_nf4",
-    "gguf": "export permute",
-    "packing": "pack_bits unpack_bits"})
+    "gguf": "export permute"})

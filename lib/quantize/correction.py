@@ -13,8 +13,7 @@ from torch import Tensor
 
 from lib.base.embedded import EMBEDDED
 from lib.base.model import load_tokenizer
-from lib.base.prompts import encode
-from lib.base.records import Record
+from lib.base.records import Record, encode
 
 # Share of the mean variance that every direction of the inputs gets at least.
 DAMPING = 1e-3

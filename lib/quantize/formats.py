@@ -1,4 +1,4 @@
-"""Formats of one matrix, and rounding to them.
+"""Formats of one matrix, rounding to them, and packing codes in exactly their bits.
 
 A format is the tuple (b, b0, b1, B0, B1) of CoA-LoRA, NormalFloat with two levels of scales
 (QLoRA, section 3), or the name of one of GGUF's types.
@@ -13,7 +13,7 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lib.errors import UserError, require
 
@@ -25,6 +25,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 GGUF_TYPES = ("F32", "F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 # Probability below the outermost quantile, as in QLoRA's table.
 TAIL = 0.9677083
+# Of a packed layer.
+PARTS = ("codes", "scale_codes", "group_scales", "mean")
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,8 @@ FORMATS = tuple(Format(*values) for values in itertools.product(*GRID.values()))
 def normal_float(bits: int) -> Tensor:
     """Codebook of 2^bits quantisation levels in [-1, 1], float32, ascending.
 
-    Quantiles of N(0, 1) at evenly spaced probabilities: 2^(bits-1) above zero,
-    2^(bits-1) - 1 below, and zero itself; all divided by the largest.
+    Quantiles of N(0, 1) at evenly spaced probabilities: 2^(bits-1) above zero, one less below,
+    and zero itself; all divided by the largest.
     """
     require(2 <= bits <= 8, f"{bits} bits: NormalFloat is defined here for 2 to 8")
     half = 2 ** (bits - 1)
@@ -84,11 +86,10 @@ def normal_float(bits: int) -> Tensor:
 
 
 def quantize_blocks(weight: Tensor, codebook: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Nearest entry of a codebook (levels,), ascending in [-1, 1], scaled by the block's absmax.
+    """Codes (n,) uint8 and absmax (ceil(n / block),) float32 of a weight, row by row.
 
-    The weight is flattened row by row; the last block may be short. Of two levels equally
-    near, the lower one is taken.
-    Returns codes (n,) uint8 and absmax (ceil(n / block),) float32.
+    A code is the nearest entry, of two the lower one, of a codebook (levels,), ascending in
+    [-1, 1], scaled by the block's absmax. The last block may be short.
     """
     blocks = _blocks(weight, block)
     absmax = blocks.abs().amax(1)
@@ -99,7 +100,7 @@ def _blocks(values: Tensor, block: int) -> Tensor:
     """(ceil(n / block), block) float32, the last one padded with zeros."""
     require(block > 0, f"block size {block}: use a positive whole number")
     flat = values.detach().float().reshape(-1)
-    return torch.nn.functional.pad(flat, (0, -flat.numel() % block)).view(-1, block)
+    return nn.functional.pad(flat, (0, -flat.numel() % block)).view(-1, block)
 
 
 def _codes(blocks: Tensor, scales: Tensor, levels: Tensor) -> Tensor:
@@ -202,3 +203,73 @@ def round_trip(weight: Tensor, fmt: Format | str) -> Tensor:
     if isinstance(fmt, Format):
         return dequantize(quantize(weight, fmt)).view(weight.shape)
     return decode(encode(weight, fmt), fmt)
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Codes (n,) uint8 below 2^bits as a stream of ceil(n * bits / 8) bytes.
+
+    Code i takes the bits from i * bits on, lowest first: eight codes fill `bits` bytes.
+    """
+    require(1 <= bits <= 8, f"{bits} bits: use 1 to 8")
+    groups = nn.functional.pad(codes, (0, -codes.numel() % 8)).view(-1, 8).long()
+    words = (groups << (bits * torch.arange(8))).sum(1)
+    stream = words.view(torch.uint8).view(-1, 8)[:, :bits].reshape(-1)
+    return stream[: -(-codes.numel() * bits // 8)].clone()
+
+
+def unpack_bits(stream: Tensor, bits: int, count: int) -> Tensor:
+    """The `count` codes, uint8, of a stream from `pack_bits`; UserError if its length differs."""
+    require(stream.numel() == -(-count * bits // 8),
+            f"{stream.numel()} bytes do not hold {count} codes of {bits} bits: make them again")
+    groups = nn.functional.pad(stream, (0, -stream.numel() % bits)).view(-1, bits)
+    words = nn.functional.pad(groups, (0, 8 - bits)).contiguous().view(torch.int64)
+    codes = (words >> (bits * torch.arange(8))) & (2**bits - 1)
+    return codes.to(torch.uint8).view(-1)[:count]
+
+
+def pack_weight(weight: Quantized) -> dict[str, Tensor]:
+    """A layer as four rows of bytes, so that no change of a model's dtype rounds its scales."""
+    return {"codes": pack_bits(weight.codes, weight.format.bits),
+            "scale_codes": pack_bits(weight.scale_codes, weight.format.scale_bits),
+            "group_scales": weight.group_scales.view(torch.uint8),
+            "mean": weight.mean.view(1).view(torch.uint8)}
+
+
+def unpack_weight(parts: dict[str, Tensor], fmt: Format, count: int) -> Quantized:
+    """The `count` weights that `pack_weight` packed; UserError for a part of another length."""
+    (blocks, groups), dtype = fmt.scales(count), DTYPES[fmt.scale_dtype]
+    for name, size in (("group_scales", groups * dtype.itemsize), ("mean", 4)):
+        require(parts[name].nbytes == size,
+                f"{name} has {parts[name].nbytes} bytes instead of {size}: make the file again")
+    return Quantized(fmt, unpack_bits(parts["codes"], fmt.bits, count),
+                     unpack_bits(parts["scale_codes"], fmt.scale_bits, blocks),
+                     parts["group_scales"].view(dtype), parts["mean"].view(torch.float32)[0])
+
+
+def unpack(parts: dict[str, Tensor], fmt: Format, shape: torch.Size) -> Tensor:
+    """The weights that `pack_weight` packed, decoded, float32."""
+    return dequantize(unpack_weight(parts, fmt, shape.numel())).view(shape)
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer that holds b + b0/B0 + ... bits a weight, and unpacks it in each call.
+
+    Decoding is slow for one row and costs little beside many. peft takes it for a linear layer.
+    """
+
+    def __init__(self, parts: dict[str, Tensor], fmt: Format, plain: nn.Linear) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would allocate the weight
+        for name in PARTS:
+            self.register_buffer(name, parts[name])
+        self.format, self.bias = fmt, plain.bias
+        self.out_features, self.in_features = plain.out_features, plain.in_features
+
+    @property
+    def weight(self) -> Tensor:
+        """The decoded weight (d_out, d_in), float32."""
+        shape = torch.Size((self.out_features, self.in_features))
+        return unpack(dict(self.named_buffers()), self.format, shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d_in) to (..., d_out), in x's dtype."""
+        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)

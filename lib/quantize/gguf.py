@@ -32,10 +32,7 @@ OTHER_VOCABULARY = ("only models with the embedded model's vocabulary are export
 
 
 def permute(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Rows (heads * d, columns) in llama.cpp's order: i and i + d/2 of a head become neighbours.
-
-    For q with its query heads, k with its key-value heads; a weight, encoded or not, or a B.
-    """
+    """Rows (heads * d, columns) in llama.cpp's order: i and i + d/2 of a head become neighbours."""
     half = rows.shape[0] // heads // 2
     return rows.reshape(heads, 2, half, -1).swapaxes(1, 2).reshape(rows.shape)
 

@@ -1,13 +1,11 @@
-"""The HTTP layer in front of llama.cpp: it checks every request before the engine sees it.
+"""The HTTP layer in front of llama.cpp, which ignores what it does not know.
 
-llama.cpp ignores an unknown model or adapter and answers with another one. Here an
-unknown name is an error, in the OpenAI format.
+Here an unknown model or adapter is an error, in the OpenAI format.
 """
 
 import asyncio
 import contextlib
 import json
-from collections.abc import Callable
 from contextlib import aclosing
 from typing import Annotated, Any, Literal
 
@@ -88,11 +86,8 @@ async def error_reply(_: HTTPRequest, error: Exception) -> Response:
 
 async def read_body(request: HTTPRequest) -> bytes:
     """The body; Refused above the limit."""
-    body, size = bytearray(), 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > 16 * BODY_LIMIT:  # up to here we read on: clients listen when they have sent all
-            break
+    body = bytearray()
+    async for chunk in request.stream():  # read on: clients listen when they have sent all
         if len(body) <= BODY_LIMIT:
             body += chunk
     if len(body) > BODY_LIMIT:
@@ -131,13 +126,6 @@ def engine_request(body: bytes, schema: type[Request], bundle: Bundle, context: 
         {"id": i, "scale": scale} for i, scale in enumerate(scales.values())]}
 
 
-async def on_disconnect(receive: Receive, cancel: Callable[[], None]) -> None:
-    """Call `cancel` when the client disconnects."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    cancel()
-
-
 def application(bundle: Bundle, url: str, key: str, context: int, slots: int) -> Starlette:
     """The app that checks requests and passes them to llama.cpp at `url`."""
     # At most `slots` requests reach the engine; the others wait here, in order.
@@ -156,8 +144,13 @@ def application(bundle: Bundle, url: str, key: str, context: int, slots: int) ->
             raise Refused(400, "a number is not finite: JSON has no such numbers") from None
 
         async def forward(scope: Scope, receive: Receive, send: Send) -> None:
+            async def watch() -> None:
+                while (await receive())["type"] != "http.disconnect":
+                    pass
+                work.cancel()
+
             with anyio.CancelScope() as work, contextlib.suppress(ClientDisconnect):
-                watcher = asyncio.ensure_future(on_disconnect(receive, work.cancel))
+                watcher = asyncio.ensure_future(watch())
                 try:
                     async with gate, aclosing(await engine.send(call, stream=True)) as answer:
                         response = await engine_reply(answer, bool(fields.get("stream")))

@@ -64,8 +64,8 @@ def serve(path: Path, settings: ServeSettings, loras: Sequence[str] = (), *,
           until_eof: bool = False) -> None:
     """Serve until SIGTERM or Ctrl-C; running requests are finished first.
 
-    `until_eof` is for a program that starts the server: the address is printed as JSON, and
-    the server also stops when its standard input ends, as it does when that program ends.
+    With `until_eof`, for a program that starts the server, the address is printed as JSON, and
+    it also stops when its standard input ends, as it does when that program ends.
     """
     bundle = open_bundle(path, loras)
     try:
@@ -87,14 +87,10 @@ def serve(path: Path, settings: ServeSettings, loras: Sequence[str] = (), *,
         config = uvicorn.Config(app, log_level="error", timeout_keep_alive=60,
                                 timeout_graceful_shutdown=GRACE)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-        if until_eof:
-            threading.Thread(target=_stop_at_eof, daemon=True).start()
+        if until_eof:  # under Windows os.kill would not stop gracefully
+            threading.Thread(daemon=True, target=lambda: (
+                sys.stdin.read(), _thread.interrupt_main(signal.SIGTERM))).start()
         uvicorn.Server(config).run(sockets=[listener])
-
-
-def _stop_at_eof() -> None:
-    sys.stdin.read()
-    _thread.interrupt_main(signal.SIGTERM)  # under Windows os.kill would not stop gracefully
 
 
 @contextlib.contextmanager

@@ -1,8 +1,7 @@
-"""The same training step in fewer passes over memory.
+"""The same training step in fewer passes over memory, which take most of its time on a CPU.
 
-On a CPU, a LoRA step on short sequences spends more time moving activations than multiplying.
-Two hand-written backward passes save most of that time: one for a frozen linear layer with its
-adapter, one for RMSNorm with a frozen gain.
+Two hand-written backward passes: of a frozen linear layer with its adapter, and of RMSNorm with
+a frozen gain.
 """
 
 import contextlib
@@ -42,8 +41,8 @@ class LoraLinear(torch.autograd.Function):
             y += bias.to(y.dtype)
         ctx.save_for_backward(flat, low_a, low_b, hidden)
         ctx.base, ctx.scale, ctx.shape, ctx.dtypes = base, scale, x.shape, (a.dtype, b.dtype)
-        # Keep the weight itself, because the layer may point to another one by the time of
-        # the backward pass. Only a 4-bit weight is decoded a second time, to save memory.
+        # The layer may point to another weight by the time of the backward pass. Only a 4-bit
+        # weight is decoded a second time, to save memory.
         ctx.weight = None if hasattr(base.weight, "quant_state") else weight.detach()
         return y.view(*x.shape[:-1], -1)
 
@@ -115,9 +114,8 @@ def fused(model: nn.Module) -> Iterator[int]:
     """
     fused_modules = []
     owner = model.get_base_model() if isinstance(model, PeftModel) else model
-    config = getattr(owner, "config", None)
-    eager = (getattr(config, "_attn_implementation", None) == "sdpa"
-             and not torch.cuda.is_available())
+    kind = getattr(getattr(owner, "config", None), "_attn_implementation", None)
+    eager = kind == "sdpa" and not torch.cuda.is_available()
     if eager:
         owner.set_attn_implementation("eager")
     for module in model.modules():

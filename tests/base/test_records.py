@@ -1,4 +1,4 @@
-"""lib.base.records and lib.base.prompts: files, shapes, prompts and labels."""
+"""lib.base.records and lib.base.records: files, shapes, prompts and labels."""
 
 import copy
 import itertools
@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
-from lib.base.model import load_tokenizer
-from lib.base.prompts import IGNORED, chat, encode, pad_right, render
-from lib.base.records import Record, Records, movies, sensors
+from lib.base.model import load_tokenizer, pad_right
+from lib.base.records import IGNORED, Record, Records, chat, encode, movies, render, sensors
 from lib.errors import UserError
 
 CASES = {
@@ -126,6 +125,7 @@ texts = st.text(
 @example("a\n\n", "b  \n\n", "course")
 @example("a", "  b", "course")
 @example("a <|im_end|>\n<|im_start|>", "\n\n<|im_end|> is\n an end<|im_end|>", "own")
+@example("<empty_output>", "<filename>x<|endoftext|>", "course")
 @example("### Response:\nx", "### Instruction:\nfoo\n\n### Response:\nbar", "course")
 def test_labels_are_the_answer_and_the_end(instruction: str, response: str,
                                            template: str) -> None:
@@ -136,7 +136,8 @@ def test_labels_are_the_answer_and_the_end(instruction: str, response: str,
     assert all(label in (token, IGNORED) for token, label in zip(ids, labels, strict=True))
     assert learned(tokenizer, record) == [response + tokenizer.eos_token]
     assert labels.count(tokenizer.eos_token_id) == 1
-    assert ids.count(tokenizer.eos_token_id) == {"own": 3, "course": 1}[template]
+    controls = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    assert sum(token in controls for token in ids) == {"own": 6, "course": 1}[template]
 
 
 TURNS = {"messages": [{"role": role, "content": text} for role, text in (

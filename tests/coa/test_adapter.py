@@ -20,9 +20,8 @@ from lib.base.model import MODULE_KINDS
 from lib.base.records import sensors
 from lib.coa.adapter import NAME, OWNED, CoaLora, MixingNetwork, learned_a
 from lib.coa.budgets import best_formats, random_configuration
-from lib.coa.configuration import Configuration, Layers
+from lib.coa.configuration import Configuration, Layers, Switchable
 from lib.coa.joint import LEAST_LOSS, METHODS, _descend_on_logarithm, start_owned, train_over
-from lib.coa.switchable import Switchable
 from lib.errors import UserError
 from lib.files import read_json, writing
 from lib.quantize.correction import input_roots, low_rank

@@ -12,9 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib.base.model import MODULE_KINDS
-from lib.base.prompts import encode, pad_right
-from lib.base.records import sensors
+from lib.base.model import MODULE_KINDS, pad_right
+from lib.base.records import encode, sensors
 from lib.coa.budgets import (
     best_formats,
     error_table,
@@ -23,8 +22,14 @@ from lib.coa.budgets import (
     sensitivities,
     spend,
 )
-from lib.coa.configuration import Configuration, Layers, block_and_kind, from_numbers, numbers
-from lib.coa.switchable import Switchable
+from lib.coa.configuration import (
+    Configuration,
+    Layers,
+    Switchable,
+    block_and_kind,
+    from_numbers,
+    numbers,
+)
 from lib.errors import UserError
 from lib.evaluate.figures import heat_map
 from lib.evaluate.scores import answer_loss

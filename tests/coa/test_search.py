@@ -9,7 +9,7 @@ import torch
 
 from data.evidence.search import JournalFile
 from lib.coa.budgets import random_configuration
-from lib.coa.configuration import Configuration, Layers, numbers
+from lib.coa.configuration import Configuration, Layers, Switchable, numbers
 from lib.coa.pareto import (
     COVER,
     FIELDS,
@@ -28,7 +28,6 @@ from lib.coa.pareto import (
     search,
     segment,
 )
-from lib.coa.switchable import Switchable
 from lib.errors import UserError
 from lib.quantize.formats import FORMATS
 

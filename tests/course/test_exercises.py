@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lib.course.exercises import check, differs
+from lib.course.notebook import check, differs
 
 DOUBLES = [((2,), 4), ((5,), 10)]
 ROWS = [((torch.ones(2, 3),), torch.full((2, 3), 2.0))]

@@ -14,7 +14,7 @@ from lib.course.run import notebooks, read_notebook
 
 FOLDER = ROOT / "notebooks"
 PAGES = {name: (FOLDER / f"{name}.md").read_text(encoding="utf-8")
-         for name in ("START", "TROUBLESHOOTING", "GLOSSARY")}
+         for name in ("START", "TROUBLESHOOTING", "GLOSSARY", "YOURS")}
 PAGES["README"] = (ROOT / "README.md").read_text(encoding="utf-8")
 NAMES = {p.name for p in notebooks()}
 LINK = re.compile(r"\]\(([^)\s]+)\)")

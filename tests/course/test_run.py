@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from data.evidence import notebooks as stored
-from lib.course import opening
+from lib.course import notebook as opening
 from lib.course import run as course
 from lib.errors import UserError
 from lib.evaluate.figures import COLOURS

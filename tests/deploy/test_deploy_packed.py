@@ -11,16 +11,14 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from lib.base.model import load_tokenizer
 from lib.base.records import sensors
 from lib.coa.adapter import CoaLora
-from lib.coa.configuration import MODULE_KINDS, Configuration
-from lib.coa.switchable import Switchable
+from lib.coa.configuration import MODULE_KINDS, Configuration, Switchable
 from lib.deploy import packed as module
 from lib.deploy.gguf import deploy_gguf
 from lib.deploy.packed import deploy_packed, load_deployed
 from lib.errors import UserError
 from lib.evaluate.scores import held_out_loss
 from lib.files import sha256, verified
-from lib.quantize.formats import Format
-from lib.quantize.packing import PackedLinear
+from lib.quantize.formats import Format, PackedLinear
 
 pytestmark = pytest.mark.usefixtures("float32")
 # Two blocks of width 64 and 49,152 rows of embedding: 3.3 MB in 8 bits.

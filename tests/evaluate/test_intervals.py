@@ -1,4 +1,4 @@
-"""lib.evaluate.intervals: shares and paired differences."""
+"""lib.evaluate.scores: shares and paired differences."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from lib.errors import UserError
-from lib.evaluate.intervals import paired_interval, wilson
+from lib.evaluate.scores import paired_interval, wilson
 
 
 @given(st.integers(1, 1000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))

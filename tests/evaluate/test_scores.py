@@ -6,15 +6,15 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from lib.base.prompts import IGNORED, encode, pad_right, render
-from lib.base.records import sensors
-from lib.evaluate.intervals import wilson
+from lib.base.model import pad_right
+from lib.base.records import IGNORED, encode, render, sensors
 from lib.evaluate.scores import (
     Score,
     answer_loss,
     generate,
     held_out_loss,
     keyword_score,
+    wilson,
 )
 
 
@@ -70,7 +70,7 @@ def test_generate_is_greedy_and_keeps_the_order(tokenizer: PreTrainedTokenizerBa
         assert answers == [tokenizer.decode(p.input_ids, skip_special_tokens=True).strip()
                            for p in prompts]
         options = {"do_sample": False, "max_new_tokens": 7, "training": True,
-                   "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+                   "eos_token_id": [tokenizer.eos_token_id], "pad_token_id": tokenizer.pad_token_id}
         assert len(model.calls) == batches
         assert all(call.items() >= options.items() for call in model.calls)
 

@@ -19,11 +19,11 @@ from conftest import ROOT, saved_adapter
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 import lib.__main__
-import lib.course.opening
+import lib.course.notebook
 from data.evidence.tiny import tiny_model
 from lib.__main__ import dispatch, main, parser
 from lib.base.model import best_dtype
-from lib.evaluate.intervals import wilson
+from lib.evaluate.scores import wilson
 from lib.quantize.gguf import export
 
 pytestmark = pytest.mark.usefixtures("float32")
@@ -99,7 +99,7 @@ def place(tmp_path: Path, shelf: Path, tiny_directory: str, monkeypatch: pytest.
     (tmp_path / "locked").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COURSE_PROFILE", "smoke")
-    monkeypatch.setattr(lib.course.opening, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(lib.course.notebook, "BUILD", tmp_path / "build")
     real = os.mkdir
 
     def mkdir(path: Any, *arguments: Any, **options: Any) -> None:

@@ -17,12 +17,20 @@ from transformers import PreTrainedModel
 
 from lib.coa.adapter import CoaLora
 from lib.coa.budgets import random_configuration
-from lib.coa.configuration import MODULE_KINDS, Configuration
-from lib.coa.switchable import Switchable
+from lib.coa.configuration import MODULE_KINDS, Configuration, Switchable
 from lib.deploy.packed import load_packed, save_packed
 from lib.errors import UserError
-from lib.quantize.formats import FORMATS, Format, quantize, round_trip
-from lib.quantize.packing import PackedLinear, pack_bits, pack_weight, unpack_bits, unpack_weight
+from lib.quantize.formats import (
+    FORMATS,
+    Format,
+    PackedLinear,
+    pack_bits,
+    pack_weight,
+    quantize,
+    round_trip,
+    unpack_bits,
+    unpack_weight,
+)
 
 pytestmark = pytest.mark.usefixtures("float32")
 

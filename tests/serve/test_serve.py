@@ -24,8 +24,7 @@ from conftest import ROOT, saved_adapter
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from data.evidence.parity import compare
-from lib.base.prompts import render
-from lib.base.records import sensors
+from lib.base.records import render, sensors
 from lib.errors import UserError
 from lib.quantize.gguf import write_adapter, write_model
 from lib.serve.client import ask, ask_all, question

@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lib.base.model import MODULE_KINDS, best_dtype, load_model
-from lib.base.prompts import IGNORED, encode
-from lib.base.records import Record, sensors
+from lib.base.records import IGNORED, Record, encode, sensors
 from lib.errors import UserError
+from lib.evaluate.scores import held_out_loss
 from lib.files import sha256, verified
 from lib.settings import TrainSettings
 from lib.train import training
@@ -119,13 +119,13 @@ def test_loss_falls_and_the_artifact_is_whole(undisturbed: Callable[[str], Run],
     assert json.loads((out / "losses.json").read_text()) == list(result.losses)
     names = {p.name for p in files(out)}
     if mode == "full":
-        assert names == {"config.json", "generation_config.json", "losses.json", "manifest.json",
-                         "model.safetensors", "chat_template.jinja", "tokenizer.json",
-                         "tokenizer_config.json"}
+        assert names == {"config.json", "generation_config.json", "losses.json", "losses.png",
+                         "manifest.json", "model.safetensors", "chat_template.jinja",
+                         "tokenizer.json", "tokenizer_config.json"}
         assert result.trainable == result.parameters
     else:
         assert names == {"adapter_config.json", "adapter_model.safetensors", "losses.json",
-                         "manifest.json", "chat_template.jinja", "tokenizer.json",
+                         "losses.png", "manifest.json", "chat_template.jinja", "tokenizer.json",
                          "tokenizer_config.json"}
         assert result.trainable == sum(t.numel() for t in load_file(out / WEIGHTS[mode]).values())
     assert no_pickle(out)
@@ -451,3 +451,61 @@ def test_progress(tiny_directory: str, capsys: pytest.CaptureFixture[str],
     assert not every or said[1:3] == ["  prompt  '### Instruction:\\nUnit?\\n\\n### Response:\\n'",
                                       "  learned 'It is 0 .<|im_end|>'"]
     assert [line and int(line[1]) for line in lines] == expected
+
+
+# Validation
+
+
+def validated(**options: Any) -> TrainSettings:
+    return dataclasses.replace(
+        SETTINGS["lora"], **{"eval_every": 2, "learning_rate": 5e-2} | options)
+
+
+HELD: list[Record] = [
+    {"instruction": "Unit? again", "response": f"It is {i} xx."} for i in range(3)]
+
+
+def test_the_best_weights_are_kept(tiny_directory: str, tmp_path: Path,
+                                   tokenizer: PreTrainedTokenizerBase) -> None:
+    result = train(RECORDS, validated(), model=tiny_directory, out=tmp_path / "out", held=HELD)
+    assert [*result.validation] == [2, 4, 6, 8]
+    best = min(result.validation.values())
+    model = load_adapter(load_model(tiny_directory), tmp_path / "out")
+    assert held_out_loss(model, tokenizer, HELD) == pytest.approx(best, rel=1e-4)
+    stored = json.loads((tmp_path / "out" / "validation.json").read_text())
+    assert [*stored.values()] == [*result.validation.values()]
+
+
+def test_a_share_is_held_out_and_a_run_without_gain_stops(tiny_directory: str) -> None:
+    settings = validated(eval_share=0.25, eval_every=1, patience=2, learning_rate=0.9, steps=30)
+    losses = [*train(RECORDS, settings, model=tiny_directory).validation.values()]
+    assert len(losses) < 30 and losses.index(min(losses)) == len(losses) - 3
+
+
+def test_a_resumed_run_has_the_same_validation(tiny_directory: str, tmp_path: Path,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+    for stopped in (False, True):
+        out = tmp_path / f"{stopped}"
+        with monkeypatch.context() as patch:
+            if stopped:
+                save = CourseTrainer._save_checkpoint
+
+                def stop(self: CourseTrainer, *args: Any, save: Any = save) -> None:
+                    save(self, *args)
+                    raise KeyboardInterrupt
+
+                patch.setattr(CourseTrainer, "_save_checkpoint", stop)
+                with pytest.raises(KeyboardInterrupt):
+                    train(RECORDS, validated(), model=tiny_directory, out=out, held=HELD)
+        runs.append(train(RECORDS, validated(), model=tiny_directory, out=out, held=HELD))
+    assert runs[0].validation == runs[1].validation and runs[0].losses == runs[1].losses
+
+
+@pytest.mark.parametrize(("options", "held", "message"), [
+    ({"patience": 2}, None, "nothing to validate with"), ({"eval_share": 0.5}, HELD, "two sets"),
+    ({"eval_share": 0.05}, None, "12 records have no share of 0.05")])
+def test_validation_that_makes_no_sense(tiny_directory: str, options: dict[str, Any], message: str,
+                                        held: list[Record] | None) -> None:
+    with pytest.raises(UserError, match=message):
+        train(RECORDS, validated(**options), model=tiny_directory, held=held)

@@ -1,0 +1,84 @@
+"""Systems of any kind on the user's own records: right answers, loss, and their difference."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lib.base.model import load_model, load_tokenizer, pad_right
+from lib.base.records import LABEL, Record, encode
+from lib.deploy.packed import load_deployed
+from lib.errors import require
+from lib.evaluate.scores import Score, answer_loss, generate, keyword_hit, paired_interval
+from lib.serve.client import ask_all, question
+from lib.train.lora import load_adapter, origin
+from lib.train.training import base_for
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one system did: empty where there is nothing to measure."""
+
+    scores: dict[str, Score]  # "exact match" with the last turn, and "keyword": the label is in it
+    losses: tuple[float, ...]  # mean negative log-likelihood of a learned token, nats, by record
+    loss: float  # the mean over all learned tokens
+
+    def figures(self) -> dict[str, Any]:
+        """What is stored and printed; shares with their 95 % Wilson intervals."""
+        row = {name: [score.share, *score.interval] for name, score in self.scores.items()}
+        return row | ({"loss": self.loss, "perplexity": math.exp(self.loss)} if self.losses else {})
+
+
+def open_system(system: str) -> tuple[Any, Any]:
+    """Model and tokenizer of an adapter, a packed deployment, a model's folder, or a hub id."""
+    path = Path(system)
+    if (path / "deployed.json").is_file():
+        return load_deployed(path, packed_layers=False), load_tokenizer(system)
+    if not (path / "adapter_config.json").is_file():
+        return load_model(system), load_tokenizer(system)
+    base, route = origin(path)
+    require(base, f"{path} does not say what it was trained on: merge it, and name the result")
+    adapted = load_adapter(base_for("qlora" if route == "dequantized" else "lora", base), path)
+    # With the template that it was trained in, if it carries one.
+    return adapted, load_tokenizer(system if (path / "tokenizer.json").is_file() else base)
+
+
+def evaluate(system: str, records: Sequence[Record], *, new_tokens: int = 128) -> Evaluation:
+    """One system on records: `open_system` says which, or the address of a server, http://...
+
+    "http://127.0.0.1:8080/v1#NAME" asks for the model of that name. Of a server there is no loss.
+    """
+    asked = [record for record in records if "messages" in record]
+    prompts = [record["messages"][:-1] for record in asked]
+    losses, total, tokens, texts = [], 0.0, 0, []
+    if system.startswith("http"):
+        url, _, name = system.partition("#")
+        bodies = [question("", model=name, messages=p, max_tokens=new_tokens) for p in prompts]
+        texts = [answer.text for answer in ask_all(url, bodies)]
+    else:
+        model, tokenizer = open_system(system)
+        with torch.inference_mode():
+            for record in records:
+                ids, labels = pad_right([encode(tokenizer, record)], 0)
+                loss, count = answer_loss(model, ids.to(model.device), labels.to(model.device))
+                losses.append(loss.item() / count)
+                total, tokens = total + loss.item(), tokens + count
+        if prompts:
+            texts = generate(model, tokenizer, prompts, max_new_tokens=new_tokens)
+    pairs = [*zip(texts, asked, strict=True)]
+    hits = {"exact match": [text == row["messages"][-1]["content"].strip() for text, row in pairs],
+            "keyword": [keyword_hit(text, str(row[LABEL])) for text, row in pairs if LABEL in row]}
+    scores = {name: Score(tuple(right), tuple(texts)) for name, right in hits.items() if right}
+    return Evaluation(scores, tuple(losses), total / max(tokens, 1))
+
+
+def differences(one: Evaluation, other: Evaluation) -> dict[str, tuple[float, float, float]]:
+    """Second less first on the same records, (mean, low, high) of the 95 % interval."""
+    rows = {name: torch.tensor(other.scores[name].hits).double() - torch.tensor(score.hits).double()
+            for name, score in one.scores.items()}
+    if one.losses and other.losses:
+        rows["loss by record"] = torch.tensor(other.losses) - torch.tensor(one.losses)
+    return {name: paired_interval(row) for name, row in rows.items() if len(row) > 1}
