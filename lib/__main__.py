@@ -20,6 +20,8 @@ from lib.settings import MODES, PROFILES, ServeSettings, TrainSettings
 # Commands import what they need: torch takes seconds, and a mistake should show at once.
 DIR: dict[str, Any] = {"type": Path, "metavar": "DIR"}
 LIMIT: dict[str, Any] = {"type": float, "default": math.inf}
+FIELDS: dict[str, Any] = {"action": "extend", "type": lambda text: text.split(","), "default": [],
+                          "metavar": "FIELD", "help": "fields of the records to leave out"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,7 +45,7 @@ def parser() -> Parser:
     train = commands.add_parser("train", help="train an adapter on your own records")
     add = train.add_argument
     add("--data", required=True, metavar="FILE", help="JSONL, JSON, CSV, TSV, Parquet, or a hub id")
-    add("--ignore", action="append", default=[], metavar="FIELD", help="field to leave out")
+    add("--ignore", **FIELDS)
     add("--eval-data", default="", metavar="FILE", help="records for validation along the way")
     add("--out", required=True, **DIR)
     add("--model", default="embedded", help="hub id or directory")
@@ -54,7 +56,7 @@ def parser() -> Parser:
     add("systems", nargs="+", metavar="SYSTEM",
         help="adapter, deployment or model: a folder, a hub id, embedded; or http://HOST/v1#NAME")
     add("--data", required=True, metavar="FILE", help="records, as for train")
-    add("--ignore", action="append", default=[], metavar="FIELD", help="field to leave out")
+    add("--ignore", **FIELDS)
     add("--limit", type=int, default=None, metavar="N", help="only the first N records")
     add("--new-tokens", type=int, default=128, metavar="N", help="longest answer, default 128")
     add("--out", type=Path, metavar="FILE", help="also write the figures as JSON")
@@ -111,11 +113,6 @@ def from_fields(settings: type, args: argparse.Namespace) -> Any:
     return settings(**{name: getattr(args, name) for name in names})
 
 
-def split_commas(texts: list[str]) -> list[str]:
-    """The names in options that may be repeated, or hold several with commas."""
-    return [name for text in texts for name in text.split(",")]
-
-
 def dispatch(args: argparse.Namespace) -> int | None:
     """Run the chosen command; its exit status, if it is not 0."""
     match args.command:
@@ -137,7 +134,7 @@ def dispatch(args: argparse.Namespace) -> int | None:
         case "train":
             from lib.base.records import Records
 
-            settings, ignore = from_fields(TrainSettings, args), split_commas(args.ignore)
+            settings, ignore = from_fields(TrainSettings, args), args.ignore
             records = Records(args.data, ignore=ignore)
             held = Records(args.eval_data, ignore=ignore) if args.eval_data else None
             for source in filter(None, (records, held)):
@@ -154,7 +151,7 @@ def dispatch(args: argparse.Namespace) -> int | None:
             from lib.base.records import Records
 
             require(len(args.systems) <= 2, "name one system, or two to compare")
-            records = Records(args.data, ignore=split_commas(args.ignore))
+            records = Records(args.data, ignore=args.ignore)
             records = [*itertools.islice(records, args.limit)]
             from lib.deploy.evaluation import differences, evaluate
 

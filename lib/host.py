@@ -6,10 +6,7 @@ from pathlib import Path
 
 
 def cores() -> int:
-    """The cores this process may use: a container or `taskset` may allow fewer than there are.
-
-    With one thread too many llama.cpp is ten times slower: the others spin while they wait.
-    """
+    """The cores this process may use; with a thread too many llama.cpp is ten times slower."""
     affinity = getattr(os, "sched_getaffinity", None)  # absent under macOS and Windows
     count = len(affinity(0)) if affinity else os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):  # not a container, or one without a limit

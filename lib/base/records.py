@@ -3,6 +3,7 @@
 A field that carries content is used, listed in `ignore`, or refused by its name.
 """
 
+import copy
 import csv
 import itertools
 import json
@@ -85,18 +86,19 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
         for number, line in enumerate(file, 1):
             line, place = line.removeprefix(b"\xef\xbb\xbf" * (number == 1)), f"{path}:{number}"
             try:
-                if number == 1 and path.suffix.lower() == ".json" and line.lstrip()[:1] == b"[":
+                rows = []
+                if path.suffix.lower() == ".json" and line.lstrip()[:1] == b"[":
                     rows = json.loads((line + file.read()).decode("utf-8"))
-                    yield from ((f"{path}, record {i}", row) for i, row in enumerate(rows, 1))
                 elif line.strip():
-                    row = json.loads(line.decode("utf-8"))
-                    # JSON can spell half a character ("\ud800"), which no tokenizer takes.
-                    json.dumps(row, ensure_ascii=False).encode("utf-8")
-                    yield place, row
+                    rows = [json.loads(line.decode("utf-8"))]
+                # JSON can spell half a character ("\ud800"), which no tokenizer takes.
+                json.dumps(rows, ensure_ascii=False).encode("utf-8")
             except UnicodeError:
                 raise UserError(f"{place} is not UTF-8: save the file as UTF-8") from None
             except (ValueError, RecursionError):
                 raise UserError(f"{place} is not JSON: use one object a line") from None
+            yield from ((place if len(rows) == 1 else f"{place}, record {i}", row)
+                        for i, row in enumerate(rows, 1))
 
 
 def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
@@ -131,13 +133,13 @@ def normalised(row: Any, where: str = "the record", ignore: Collection[str] | No
         del left[name]
         return value
 
-    record: Record = {key: left.pop(key) for key in ("tools", LABEL) if key in left}
+    record: Record = {LABEL: left.pop(LABEL)} if LABEL in left else {}
     if "messages" in left or "conversations" in left:
         turns = left.pop("messages" if "messages" in left else "conversations")
-        record["messages"] = [_message(turn, where) for turn in turns]
+        record["messages"] = [_message(turn, where, ignore) for turn in turns]
     elif isinstance(left.get("prompt"), list) and isinstance(left.get("completion"), list):
         turns = left.pop("prompt") + left.pop("completion")
-        record["messages"] = [_message(turn, where) for turn in turns]
+        record["messages"] = [_message(turn, where, ignore) for turn in turns]
     elif "prompt" in row or "instruction" in row:
         given = take("prompt") if "prompt" in row else take("instruction")
         if "input" in left:
@@ -152,6 +154,8 @@ def normalised(row: Any, where: str = "the record", ignore: Collection[str] | No
                         f"{', '.join(map(str, row)) or 'empty'}): use {SHAPES}")
     if "messages" in record and "system" in left:
         record["messages"].insert(0, {"role": "system", "content": take("system")})
+    if "messages" in record and "tools" in left:
+        record["tools"] = left.pop("tools")
     unused = [key for key in left if ignore is not None and key not in ignore]
     require(not unused, f"{where} has {', '.join(map(repr, unused))}, which would not be used: "
             "drop it, or name it with --ignore")
@@ -162,11 +166,14 @@ def normalised(row: Any, where: str = "the record", ignore: Collection[str] | No
     return record
 
 
-def _message(turn: Any, where: str) -> Record:
+def _message(turn: Any, where: str, ignore: Collection[str] | None) -> Record:
     """One turn of a chat, from OpenAI's or ShareGPT's form."""
     require(isinstance(turn, dict), f"{where} has a turn that is not an object: use {{...}}")
     message = {{"from": "role", "value": "content"}.get(key, key): value
-               for key, value in turn.items() if value is not None}
+               for key, value in turn.items() if value is not None and key not in (ignore or ())}
+    for key, value in message.items():  # whether the template uses a text is seen later
+        require(isinstance(value, str) or key in ("content", "tool_calls"), f"{where} has {key!r} "
+                "in a turn, which would not be used: drop it, or name it with --ignore")
     role = ROLES.get(message.get("role"))
     require(role, f"{where} has the role {message.get('role')!r}: use one of {', '.join(ROLES)}")
     content = message.get("content", "")
@@ -176,18 +183,21 @@ def _message(turn: Any, where: str) -> Record:
     require(isinstance(content, str), f"{where} has a turn whose content is not text: use text")
     require(content.strip() or message.get("tool_calls"),
             f"{where} has an empty turn of the {role}: fill it or drop the record")
-    for call in message.get("tool_calls", []):
-        function = call.get("function", call)
-        if isinstance(function.get("arguments"), str):  # templates expect them decoded
-            function["arguments"] = json.loads(function["arguments"])
-    return message | {"role": role, "content": content}
+    calls = copy.deepcopy(message.get("tool_calls", []))
+    try:
+        for function in (call.get("function", call) for call in calls):
+            if isinstance(function.get("arguments"), str):  # templates expect them decoded
+                function["arguments"] = json.loads(function["arguments"])
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{where} has tool calls in another form than OpenAI's ({error}): "
+                        "write them so") from None
+    return message | {"role": role, "content": content} | ({"tool_calls": calls} if calls else {})
 
 
 def chat(instruction: str, response: str | None = None) -> list[dict[str, str]]:
     """Chat messages of an instruction and, if given, its answer."""
-    messages = [{"role": "user", "content": instruction}]
-    return messages if response is None else [
-        *messages, {"role": "assistant", "content": response}]
+    turns = [("user", instruction), ("assistant", response)]
+    return [{"role": role, "content": text} for role, text in turns if text is not None]
 
 
 def begin(tokenizer: Tokenizer, text: str) -> str:
@@ -197,8 +207,7 @@ def begin(tokenizer: Tokenizer, text: str) -> str:
     return bos + text if has and not text.startswith(bos) else text
 
 
-def render(tokenizer: Tokenizer, prompt: str | Sequence[Record], *,
-           own: bool = False) -> str:
+def render(tokenizer: Tokenizer, prompt: str | Sequence[Record], *, own: bool = False) -> str:
     """Text that asks for an answer: an instruction or messages in the tokenizer's chat template.
 
     With `own`, in the model's own template where the tokenizer has another.
@@ -219,7 +228,8 @@ def encode(tokenizer: Tokenizer, record: Record, *, learn: str = "all"
     record = normalised(record)
     if "text" in record:
         end = tokenizer.eos_token or ""
-        text = begin(tokenizer, record["text"].removesuffix(end) + end)
+        ended = record["text"].rstrip().endswith(end)
+        text = begin(tokenizer, record["text"] + end * (not ended))
         ids = tokenizer(text, add_special_tokens=False).input_ids
         return ids, list(ids)
     controls = sorted({token.content for token in tokenizer.added_tokens_decoder.values()
@@ -243,11 +253,12 @@ def encode(tokenizer: Tokenizer, record: Record, *, learn: str = "all"
                 "or a --template that renders it")
     for index, message in enumerate(messages):
         if message["role"] == "assistant" and (learn == "all" or index == len(messages) - 1):
-            start, text = len(rendered(index, add_generation_prompt=True)), rendered(index + 1)
-            ends = [m.end() for m in re.finditer(any_control, text) if m.end() > start]
-            require(ends and whole.startswith(text[:ends[-1]]), "the chat template does not end "
-                    "an answer, or changes it later: use --template course or --learn last")
-            spans.append((start, ends[-1]))
+            prompt, text = rendered(index, add_generation_prompt=True), rendered(index + 1)
+            ends = [m.end() for m in re.finditer(any_control, text) if m.end() > len(prompt)]
+            kept = ends and text.startswith(prompt) and whole.startswith(text[:ends[-1]])
+            require(kept, "the chat template does not end an answer, or changes it later: use "
+                    "--template course or --learn last")
+            spans.append((len(prompt), ends[-1]))
     return _labelled(tokenizer, whole, spans, controls)
 
 
@@ -264,9 +275,10 @@ def _hidden(value: Any, controls: Sequence[str]) -> Any:
 
 
 def _strings(value: Any) -> list[str]:
-    """Every text inside a record, but for the names of roles and types."""
+    """Every text inside a record, but for names of roles and types, and numbers of calls."""
     if isinstance(value, dict):
-        return [s for k, item in value.items() if k not in ("role", "type") for s in _strings(item)]
+        return [text for key, item in value.items()
+                if key not in ("role", "type", "id", "tool_call_id") for text in _strings(item)]
     if isinstance(value, list):
         return [s for item in value for s in _strings(item)]
     return [value] if isinstance(value, str) else []

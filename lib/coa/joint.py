@@ -77,7 +77,6 @@ def train_over(base: Switchable, records: Sequence[Record],
 
     Returns the run with its model, and the adapter with its network if it has one.
     """
-    # Each part's gradient is scaled by its own loss, which processes would have to share.
     require(process_count() == 1,
             "training over configurations uses one process: start it without `accelerate launch`")
     require(configurations, "no configurations to train over: give at least one")

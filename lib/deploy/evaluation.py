@@ -52,6 +52,8 @@ def evaluate(system: str, records: Sequence[Record], *, new_tokens: int = 128) -
     "http://127.0.0.1:8080/v1#NAME" asks for the model of that name. Of a server there is no loss.
     """
     asked = [record for record in records if "messages" in record]
+    require(not any("tools" in record for record in asked), "records with tools are not scored: "
+            "leave them out with --ignore tools")
     prompts = [record["messages"][:-1] for record in asked]
     losses, total, tokens, texts = [], 0.0, 0, []
     if system.startswith("http"):

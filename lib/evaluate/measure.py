@@ -10,10 +10,9 @@ import torch
 
 @contextlib.contextmanager
 def peak_memory(interval: float = 0.05, *, children: bool = False) -> Iterator[dict[str, float]]:
-    """Peak memory, {"mb": 10^6 bytes}, of this process while the block runs.
+    """Peak memory, {"mb": 10^6 bytes}, of this process, or of its `children`, in the block.
 
     Allocated memory on a GPU, exact; else resident memory, sampled every `interval` seconds.
-    With `children`, the resident memory of the processes that this one started.
     """
     peak, stop = {"mb": 0.0}, threading.Event()
     process, on_gpu = psutil.Process(), torch.cuda.is_available() and not children

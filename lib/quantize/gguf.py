@@ -38,7 +38,8 @@ def permute(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def write_model(model: PreTrainedModel, out: Path, *, gguf_type: str = "Q8_0",
-                encoded: Mapping[str, Encoded] | None = None, base: str = EMBEDDED) -> None:
+                encoded: Mapping[str, Encoded] | None = None, base: str = EMBEDDED,
+                template: str = CHAT_TEMPLATE) -> None:
     """Write a merged or plain Llama model as one GGUF file; norms stay F32.
 
     Matrices get `gguf_type`, one of `GGUF_TYPES`, unless `encoded` has them, by module, in a
@@ -56,7 +57,7 @@ def write_model(model: PreTrainedModel, out: Path, *, gguf_type: str = "Q8_0",
             require(not key.endswith(".tokens") or len(value) == config.vocab_size,
                     OTHER_VOCABULARY)
             writer.add_key_value(key, value, *types)
-        writer.add_chat_template(CHAT_TEMPLATE)
+        writer.add_chat_template(template)
         for name, weight in state.items():
             chosen = gguf_type if weight.dim() > 1 else "F32"
             stored, data = encoded.get(name) or (chosen, encode(weight, chosen, name=name))
@@ -119,6 +120,10 @@ def export(out: Path, *, gguf_type: str = "Q8_0", route: str = "", merged: Path 
     if model != EMBEDDED:
         require(load_tokenizer(model).get_vocab() == load_tokenizer().get_vocab(),
                 OTHER_VOCABULARY)
+    templates = {load_tokenizer(str(s) if (s / "tokenizer.json").is_file() else model).chat_template
+                 for s in map(Path, sources or [model])}
+    require(len(templates) == 1, "the adapters were trained in different chat templates, and a "
+            "model file has one: export them apart")
     if weights is None:
         weights = (merge(merged, route=route, model=model) if merged
                    else dequantized_base(model) if route == "dequantized"
@@ -127,7 +132,8 @@ def export(out: Path, *, gguf_type: str = "Q8_0", route: str = "", merged: Path 
     files = {name: f"{name}.gguf" for name in adapters}
     with writing(out, name=merged.name if merged else "base", model="model.gguf",
                  adapters=files, kind=gguf_type, base=base) as part:
-        write_model(weights, part / "model.gguf", gguf_type=gguf_type, encoded=encoded, base=base)
+        write_model(weights, part / "model.gguf", gguf_type=gguf_type, encoded=encoded, base=base,
+                    template=templates.pop())
         for name, adapter in adapters.items():
             write_adapter(adapter, part / files[name], weights.config, base=base)
         model_reader(part / "model.gguf", {name: part / file for name, file in files.items()})

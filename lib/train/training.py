@@ -166,10 +166,9 @@ class Validation(TrainerCallback):
         stale = len(losses) - 1 - losses.index(min(losses))
         control.should_training_stop |= 0 < self.settings.patience <= stale
 
-    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
-                     ) -> None:
+    def on_train_end(self, *_: Any, model: Any = None, **__: Any) -> None:
         parameters = dict(model.named_parameters())
-        for name, tensor in load_file(self.best).items():
+        for name, tensor in (load_file(self.best) if self.best.is_file() else {}).items():
             parameters[name].data.copy_(tensor)
 
 

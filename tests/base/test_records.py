@@ -74,6 +74,12 @@ def test_tables(tmp_path: Path, name: str, mark: str) -> None:
     ("d.jsonl", '{"messages": [{"role": "user", "content": "a"}]}', "ends with user"),
     ("d.jsonl", '{"messages": [{"role": "robot", "content": "a"}]}', "has the role 'robot'"),
     ("d.jsonl", '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "not text"),
+    ("d.jsonl", '{"text": "a", "tools": [{"name": "b"}]}', "has 'tools', which would not"),
+    ("d.jsonl", '{"messages": [{"role": "assistant", "content": "a", "weight": 0}]}',
+     "has 'weight' in a turn, which would not be used"),
+    ("d.jsonl", '{"messages": [{"role": "assistant", "tool_calls": ["f"]}]}', "another form than"),
+    ("d.jsonl", '{"messages": [{"role": "assistant", "tool_calls": [{"arguments": "{"}]}]}',
+     "tool calls in another form than OpenAI's"),
     ("c.csv", "instruction,response\na,b,c", "c.csv:2 has 3 fields instead of 2: put quotes"),
     ("c.csv", 'instruction,response\n"a"b,c', "c.csv:2 cannot be read .*double each quote"),
     ("p.parquet", "PAR1", "p.parquet is not a Parquet file"),
@@ -155,9 +161,12 @@ def test_turns_tools_and_plain_text(tokenizer: PreTrainedTokenizerBase) -> None:
     assert learned(tokenizer, TURNS) == [f"1.{end}", f"2.{end}"]
     assert learned(tokenizer, TURNS, learn="last") == [f"2.{end}"]
     assert learned(tokenizer, {"text": "All of it."}) == [f"All of it.{end}"]
-    assert learned(tokenizer, {"text": f"All of it.{end}"}) == [f"All of it.{end}"]
-    with pytest.raises(UserError, match="leaves out 'read_sensor'"):
-        encode(tokenizer, CALL)
+    for text in (f"All of it.{end}", f"All of it.{end}\n"):
+        assert learned(tokenizer, {"text": text}) == [text]
+    named = [{"role": "user", "name": "Imani", "content": "Hi"}, TURNS["messages"][-1]]
+    for record, part in ((CALL, "'read_sensor'"), ({"messages": named}, "'Imani'")):
+        with pytest.raises(UserError, match=f"leaves out {part}"):
+            encode(tokenizer, record)
     able = copy.deepcopy(tokenizer)
     able.chat_template = tokenizer.chat_template.replace(
         "message['content'] + eos", "message['content'] + (message.tool_calls | tojson if "
@@ -183,7 +192,9 @@ def test_templates_that_fail(tokenizer: PreTrainedTokenizerBase) -> None:
     own = copy.deepcopy(tokenizer)
     for template, message in (("{{ raise_exception('no system') }}", r"cannot render .*no system"),
                               ("{{ messages[0].content }}", "leaves out"),
-                              ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "not end")):
+                              ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "not end"),
+                              (own.chat_template + "{{ 'x' if add_generation_prompt }}",
+                               "does not end an answer, or changes it later")):
         own.chat_template = template
         with pytest.raises(UserError, match=message):
             encode(own, TURNS)
