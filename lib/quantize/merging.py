@@ -6,24 +6,25 @@ from pathlib import Path
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from lib.base.embedded import EMBEDDED
 from lib.base.model import dequantized_base, load_model, load_tokenizer, quantized_config
 from lib.errors import UserError, require
 from lib.files import read_json, verified, write_json, writing
-from lib.train.lora import load_adapter
+from lib.train.lora import load_adapter, origin
 
 ROUTES = ("original", "dequantized", "through_4bit")
 INT8_THRESHOLD = 6.0
 
 
-def merge(adapter: Path | str, *, route: str = "original",
-          model: str = "embedded") -> PreTrainedModel:
-    """Base model with an adapter folded in: W' = W + (alpha / r) B A.
+def merge(adapter: Path | str, *, route: str = "original", model: str = "") -> PreTrainedModel:
+    """A model, by default the adapter's base, with the adapter folded in: W' = W + (alpha / r) B A.
 
     The route says which W. "original": the base in float32. "dequantized": the NF4 base in
     float32, which a QLoRA adapter was trained on. "through_4bit": peft's merge into the NF4
     layers, which rounds the sum to 4 bits again. Returned in float32, the last in NF4.
     """
     require(route in ROUTES, f"unknown route {route!r}: use one of {', '.join(ROUTES)}")
+    model = model or origin(adapter)[0] or EMBEDDED
     if route == "through_4bit":
         base = load_model(model, quantization_config=quantized_config())
     elif route == "dequantized":
