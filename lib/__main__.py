@@ -66,7 +66,7 @@ def parser() -> Parser:
     add("--merge", help="adapter to merge", **DIR)
     add("--adapter", action="append", default=[], metavar="NAME=DIR",
         help="adapter to keep beside the model; may be repeated")
-    add("--type", default="Q8_0", help="Q8_0 (default), F16, Q4_1, ...")
+    add("--type", default="Q8_0", help="Q8_0 (default), F16, IQ4_NL, ...")
     add("--route", default="", help="base: dequantized or original; default as it was trained")
     add("--model", default="", help="hub id or directory; default the adapter's base")
 

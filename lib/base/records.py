@@ -20,7 +20,6 @@ Record = dict[str, Any]
 Tokenizer = Any  # a fast one of transformers, which is not imported: it takes seconds
 # The label that `evaluate` looks for in an answer; training does not read it.
 LABEL = "expected_keyword"
-SHAPES = "instruction and response, prompt and completion, messages, or text"
 IGNORED = -100  # the label of a token that is not learned
 # Stands for the characters of a record that spell a control token: they stay text.
 HIDDEN = 0xF0000
@@ -151,7 +150,8 @@ def normalised(row: Any, where: str = "the record", ignore: Collection[str] | No
         record["text"] = take("text")
     else:
         raise UserError(f"{where} has none of the known shapes (its fields are "
-                        f"{', '.join(map(str, row)) or 'empty'}): use {SHAPES}")
+                        f"{', '.join(map(str, row)) or 'empty'}): use instruction and response, "
+                        "prompt and completion, messages, or text")
     if "messages" in record and "system" in left:
         record["messages"].insert(0, {"role": "system", "content": take("system")})
     if "messages" in record and "tools" in left:

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
 
 from lib.base.model import load_model, load_tokenizer, pad_right
 from lib.base.records import LABEL, Record, encode
 from lib.deploy.packed import load_deployed
-from lib.errors import require
+from lib.errors import UserError, require
 from lib.evaluate.scores import Score, answer_loss, generate, keyword_hit, paired_interval
 from lib.serve.client import ask_all, question
 from lib.train.lora import load_adapter, origin
@@ -59,7 +60,11 @@ def evaluate(system: str, records: Sequence[Record], *, new_tokens: int = 128) -
     if system.startswith("http"):
         url, _, name = system.partition("#")
         bodies = [question("", model=name, messages=p, max_tokens=new_tokens) for p in prompts]
-        texts = [answer.text for answer in ask_all(url, bodies)]
+        try:
+            texts = [answer.text for answer in ask_all(url, bodies)]
+        except httpx.HTTPError as error:
+            raise UserError(f"{url} gives no answers ({' '.join(str(error).split())}): start it, "
+                            "and name one of its models after #") from None
     else:
         model, tokenizer = open_system(system)
         with torch.inference_mode():

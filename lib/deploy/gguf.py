@@ -67,8 +67,7 @@ def deploy_gguf(task: str, budget_mb: float, out: Path, *, examples: int = 32,
         examples: validation answers that choose the way.
         folder: has `adapters/TASK_qlora`, with a layer for each linear of the blocks.
 
-    Raises:
-        UserError: bad arguments, a budget too small or too large; nothing is written.
+    UserError for bad arguments or a budget too small or too large; nothing is written.
     """
     require_new(task, budget_mb, out)
     base, adapter = load_base(model), folder / "adapters" / f"{task}_qlora"

@@ -109,8 +109,7 @@ def deploy_packed(task: str, budget_mb: float, out: Path, *, examples: int = 32,
         held: validation examples whose loss decides how the embedding is stored.
         folder: has `adapters/TASK_coa` and `fronts/TASK.json`.
 
-    Raises:
-        UserError: bad arguments, a budget too small or too large; nothing is written.
+    UserError for bad arguments or a budget too small or too large; nothing is written.
     """
     require_new(task, budget_mb, out)
     front = folder / "fronts" / f"{task}.json"

@@ -4,6 +4,7 @@ A format is the tuple (b, b0, b1, B0, B1) of CoA-LoRA, NormalFloat with two leve
 (QLoRA, section 3), or the name of one of GGUF's types.
 """
 
+import ctypes
 import functools
 import itertools
 from dataclasses import astuple, dataclass
@@ -13,16 +14,19 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+import xllamacpp.xllamacpp
 from torch import Tensor, nn
 
-from lib.errors import UserError, require
+from lib.errors import require
 
 GRID: dict[str, tuple[Any, ...]] = {
     "bits": (2, 3, 4, 8), "scale_bits": (2, 3, 4, 8), "scale_dtype": ("bf16", "fp16", "fp32"),
     "block": (16, 32, 64), "group": (16, 64, 256)}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# The types that gguf's own quantiser writes, 32 to 4.5 bits a weight.
-GGUF_TYPES = ("F32", "F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
+# llama.cpp's types for rows of any multiple of 32, 32 to 4.25 bits a weight.
+GGUF_TYPES = ("F32", "F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL", "MXFP4")
+# llama.cpp in the wheel of its server: its own quantiser writes every type.
+ENGINE = ctypes.CDLL(xllamacpp.xllamacpp.__file__)
 # Probability below the outermost quantile, as in QLoRA's table.
 TAIL = 0.9677083
 # Of a packed layer.
@@ -179,17 +183,20 @@ def encode(weight: Tensor, gguf_type: str, *, name: str = "the matrix") -> np.nd
     """Rows of a matrix as GGUF stores them: (out, bytes) of blocks of 32 weights, or floats."""
     require(gguf_type in GGUF_TYPES,
             f"unknown GGUF type {gguf_type!r}: use one of {', '.join(GGUF_TYPES)}")
-    rows, stored = weight.detach().float().cpu().numpy(), gguf.GGMLQuantizationType[gguf_type]
-    try:
-        with np.errstate(over="ignore", invalid="ignore"):  # checked below
-            data = gguf.quants.quantize(rows, stored)
-    except gguf.quants.QuantError as error:
-        raise UserError(f"{name} cannot be {gguf_type} ({error}): use F16") from None
-    largest = np.abs(rows).max()
-    # Scales of blocks are float16, so only larger weights can overflow.
-    finite = largest <= 65504 or np.isfinite(gguf.quants.dequantize(data, stored)).all()
-    require(finite, f"{name} has a weight of {largest:g}, which {gguf_type} cannot hold: "
-            "use F32, or fetch the weights again if they are damaged")
+    rows = np.ascontiguousarray(weight.detach().float().cpu().numpy())
+    stored, largest = gguf.GGMLQuantizationType[gguf_type], np.abs(rows).max(initial=0)
+    block, size = gguf.GGML_QUANT_SIZES[stored]
+    require(rows.shape[-1] % block == 0, f"{name} cannot be {gguf_type}, because blocks of {block} "
+            f"do not divide rows of {rows.shape[-1]}: use F16")
+    # Floats and the scales of blocks are float16.
+    require(largest < (np.inf if gguf_type == "F32" else 65505), f"{name} has a weight of "
+            f"{largest:g}, which {gguf_type} cannot hold: use F32, or fetch damaged weights again")
+    if block == 1:
+        return gguf.quants.quantize(rows, stored)
+    data = np.empty((len(rows), rows.shape[1] // block * size), np.uint8)
+    ENGINE.ggml_quantize_chunk(
+        stored, *map(ctypes.c_void_p, (rows.ctypes.data, data.ctypes.data)),
+        *map(ctypes.c_int64, (0, *rows.shape)), None)
     return data
 
 

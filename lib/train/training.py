@@ -39,6 +39,7 @@ from lib.train.fused_step import fused
 from lib.train.lora import count_trainable, lora_config, make_portable
 
 CHECKPOINT_EVERY = 50  # steps
+RANK = os.environ.get("RANK", "0")  # of this process among those that train together
 SILENCE = 45.0  # seconds after which a reader wonders whether the run is stuck
 # Bytes. Holding larger blocks made a step 6 % faster, and took a third more memory.
 LARGEST_HELD = 32 << 20
@@ -139,7 +140,7 @@ class Validation(TrainerCallback):
     def __init__(self, held: Dataset, settings: TrainSettings, work: Path) -> None:
         self.held, self.settings = held, settings
         self.every = settings.eval_every or max(1, settings.steps // 10)
-        self.best = work / f"best-{rank()}.safetensors"
+        self.best = work / f"best-{RANK}.safetensors"
 
     @torch.no_grad()
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
@@ -229,11 +230,6 @@ def make_trainer(model: PreTrainedModel, tokenizer: Any, records: Iterable[Recor
     return trainer
 
 
-def rank() -> int:
-    """The number of this process among those that train together."""
-    return int(os.environ.get("RANK", 0))
-
-
 def tokenised(tokenizer: Any, records: Iterable[Record], settings: TrainSettings, work: Path
               ) -> tuple[Dataset, Dataset | None]:
     """Records as token ids and labels, in a file of `work` that is read as needed.
@@ -241,7 +237,7 @@ def tokenised(tokenizer: Any, records: Iterable[Record], settings: TrainSettings
     And those for validation: with an `eval_share` of 0.1, every tenth record.
     """
     work.mkdir(parents=True, exist_ok=True)
-    file, count = work / f"tokens-{rank()}.arrow", 0
+    file, count = work / f"tokens-{RANK}.arrow", 0
     with ArrowWriter(path=str(file)) as writer:
         for count, record in enumerate(records, 1):
             where = getattr(records, "where", f"record {count}")
@@ -282,9 +278,7 @@ def train(records: Iterable[Record], settings: TrainSettings, *, model: str = "e
     A killed run resumes from its last checkpoint when it is started again with the same settings
     and records. `model` is "embedded", a hub id, or a local directory; `say_every` is the number
     of steps between two lines of progress, 0 for none. `held` are records for validation.
-
-    Raises:
-        UserError: bad records or model, or settings that do not suit them.
+    UserError for bad records or model, or settings that do not suit them.
     """
     seed_everything(settings.seed)
     if out is not None:
@@ -298,7 +292,7 @@ def train(records: Iterable[Record], settings: TrainSettings, *, model: str = "e
         trainer = make_trainer(base_for(settings.mode, model), tokenizer, records, settings,
                                work=work, say_every=say_every, held=held)
         identity = [dataclasses.asdict(settings), model, processes.num_processes,
-                    *map(sha256, sorted(work.rglob(f"tokens-{rank()}.arrow")))]
+                    *map(sha256, sorted(work.rglob(f"tokens-{RANK}.arrow")))]
         trainer.run = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
         result = run_trainer(trainer, settings, resume=last_checkpoint(work, trainer.run))
         # FSDP leaves each process a part of the weights: all must take part in joining them.

@@ -83,3 +83,5 @@ def test_the_command(data: Path, adapter: Path, tiny_directory: str, tmp_path: P
     assert "perplexity" in said and "exact" not in said
     assert main(["evaluate", "a", "b", "c", *words[3:]]) == 2
     assert "name one system, or two" in capsys.readouterr().err
+    assert main(["evaluate", "http://127.0.0.1:9/v1", *words[3:]]) == 2
+    assert "gives no answers" in capsys.readouterr().err

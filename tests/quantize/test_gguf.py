@@ -86,7 +86,7 @@ def test_tokenizer_and_template_are_carried(f32: Path,
 
 @pytest.mark.parametrize(("kind", "bits", "steps"), [
     ("F16", 16, 0), ("Q8_0", 8.5, 254), ("Q5_1", 6, 31), ("Q5_0", 5.5, 31),
-    ("Q4_1", 5, 15), ("Q4_0", 4.5, 15)])
+    ("Q4_1", 5, 15), ("Q4_0", 4.5, 15), ("IQ4_NL", 4.5, 11), ("MXFP4", 4.25, 8)])
 def test_types(bare: None, tmp_path: Path, tiny: LlamaForCausalLM, kind: str, bits: float,
                steps: int) -> None:
     write_model(tiny, tmp_path / "m.gguf", gguf_type=kind)
@@ -104,6 +104,15 @@ def test_types(bare: None, tmp_path: Path, tiny: LlamaForCausalLM, kind: str, bi
         assert error.max() > 0
     else:
         assert (error <= np.abs(weight) * 2**-11 + 1e-7).all()
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "MXFP4"])
+def test_the_engine_rounds_as_the_gguf_package(kind: str) -> None:
+    weight = torch.randn(24, 96, generator=torch.Generator().manual_seed(3))
+    weight[3] = 0
+    ours, theirs = encode(weight, kind), gguf.quants.quantize(
+        weight.numpy(), gguf.GGMLQuantizationType[kind])
+    assert ours.tobytes() == np.ascontiguousarray(theirs).tobytes()
 
 
 def test_matrices_that_are_encoded_already(bare: None, tmp_path: Path,
