@@ -90,10 +90,6 @@ def _lora_forward(self: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tens
     return LoraLinear.apply(x, base, a, b, self.scaling[name], base.bias)
 
 
-def _norm_forward(self: nn.Module, x: Tensor) -> Tensor:
-    return FrozenRMSNorm.apply(x, self.weight, self.variance_epsilon)
-
-
 def _is_plain(layer: LoraLayer) -> bool:
     """Whether it is one adapter on a frozen linear, without dropout, bias or variant (DoRA)."""
     if len(layer.active_adapters) != 1 or layer.merged:
@@ -124,7 +120,8 @@ def fused(model: nn.Module) -> Iterator[int]:
         if isinstance(module, LoraLayer) and _is_plain(module):
             module.forward = types.MethodType(_lora_forward, module)
         elif type(module).__name__ in NORMS and not module.weight.requires_grad:
-            module.forward = types.MethodType(_norm_forward, module)
+            module.forward = types.MethodType(lambda self, x: FrozenRMSNorm.apply(
+                x, self.weight, self.variance_epsilon), module)
         else:
             continue
         fused_modules.append(module)
