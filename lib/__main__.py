@@ -150,7 +150,9 @@ def dispatch(args: argparse.Namespace) -> int | None:
         case "evaluate":
             from lib.base.records import Records
 
-            require(len(args.systems) <= 2, "name one system, or two to compare")
+            require(len({*args.systems}) == len(args.systems) <= 2 and args.new_tokens > 0 and
+                    (args.limit is None or args.limit > 0), "name one system, or two to compare, "
+                    "and give --limit and --new-tokens above 0")
             records = Records(args.data, ignore=args.ignore)
             records = [*itertools.islice(records, args.limit)]
             from lib.deploy.evaluation import differences, evaluate
@@ -203,12 +205,12 @@ def dispatch(args: argparse.Namespace) -> int | None:
         # By name, because `lib` does without `data`.
         case "bench":
             return importlib.import_module("data.evidence.__main__").main(args.words)
-        case "site":
-            importlib.import_module("data.evidence.site").build_site(args.out)
-            print(f"open {args.out / 'index.html'}")
-        case "slides":
-            importlib.import_module("data.evidence.site").build_slides(
-                args.out, solutions=args.solutions)
+        case "site" | "slides":
+            site = importlib.import_module("data.evidence.site")
+            if args.command == "site":
+                site.build_site(args.out)
+            else:
+                site.build_slides(args.out, solutions=args.solutions)
             print(f"open {args.out / 'index.html'}")
     return None
 

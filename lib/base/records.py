@@ -18,11 +18,9 @@ from lib.files import ROOT
 DATA = ROOT / "data"
 Record = dict[str, Any]
 Tokenizer = Any  # a fast one of transformers, which is not imported: it takes seconds
-# The label that `evaluate` looks for in an answer; training does not read it.
-LABEL = "expected_keyword"
+LABEL = "expected_keyword"  # what `evaluate` looks for in an answer; training ignores it
 IGNORED = -100  # the label of a token that is not learned
-# Stands for the characters of a record that spell a control token: they stay text.
-HIDDEN = 0xF0000
+HIDDEN = 0xF0000  # stands for characters of a record that spell a control token: they stay text
 # Roles as ShareGPT calls them.
 ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "developer": "system"} | {
     role: role for role in ("system", "user", "assistant", "tool")}
@@ -67,6 +65,8 @@ def _rows(source: str) -> Iterator[tuple[str, Any]]:
             reader = csv.reader(file, "excel" if kind == ".csv" else "excel-tab", strict=True)
             try:
                 names = next(reader, [])
+                require(len({*names, ""}) > len(names), f"{source}:1 has two columns of one "
+                        "name, or one without a name: name each")
                 for row in filter(None, reader):
                     place = f"{source}:{reader.line_num}"
                     require(len(row) == len(names), f"{place} has {len(row)} fields instead of "
@@ -104,9 +104,8 @@ def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
     import datasets
 
     try:
-        for number, row in enumerate(datasets.load_dataset(source, split="train",
-                                                           streaming=True), 1):
-            yield f"{source}, record {number}", row
+        rows = datasets.load_dataset(source, split="train", streaming=True)
+        yield from ((f"{source}, record {i}", row) for i, row in enumerate(rows, 1))
     except Exception as error:  # of many kinds: the network, the name, the files
         raise UserError(f"{source} is neither a file here nor a data set that the hub gives ("
                         f"{' '.join(str(error).split())[:160]}): check the name and the network"
@@ -120,7 +119,8 @@ def normalised(row: Any, where: str = "the record", ignore: Collection[str] | No
     Without `ignore` further fields are not looked at.
     """
     require(isinstance(row, dict), f"{where} is not a JSON object: use {{...}}")
-    row = {key: value for key, value in row.items() if value not in (None, [], {})}
+    row = {key: value for key, value in row.items()
+           if value not in (None, [], {}) and key not in (ignore or ())}
     left = {key: value for key, value in row.items() if value != ""}
 
     def take(*names: str) -> Any:
@@ -135,6 +135,7 @@ def normalised(row: Any, where: str = "the record", ignore: Collection[str] | No
     record: Record = {LABEL: left.pop(LABEL)} if LABEL in left else {}
     if "messages" in left or "conversations" in left:
         turns = left.pop("messages" if "messages" in left else "conversations")
+        require(isinstance(turns, list), f"{where} has messages that are not a list: use [...]")
         record["messages"] = [_message(turn, where, ignore) for turn in turns]
     elif isinstance(left.get("prompt"), list) and isinstance(left.get("completion"), list):
         turns = left.pop("prompt") + left.pop("completion")
@@ -156,9 +157,8 @@ def normalised(row: Any, where: str = "the record", ignore: Collection[str] | No
         record["messages"].insert(0, {"role": "system", "content": take("system")})
     if "messages" in record and "tools" in left:
         record["tools"] = left.pop("tools")
-    unused = [key for key in left if ignore is not None and key not in ignore]
-    require(not unused, f"{where} has {', '.join(map(repr, unused))}, which would not be used: "
-            "drop it, or name it with --ignore")
+    require(not left or ignore is None, f"{where} has {', '.join(map(repr, left))}, which would "
+            "not be used: drop it, or name it with --ignore")
     if "messages" in record:
         last = record["messages"][-1]["role"] if record["messages"] else "nothing"
         require(last == "assistant", f"{where} ends with {last}: the last turn must be the "
@@ -178,8 +178,8 @@ def _message(turn: Any, where: str, ignore: Collection[str] | None) -> Record:
     require(role, f"{where} has the role {message.get('role')!r}: use one of {', '.join(ROLES)}")
     content = message.get("content", "")
     if isinstance(content, list) and all(
-            isinstance(part, dict) and part.get("type") == "text" for part in content):
-        content = "".join(part["text"] for part in content)
+            isinstance(part, dict) and part.keys() == {"type", "text"} for part in content):
+        content = "".join(str(part["text"]) for part in content)
     require(isinstance(content, str), f"{where} has a turn whose content is not text: use text")
     require(content.strip() or message.get("tool_calls"),
             f"{where} has an empty turn of the {role}: fill it or drop the record")
@@ -247,10 +247,15 @@ def encode(tokenizer: Tokenizer, record: Record, *, learn: str = "all"
                             "model or a --template that does") from None
 
     whole, spans = rendered(len(messages)), []
-    for part in map(str.strip, _strings([messages, tools])):
-        found = part in whole or json.dumps(part, ensure_ascii=False)[1:-1] in whole
-        require(found, f"the chat template leaves out {part[:60]!r}: use a model "
-                "or a --template that renders it")
+    rest, at = [message | {"content": ""} for message in messages], 0
+    lost = [part for part in map(str.strip, _strings([rest, tools]))
+            if part not in whole and json.dumps(part, ensure_ascii=False)[1:-1] not in whole]
+    for message in messages:  # in their order: an answer may repeat what a template left out
+        part = message["content"] if message["role"] == "assistant" else message["content"].strip()
+        lost += [part] * (part not in whole[at:])
+        at = whole.find(part, at) + len(part)
+    require(not lost, f"the chat template leaves out {', '.join(map(repr, lost))[:99]}, or spaces "
+            "in it: use a model or a --template that renders it")
     for index, message in enumerate(messages):
         if message["role"] == "assistant" and (learn == "all" or index == len(messages) - 1):
             prompt, text = rendered(index, add_generation_prompt=True), rendered(index + 1)

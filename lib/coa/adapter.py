@@ -26,8 +26,7 @@ NAME = "default"
 # U is a tenth of the network's output: Adam moves each weight by about the learning rate
 # whatever its gradient, and U should move at a pace that suits A and B.
 PACE = 0.1
-# For weights of these bits, the share of the rank that only their layers use.
-OWNED = {2: 1 / 4}
+OWNED = {2: 1 / 4}  # for weights of these bits, the share of the rank that only they use
 
 
 class MixingNetwork(nn.Module):

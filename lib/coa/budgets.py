@@ -15,11 +15,9 @@ from lib.errors import UserError, require
 from lib.evaluate.scores import answer_loss
 from lib.quantize.formats import FORMATS, Format, round_trip
 
-# The range of the paper's budgets, bits a weight.
-BUDGETS = (2.25, 7.25)
+BUDGETS = (2.25, 7.25)  # the range of the paper's, bits a weight
 TOLERANCE = 0.05
-# Weights of a layer from which its error is estimated.
-SAMPLE = 1 << 12
+SAMPLE = 1 << 12  # weights of a layer from which its error is estimated
 
 
 def random_configuration(layers: Layers, budget: float, rng: random.Random) -> Configuration:

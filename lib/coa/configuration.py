@@ -1,5 +1,4 @@
-"""Configurations (Ye, Tang, Ngai, arXiv 2509.25214, section 3): a format for each layer of a
-model, and a model whose layers change their format in place."""
+"""Configurations (Ye, Tang, Ngai, arXiv 2509.25214, section 3), and a model that changes them."""
 
 import hashlib
 import re

@@ -25,8 +25,7 @@ from lib.settings import TrainSettings, seed_everything
 from lib.train.training import TrainResult, make_trainer, run_trainer
 
 METHODS = ("lora", "coa", "paper")
-# Below this loss, nats, a step follows the gradient of the loss itself again.
-LEAST_LOSS = 0.02
+LEAST_LOSS = 0.02  # nats; below it a step follows the gradient of the loss itself again
 
 
 class Switching(TrainerCallback):

@@ -30,10 +30,8 @@ FIELDS = tuple(len(values) for values in GRID.values())
 STRIDES = tuple(math.prod(FIELDS[i + 1:]) for i in range(len(FIELDS)))
 # Climbs a round, steps a climb, and the most layers that one step changes.
 STARTS, STEPS, TOGETHER = 5, 6, 32
-# Of a round's candidates, how many go to segments that have no point yet.
-COVER = 2
-# The loss of a configuration, given as (layers,) format numbers.
-Evaluate = Callable[[Tensor], float]
+COVER = 2  # candidates of a round that go to segments without a point
+Evaluate = Callable[[Tensor], float]  # the loss of a configuration, (layers,) format numbers
 
 
 def non_dominated(points: Tensor) -> Tensor:

@@ -57,12 +57,13 @@ def evaluate(system: str, records: Sequence[Record], *, new_tokens: int = 128) -
             "leave them out with --ignore tools")
     prompts = [record["messages"][:-1] for record in asked]
     losses, total, tokens, texts = [], 0.0, 0, []
-    if system.startswith("http"):
+    if system.startswith(("http://", "https://")):
         url, _, name = system.partition("#")
+        require(prompts, f"{url} can be asked, but plain texts have no question: give a model")
         bodies = [question("", model=name, messages=p, max_tokens=new_tokens) for p in prompts]
         try:
             texts = [answer.text for answer in ask_all(url, bodies)]
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, httpx.InvalidURL, LookupError, ValueError) as error:
             raise UserError(f"{url} gives no answers ({' '.join(str(error).split())}): start it, "
                             "and name one of its models after #") from None
     else:
@@ -71,6 +72,7 @@ def evaluate(system: str, records: Sequence[Record], *, new_tokens: int = 128) -
             for record in records:
                 ids, labels = pad_right([encode(tokenizer, record)], 0)
                 loss, count = answer_loss(model, ids.to(model.device), labels.to(model.device))
+                require(count, "a record has nothing to measure: leave it out")
                 losses.append(loss.item() / count)
                 total, tokens = total + loss.item(), tokens + count
         if prompts:

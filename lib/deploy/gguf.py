@@ -31,10 +31,8 @@ from lib.train.lora import adapter_factors
 CHOICES = {"Q4_0": 4.5, "Q8_0": 8.5}
 HEAD = "model.embed_tokens"
 SAMPLE = 1 << 14
-# Examples whose gradients weigh the errors of the matrices.
-GRADIENTS = 4
-# Bytes of our template and names beside the embedded file's own metadata.
-MARGIN = 100_000
+GRADIENTS = 4  # examples whose gradients weigh the errors of the matrices
+MARGIN = 100_000  # bytes of our template and names beside the embedded file's own metadata
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """From a budget of bytes to files that run: packed NormalFloat weights with their adapter.
 
-The budget counts every file that is written: linear layers, the tied embedding, norms,
-adapter, tokenizer, configuration.
+The budget counts every file: linear layers, embedding, norms, adapter, tokenizer, configuration.
 """
 
 import json
@@ -32,8 +31,7 @@ MB = 10**6
 # The tied embedding is the largest matrix, so its format is chosen like those of the layers.
 EMBEDDINGS = {"8 bits": Format(8, 8, "bf16", 64, 256), "4 bits": Format(4, 4, "bf16", 16, 256)}
 EMBEDDING = "model.embed_tokens.weight"
-# Bytes of the names and shapes of all tensors, and of the configuration as JSON.
-HEADERS = 150_000
+HEADERS = 150_000  # bytes of the names and shapes of tensors, and of the configuration
 
 
 def require_new(task: str, budget_mb: float, out: Path) -> None:

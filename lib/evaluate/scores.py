@@ -1,5 +1,6 @@
 """Scores of generated answers, the loss of the true ones, and confidence intervals."""
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib.base.model import decoded, pad_right
 from lib.base.records import IGNORED, Record, encode, render
-from lib.errors import require
+from lib.errors import UserError, require
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,9 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     # A model may end its turn with another token than its tokenizer's end of text.
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None) or []
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    with contextlib.suppress(UserError):  # and what training taught as the end of an answer
+        _, labels = encode(tokenizer, {"prompt": "a", "completion": "b"})
+        ends.add([label for label in labels if label != IGNORED][-1])
     # Prompts of similar length share a batch, so that there is little padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)

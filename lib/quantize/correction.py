@@ -1,8 +1,6 @@
 """Rounding whose error a layer's outputs feel little, and what an adapter can undo of it.
 
-A task's activations fill few directions. Weighted by them, rounding with feedback moves the
-error to where no input points, and a few low-rank components hold most of what is left.
-R below is the mean of x x^T over a layer's inputs, and L its root: L L^T = R.
+A task's inputs x fill few directions. R is the mean of x x^T over them, and L its root: L L^T = R.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,11 +13,9 @@ from lib.base.embedded import EMBEDDED
 from lib.base.model import load_tokenizer
 from lib.base.records import Record, encode
 
-# Share of the mean variance that every direction of the inputs gets at least.
-DAMPING = 1e-3
+DAMPING = 1e-3  # share of the mean variance that every direction of the inputs gets at least
 SPARE, SWEEPS = 8, 3
-# Examples that the inputs are taken from.
-WEIGHED_BY = 32
+WEIGHED_BY = 32  # examples that the inputs are taken from
 # Module kinds that read the same input as another one of their block.
 SHARED = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 BLOCK = 32  # weights that share a scale of Q4_0

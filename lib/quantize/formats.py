@@ -27,8 +27,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 GGUF_TYPES = ("F32", "F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL", "MXFP4")
 # llama.cpp in the wheel of its server: its own quantiser writes every type.
 ENGINE = ctypes.CDLL(xllamacpp.xllamacpp.__file__)
-# Probability below the outermost quantile, as in QLoRA's table.
-TAIL = 0.9677083
+TAIL = 0.9677083  # probability below the outermost quantile, as in QLoRA's table
 # Of a packed layer.
 PARTS = ("codes", "scale_codes", "group_scales", "mean")
 
@@ -130,8 +129,7 @@ def bits_per_parameter(bits: int, block: int, *, scale_bits: int = 32, scale_blo
     With double quantisation `scale_block` scales share one float32: NF4 with blocks of 64 and
     8-bit scales in groups of 256 takes 4 + 8/64 + 32/(64 * 256) = 4.127 bits.
     """
-    second = 32 / (block * scale_block) if scale_block else 0.0
-    return bits + scale_bits / block + second
+    return bits + scale_bits / block + (32 / (block * scale_block) if scale_block else 0.0)
 
 
 @dataclass(frozen=True)

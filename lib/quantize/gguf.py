@@ -106,9 +106,11 @@ def export(out: Path, *, gguf_type: str = "Q8_0", route: str = "", merged: Path 
                 "digits, and neither base nor model")
     require(not (merged and adapters),
             "adapters are made for the plain base: fold one in, or keep them beside it")
+    named, chosen, uses = model, route, set()
     for adapter in sources:
         base, own = origin(adapter)
-        model, route = model or base, route or own
+        model, route = named or base, chosen or own
+        uses.add((model, route))
         require(model, f"{adapter} does not say what it was trained on: name its base with --model")
         alike = not base or model == base or Path(base).absolute() == Path(model).absolute()
         require(alike, f"{adapter} was trained on {base}, not on {model}: name its base")
@@ -116,10 +118,13 @@ def export(out: Path, *, gguf_type: str = "Q8_0", route: str = "", merged: Path 
                 "(after QLoRA) or original")
         require(not own or own == route, f"{adapter} was trained on the {own} weights, not on the "
                 f"{route} ones: use --route {own}, or export it apart")
+    require(len(uses) < 2, f"the adapters were trained on {' and '.join(map(' '.join, uses))} "
+            "weights: export them apart")
     model, route = model or EMBEDDED, route or "original"
     if model != EMBEDDED:
-        require(load_tokenizer(model).get_vocab() == load_tokenizer().get_vocab(),
-                OTHER_VOCABULARY)
+        own, ours = load_tokenizer(model), load_tokenizer()
+        require(own.get_vocab() == ours.get_vocab() and own.eos_token == ours.eos_token
+                and own.bos_token == ours.bos_token, OTHER_VOCABULARY)
     templates = {load_tokenizer(str(s) if (s / "tokenizer.json").is_file() else model).chat_template
                  for s in map(Path, sources or [model])}
     require(len(templates) == 1, "the adapters were trained in different chat templates, and a "

@@ -27,8 +27,7 @@ from lib.serve.front import application
 from lib.settings import ServeSettings
 
 HOST = "127.0.0.1"
-# Seconds that running requests get to finish when the server stops.
-GRACE = 20
+GRACE = 20  # seconds that running requests get to finish when the server stops
 
 
 def start_engine(bundle: Bundle, settings: ServeSettings, context: int, key: str) -> Any:

@@ -80,6 +80,8 @@ def test_tables(tmp_path: Path, name: str, mark: str) -> None:
     ("d.jsonl", '{"messages": [{"role": "assistant", "tool_calls": ["f"]}]}', "another form than"),
     ("d.jsonl", '{"messages": [{"role": "assistant", "tool_calls": [{"arguments": "{"}]}]}',
      "tool calls in another form than OpenAI's"),
+    ("d.jsonl", '{"messages": 5}', "has messages that are not a list"),
+    ("c.csv", "instruction,response,response\na,b,c", "c.csv:1 has two columns of one name"),
     ("c.csv", "instruction,response\na,b,c", "c.csv:2 has 3 fields instead of 2: put quotes"),
     ("c.csv", 'instruction,response\n"a"b,c', "c.csv:2 cannot be read .*double each quote"),
     ("p.parquet", "PAR1", "p.parquet is not a Parquet file"),
@@ -98,6 +100,8 @@ def test_what_is_listed_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_text(json.dumps(row))
     (record,) = Records(tmp_path / "d.jsonl", ignore=["id", "notes"])
     assert record.keys() == {"messages", "expected_keyword"}
+    (record,) = Records(tmp_path / "d.jsonl", ignore=["id", "notes", "expected_keyword"])
+    assert record.keys() == {"messages"}
 
 
 def test_a_limit_takes_the_first() -> None:
@@ -186,6 +190,20 @@ def test_bos_as_the_tokenizer_has_it(tokenizer: PreTrainedTokenizerBase) -> None
     assert render(own, "Hi").startswith("<|im_start|>###")
     own.chat_template = "{{ bos_token }}" + own.chat_template
     assert encode(own, TURNS)[0] == ids
+
+
+def test_what_an_answer_repeats_must_still_be_rendered(tokenizer: PreTrainedTokenizerBase) -> None:
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = tokenizer.chat_template.replace(
+        "{%- else -%}{{ message['content'] + '\n\n' }}", "{%- else -%}")
+    for system, question in (("22 C", "22 C?"), ("Answer.", "Answer. Now?")):
+        with pytest.raises(UserError, match="leaves out"):
+            encode(own, {"system": system, "instruction": question, "response": "22 C"})
+    trims = copy.deepcopy(tokenizer)
+    trims.chat_template = tokenizer.chat_template.replace(
+        "message['content'] + eos", "(message['content'] | trim) + eos")
+    with pytest.raises(UserError, match="or spaces in it"):
+        encode(trims, {"instruction": "a", "response": "    return x\n"})
 
 
 def test_templates_that_fail(tokenizer: PreTrainedTokenizerBase) -> None:

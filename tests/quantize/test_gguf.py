@@ -285,7 +285,7 @@ def test_base_and_route_follow_from_the_adapter(bare: None, tmp_path: Path, tiny
             ({"merged": other, "model": tiny_directory}, "somebody/else, not on .*tiny: name"),
             ({"merged": qlora, "model": "embedded"}, "tiny, not on embedded: name its base"),
             ({"merged": qlora, "route": "original"}, "on the dequantized weights, not on the orig"),
-            ({"adapters": {"a": qlora, "b": plain}}, "use --route original, or export it apart")):
+            ({"adapters": {"a": qlora, "b": plain}}, "weights: export them apart")):
         with pytest.raises(UserError, match=message):
             export(tmp_path / "new", **options)
     with pytest.raises(UserError, match="is an adapter of None: name its base"):
