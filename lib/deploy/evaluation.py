@@ -9,11 +9,11 @@ from typing import Any
 import httpx
 import torch
 
-from lib.base.model import load_model, load_tokenizer, pad_right
+from lib.base.model import load_model, load_tokenizer
 from lib.base.records import LABEL, Record, encode
 from lib.deploy.packed import load_deployed
 from lib.errors import UserError, require
-from lib.evaluate.scores import Score, answer_loss, generate, keyword_hit, paired_interval
+from lib.evaluate.scores import Score, batch_losses, generate, keyword_hit, paired_interval
 from lib.serve.client import ask_all, question
 from lib.train.lora import load_adapter, origin
 from lib.train.training import base_for
@@ -69,12 +69,10 @@ def evaluate(system: str, records: Sequence[Record], *, new_tokens: int = 128) -
     else:
         model, tokenizer = open_system(system)
         with torch.inference_mode():
-            for record in records:
-                ids, labels = pad_right([encode(tokenizer, record)], 0)
-                loss, count = answer_loss(model, ids.to(model.device), labels.to(model.device))
+            for loss, count in batch_losses(model, (encode(tokenizer, r) for r in records), 1):
                 require(count, "a record has nothing to measure: leave it out")
-                losses.append(loss.item() / count)
-                total, tokens = total + loss.item(), tokens + count
+                losses.append(loss / count)
+                total, tokens = total + loss, tokens + count
         if prompts:
             texts = generate(model, tokenizer, prompts, max_new_tokens=new_tokens)
     pairs = [*zip(texts, asked, strict=True)]

@@ -1,8 +1,9 @@
 """Scores of generated answers, the loss of the true ones, and confidence intervals."""
 
 import contextlib
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,14 +92,20 @@ def keyword_hit(text: str, keyword: str) -> bool:
 def held_out_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
                   records: Sequence[Record], *, batch_size: int = 25) -> float:
     """Mean negative log-likelihood (nats) of an answer token; prompts do not count."""
-    total, count = 0.0, 0
+    pairs = (encode(tokenizer, record) for record in records)
     with decoded(model):
-        for start in range(0, len(records), batch_size):
-            pairs = [encode(tokenizer, r) for r in records[start:start + batch_size]]
-            ids, labels = pad_right(pairs, tokenizer.pad_token_id)
-            loss, tokens = answer_loss(model, ids.to(model.device), labels.to(model.device))
-            total, count = total + loss.item(), count + tokens
-    return total / count
+        losses, counts = zip(*batch_losses(model, pairs, batch_size), strict=True)
+    return sum(losses) / sum(counts)
+
+
+def batch_losses(model: PreTrainedModel, pairs: Iterable[tuple[list[int], list[int]]],
+                 batch_size: int) -> Iterator[tuple[float, int]]:
+    """`answer_loss` of each batch of `encode`'s pairs."""
+    pairs = iter(pairs)
+    while batch := [*itertools.islice(pairs, batch_size)]:
+        ids, labels = pad_right(batch, 0)  # padding has no label
+        loss, count = answer_loss(model, ids.to(model.device), labels.to(model.device))
+        yield loss.item(), count
 
 
 def answer_loss(model: PreTrainedModel, ids: Tensor, labels: Tensor) -> tuple[Tensor, int]:

@@ -25,13 +25,13 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from lib.base import pad_right, quantized_config
+from lib.base import quantized_config
 from lib.base.embedded import locate
 from lib.base.model import best_dtype, hold_memory, load_model, load_tokenizer, machine
 from lib.base.records import IGNORED, Record, encode
 from lib.errors import UserError, require
 from lib.evaluate.measure import peak_memory
-from lib.evaluate.scores import answer_loss
+from lib.evaluate.scores import answer_loss, batch_losses
 from lib.files import read_json, require_free, scratch, sha256, verified, write_json, writing
 from lib.host import is_main_process, is_sharded, process_count
 from lib.settings import TrainSettings, seed_everything
@@ -146,16 +146,11 @@ class Validation(TrainerCallback):
         if state.global_step % self.every and state.global_step < state.max_steps:
             return
         model.eval()
-        total, count = 0.0, 0
-        for start in range(0, len(self.held), 16):
-            rows = self.held[start:start + 16]
-            pairs = [*zip(rows["input_ids"], rows["labels"], strict=True)]
-            ids, labels = (t.to(args.device) for t in pad_right(pairs, 0))
-            loss, tokens = answer_loss(model, ids, labels)
-            total, count = total + loss.item(), count + tokens
+        pairs = ((row["input_ids"], row["labels"]) for row in self.held)
+        sums, counts = zip(*batch_losses(model, pairs, 16), strict=True)
         model.train()
         # In the state's history, so that a resumed run has it.
-        state.log_history.append({"step": state.global_step, "validation": total / count})
+        state.log_history.append({"step": state.global_step, "validation": sum(sums) / sum(counts)})
         losses = [row["validation"] for row in state.log_history if "validation" in row]
         if losses[-1] == min(losses):
             save_file({name: p.data.contiguous() for name, p in model.named_parameters()
@@ -205,10 +200,12 @@ def make_trainer(model: PreTrainedModel, tokenizer: Any, records: Iterable[Recor
         save_strategy="no" if is_sharded() else "steps", save_steps=CHECKPOINT_EVERY,
         ddp_find_unused_parameters=False, report_to="none", disable_tqdm=True,
         logging_steps=1, logging_nan_inf_filter=False)
-    learned, validated = tokenised(tokenizer, records, settings, work)
+    learned, validated = tokenised(tokenizer, records, settings, work), None
     if held is not None:
         require(not settings.eval_share, "two sets for validation: use --eval-data or --eval-share")
-        validated = tokenised(tokenizer, held, settings, work / "held")[0]
+        validated = tokenised(tokenizer, held, settings, work / "held")
+    elif settings.eval_share:
+        learned, validated = split(learned, settings.eval_share)
     require(validated or not (settings.patience or settings.eval_every),
             "nothing to validate with: add --eval-data or --eval-share")
     trainer = (SFTTrainer if settings.plain else CourseTrainer)(
@@ -230,11 +227,8 @@ def make_trainer(model: PreTrainedModel, tokenizer: Any, records: Iterable[Recor
 
 
 def tokenised(tokenizer: Any, records: Iterable[Record], settings: TrainSettings, work: Path
-              ) -> tuple[Dataset, Dataset | None]:
-    """Records as token ids and labels, in a file of `work` that is read as needed.
-
-    And those for validation, an `eval_share` of them, evenly spread.
-    """
+              ) -> Dataset:
+    """Records as token ids and labels, in a file of `work` that is read as needed."""
     work.mkdir(parents=True, exist_ok=True)
     file, count = work / f"tokens-{RANK}.arrow", 0
     with ArrowWriter(path=str(file)) as writer:
@@ -250,13 +244,14 @@ def tokenised(tokenizer: Any, records: Iterable[Record], settings: TrainSettings
             writer.write({"input_ids": ids, "labels": labels})
         require(count, "there are no records to train on: give at least one")
         writer.finalize()
-    data = Dataset.from_file(str(file))
-    if not settings.eval_share or work.name == "held":
-        return data, None
-    share = settings.eval_share
-    held = [i for i in range(count) if int((i + 1) * share) > int(i * share)]
-    require(held, f"{count} records have no share of {share}: give more")
-    return data.select(sorted({*range(count)} - {*held})), data.select(held)
+    return Dataset.from_file(str(file))
+
+
+def split(data: Dataset, share: float) -> tuple[Dataset, Dataset]:
+    """Rows to learn, and a share of them for validation, evenly spread."""
+    held = [i for i in range(len(data)) if int((i + 1) * share) > int(i * share)]
+    require(held, f"{len(data)} records have no share of {share}: give more")
+    return data.select(sorted({*range(len(data))} - {*held})), data.select(held)
 
 
 def preview(tokenizer: Any, input_ids: Sequence[int], labels: Sequence[int]) -> str:
