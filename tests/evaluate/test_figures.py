@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lib.base.model import release_memory
 from lib.evaluate.figures import smoothed
 from lib.evaluate.measure import peak_memory
 
@@ -15,6 +16,7 @@ def test_smoothing_shifts_no_curve() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's own memory is measured there")
 def test_peak_memory_sees_what_is_gone_again() -> None:
+    release_memory()  # what other tests left would be taken again, unseen
     with peak_memory(0.001) as before:
         pass
     with peak_memory(0.001) as peak:
