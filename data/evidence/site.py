@@ -4,6 +4,8 @@
 from the stored data.
 """
 
+import importlib
+import os
 import re
 import shutil
 import subprocess
@@ -14,11 +16,21 @@ from pathlib import Path
 import nbformat
 from nbconvert import SlidesExporter
 
-from lib.course.run import NOTEBOOKS, OFFLINE, copy_mathjax, described, notebooks, read_notebook
+from lib.course.run import NOTEBOOKS, notebooks, read_notebook
 from lib.errors import require
 from lib.files import ROOT, read_json, scratch, writing
 
-DECK = "{%- extends 'reveal/index.html.j2' -%}" + OFFLINE + """
+# Of nbconvert's templates: MathJax beside the page, no other script, texts for figures.
+DECK = """
+{%- extends 'reveal/index.html.j2' -%}
+{%- block html_head_js -%}{%- endblock -%}
+{%- block html_head_js_mathjax -%}
+<script>MathJax = {tex: {inlineMath: [["$", "$"]]}}</script>
+<script src="mathjax/tex-chtml.js"></script>
+{%- endblock -%}
+{%- block data_png -%}
+<img src="data:image/png;base64,{{ output.data['image/png'] }}" alt="{{ cell.metadata.alt }}">
+{%- endblock -%}
 {%- block html_head_css -%}
 <style>.reveal .slides section:not(.stack) {max-height: 100%; overflow-y: auto; font-size: 22px;
 text-align: left} .reveal pre, .reveal code {font-size: 18px; line-height: 1.3}
@@ -67,12 +79,13 @@ lib-*
 """
 
 
-def build_site(out: Path) -> None:
-    """Write the site that notebooks/conf.py describes: outputs as stored, nothing is executed."""
+def build_site(out: Path, *, executed: Path = NOTEBOOKS) -> None:
+    """Write the site that notebooks/conf.py describes, of notebooks that were executed before."""
     with scratch() as source, writing(out) as part:
         sphinx = subprocess.run(
             [sys.executable, "-m", "sphinx", "-q", "-b", "html", "-c", NOTEBOOKS, source, part],
-            cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace")
+            cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace",
+            env=os.environ | {"COURSE_NOTEBOOKS": str(executed.resolve())})
         require(sphinx.returncode == 0, f"Sphinx failed: {sphinx.stderr[-400:]}")
         shutil.rmtree(part / ".doctrees")
 
@@ -119,6 +132,23 @@ def folded(path: Path) -> nbformat.NotebookNode:
         cell.metadata["mystnb"] = {"image": {"alt": cell.metadata["alt"]}}
         if number < 4 or "solution" in cell.metadata.get("tags", []):
             cell.metadata["tags"] = ["hide-cell"]
+    return notebook
+
+
+def copy_mathjax(folder: Path) -> None:
+    """Put MathJax and its fonts into a folder of pages."""
+    package = Path(importlib.import_module("sphinx-mathjax-offline").__file__).parent
+    fonts = "output/chtml/fonts/woff-v2"
+    shutil.copytree(package / "static/mathjax" / fonts, folder / "mathjax" / fonts,
+                    dirs_exist_ok=True)
+    shutil.copyfile(package / "static/mathjax/tex-chtml.js", folder / "mathjax/tex-chtml.js")
+
+
+def described(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The notebook, with the words below each figure as the figure's text alternative."""
+    for cell, after in zip(notebook.cells, [*notebook.cells[1:], None], strict=True):
+        words = after and re.match(r"\*+In words:\*+\s*(.+?)(?:\n\n|\Z)", after.source, re.DOTALL)
+        cell.metadata["alt"] = re.sub(r'[*`$\\\s"<]+', " ", words[1]) if words else "Figure"
     return notebook
 
 
@@ -169,8 +199,10 @@ def reference() -> dict[str, str]:
 def write_sources(app: object) -> None:
     """Fill the empty source folder: the course's files, and pages from the stored data."""
     source = Path(app.srcdir)
+    executed = Path(os.environ["COURSE_NOTEBOOKS"])
     for path in notebooks():
-        nbformat.write(folded(path), source / path.name)
+        if (executed / path.name).is_file():
+            nbformat.write(folded(executed / path.name), source / path.name)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     card = (ROOT / "data" / "adapters" / "README.md").read_text(encoding="utf-8")
     pages = {path.stem: path.read_text(encoding="utf-8")

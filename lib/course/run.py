@@ -1,37 +1,25 @@
-"""Run the notebooks in order and keep the results, as pages that need no network."""
+"""Run the notebooks in order, and make a site of the executed copies."""
 
 import importlib
 import os
 import re
-import shutil
 import time
 from pathlib import Path
 
 import nbformat
 import papermill
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
-from nbconvert import HTMLExporter
 from traitlets.config import Config
 
 from lib.base.model import machine
 from lib.course.notebook import run_directory
 from lib.errors import UserError, require
 from lib.evaluate.measure import peak_memory
-from lib.files import ROOT, read_json, replacing, scratch, write_json
+from lib.files import ROOT, read_json, scratch, write_json
 from lib.settings import get_profile
 
 NOTEBOOKS = ROOT / "notebooks"
 CELL_TIMEOUT = 3600
-# Blocks of nbconvert's templates: MathJax beside the page, no other script, texts for figures.
-OFFLINE = """
-{%- block html_head_js -%}{%- endblock -%}
-{%- block html_head_js_mathjax -%}
-<script>MathJax = {tex: {inlineMath: [["$", "$"]]}}</script>
-<script src="mathjax/tex-chtml.js"></script>
-{%- endblock -%}
-{%- block data_png -%}
-<img src="data:image/png;base64,{{ output.data['image/png'] }}" alt="{{ cell.metadata.alt }}">
-{%- endblock -%}"""
 
 
 def notebooks(only: str = "") -> list[Path]:
@@ -46,7 +34,7 @@ def notebooks(only: str = "") -> list[Path]:
 
 
 def run(profile: str, *, only: str = "", store: bool = False) -> Path:
-    """Execute the notebooks; the folder with executed copies, pages, index.html and NN.json.
+    """Execute the notebooks; the site of all that were executed, beside the copies and NN.json.
 
     `only` is the number of a single notebook. `store` writes the outputs back into
     notebooks/. A cell that fails is a UserError.
@@ -71,14 +59,12 @@ def run(profile: str, *, only: str = "", store: bool = False) -> Path:
         if store:  # how the notebooks' own outputs were made is evidence
             importlib.import_module("data.evidence.notebooks").store(
                 out / source.name, source, {"profile": profile} | machine() | cost)
-    for page in NOTEBOOKS.glob("*.md"):  # the notebooks link to them
-        shutil.copyfile(page, out / page.name)
-    write_index(out)
-    return out
+    importlib.import_module("data.evidence.site").build_site(out / "site", executed=out)
+    return out / "site"
 
 
 def execute(source: Path, target: Path, profile: str) -> None:
-    """Run one notebook with papermill into `target`, with an HTML page beside it."""
+    """Run one notebook with papermill into `target`."""
     part = target.with_name(f".{target.name}")
     try:
         with scratch() as place:  # a killed run would leave its file among Jupyter's own
@@ -101,11 +87,6 @@ def execute(source: Path, target: Path, profile: str) -> None:
         raise UserError(f"{source.name}: a cell took over {CELL_TIMEOUT} s: "
                         "use a smaller --profile") from error
     part.replace(target)
-    copy_mathjax(target.parent)
-    exporter = HTMLExporter(raw_template="{%- extends 'lab/index.html.j2' -%}" + OFFLINE)
-    page = exporter.from_notebook_node(described(read_notebook(target)))[0]
-    with replacing(target.with_suffix(".html")) as file:
-        file.write_text(page, encoding="utf-8")
 
 
 def read_notebook(path: Path) -> nbformat.NotebookNode:
@@ -115,33 +96,3 @@ def read_notebook(path: Path) -> nbformat.NotebookNode:
     except Exception as error:  # of many kinds
         raise UserError(f"{path} is not a notebook ({' '.join(str(error).split())[:80]}): "
                         "take it from the repository") from error
-
-
-def copy_mathjax(folder: Path) -> None:
-    """Put MathJax and its fonts into a folder of pages."""
-    package = Path(importlib.import_module("sphinx-mathjax-offline").__file__).parent
-    fonts = "output/chtml/fonts/woff-v2"
-    shutil.copytree(package / "static/mathjax" / fonts, folder / "mathjax" / fonts,
-                    dirs_exist_ok=True)
-    shutil.copyfile(package / "static/mathjax/tex-chtml.js", folder / "mathjax/tex-chtml.js")
-
-
-def described(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """The notebook, with the words below each figure as the figure's text alternative."""
-    for cell, after in zip(notebook.cells, [*notebook.cells[1:], None], strict=True):
-        words = after and re.match(r"\*+In words:\*+\s*(.+?)(?:\n\n|\Z)", after.source, re.DOTALL)
-        cell.metadata["alt"] = re.sub(r'[*`$\\\s"<]+', " ", words[1]) if words else "Figure"
-    return notebook
-
-
-def write_index(out: Path) -> None:
-    """One page that links the executed notebooks, and says what each took."""
-    parts = ["<!doctype html><html lang='en'><meta charset='utf-8'><title>From LoRA to the edge"
-             f"</title><h1>From LoRA to the edge</h1><p>Profile: {out.name}</p><ul>"]
-    for page in sorted(out.glob("[0-9][0-9]_*.html")):
-        figures = out / f"{page.name[:2]}.json"
-        cost = read_json(figures).get("whole_run") if figures.is_file() else None
-        took = f", {cost['seconds']} s, peak {cost['peak_mb']:,} MB" if cost else ""
-        parts.append(f"<li><a href='{page.name}'>{page.stem}</a>{took}")
-    with replacing(out / "index.html") as part:
-        part.write_text("".join(parts), encoding="utf-8")
