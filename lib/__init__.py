@@ -19,10 +19,7 @@ warnings.filterwarnings("ignore", message="IProgress not found")
 
 
 def exports(package: str, modules: dict[str, str]) -> tuple[Callable[[str], Any], list[str]]:
-    """`__getattr__` and `__all__` of a room: names are imported when they are first used.
-
-    `modules` has, for each module of `package`, the names it offers, separated by spaces.
-    """
+    """`__getattr__`, importing at first use, and `__all__`, from {module: "its names"}."""
     homes = {name: f"{package}.{module}" for module, names in modules.items()
              for name in names.split()}
 

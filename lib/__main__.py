@@ -19,6 +19,7 @@ from lib.settings import MODES, PROFILES, ServeSettings, TrainSettings
 
 # Commands import what they need: torch takes seconds, and a mistake should show at once.
 DIR: dict[str, Any] = {"type": Path, "metavar": "DIR"}
+EXAMPLES = 256  # that weigh columns
 LIMIT: dict[str, Any] = {"type": float, "default": math.inf}
 FIELDS: dict[str, Any] = {"action": "extend", "type": lambda text: text.split(","), "default": [],
                           "metavar": "FIELD", "help": "fields of the records to leave out"}
@@ -57,6 +58,9 @@ def parser() -> Parser:
         help="adapter, deployment or model: a folder, a hub id, embedded; or http://HOST/v1#NAME")
     add("--data", required=True, metavar="FILE", help="records, as for train")
     add("--ignore", **FIELDS)
+    add("--learn", default="all", choices=("all", "last"), help="as in train; default all")
+    add("--route", default="", choices=("original", "dequantized"),
+        help="base of an adapter that does not state it")
     add("--limit", type=int, default=None, metavar="N", help="only the first N records")
     add("--new-tokens", type=int, default=128, metavar="N", help="longest answer, default 128")
     add("--out", type=Path, metavar="FILE", help="also write the figures as JSON")
@@ -66,7 +70,10 @@ def parser() -> Parser:
     add("--merge", help="adapter to merge", **DIR)
     add("--adapter", action="append", default=[], metavar="NAME=DIR",
         help="adapter to keep beside the model; may be repeated")
-    add("--type", default="Q8_0", help="Q8_0 (default), F16, IQ4_NL, ...")
+    add("--type", default="Q8_0", help="Q8_0 (default), F16, IQ4_NL, Q4_K, ...")
+    add("--importance", metavar="FILE", help="records that say which columns matter")
+    add("--ignore", **FIELDS)
+    add("--converter", help="a checkout of llama.cpp to convert with", **DIR)
     add("--route", default="", help="base: dequantized or original; default as it was trained")
     add("--model", default="", help="hub id or directory; default the adapter's base")
 
@@ -99,12 +106,10 @@ def parser() -> Parser:
 def add_fields(command: Parser, settings: type, omit: tuple[str, ...] = ()) -> None:
     """An option for each field of a dataclass of settings."""
     for field in dataclasses.fields(settings):
-        flag = f"--{field.name.replace('_', '-')}"
-        if field.type is bool and field.name not in omit:
-            command.add_argument(flag, action="store_true")
-        elif field.name not in omit:
-            command.add_argument(flag, type=field.type, default=field.default,
-                                 help=f"default {field.default}")
+        options = {"action": "store_true"} if field.type is bool else {
+            "type": field.type, "default": field.default, "help": f"default {field.default}"}
+        if field.name not in omit:
+            command.add_argument(f"--{field.name.replace('_', '-')}", **options)
 
 
 def from_fields(settings: type, args: argparse.Namespace) -> Any:
@@ -154,11 +159,14 @@ def dispatch(args: argparse.Namespace) -> int | None:
                     (args.limit is None or args.limit > 0), "name one system, or two to compare, "
                     "and give --limit and --new-tokens above 0")
             records = Records(args.data, ignore=args.ignore)
-            records = [*itertools.islice(records, args.limit)]
+            places, records = zip(*((records.where, record) for record
+                                    in itertools.islice(records, args.limit)), strict=True)
+            require(not args.route or any(Path(system, "adapter_config.json").is_file()
+                    for system in args.systems), "--route is for adapters: none is named")
             from lib.deploy.evaluation import differences, evaluate
 
-            done = [evaluate(system, records, new_tokens=args.new_tokens)
-                    for system in args.systems]
+            done = [evaluate(system, records, new_tokens=args.new_tokens, learn=args.learn,
+                             route=args.route, places=places) for system in args.systems]
             rows = [(system, row.figures()) for system, row in zip(args.systems, done, strict=True)]
             if len(done) == 2:
                 rows.append(("the second less the first", differences(*done)))
@@ -178,12 +186,21 @@ def dispatch(args: argparse.Namespace) -> int | None:
                 require(name and directory and name not in adapters,
                         f"--adapter {text}: use NAME=DIR, and each name once")
                 adapters[name] = Path(directory)
-            from lib.quantize.gguf import export
+            from lib.base.records import Records
 
-            export(args.out, gguf_type=args.type, route=args.route, merged=args.merge,
-                   adapters=adapters, model=args.model)
+            records = args.importance and [
+                *itertools.islice(Records(args.importance, ignore=args.ignore), EXAMPLES)]
+            from lib.quantize.gguf import commands, export
+
+            kinds = export(args.out, gguf_type=args.type, route=args.route, merged=args.merge,
+                           adapters=adapters, model=args.model, records=records or (),
+                           converter=args.converter)
             sizes = [f"{f.name} {size_mb(f):.1f} MB" for f in sorted(args.out.glob("*.gguf"))]
-            print(f"{args.out}: {', '.join(sizes)}; start it with `python -m lib serve {args.out}`")
+            print(f"{args.out}: {', '.join(sizes)}")
+            for kind in kinds.keys() - {args.type, "F32"}:
+                print(f"in {kind}, because {args.type} does not divide their rows: "
+                      f"{', '.join(sorted(kinds[kind]))}")
+            print("serve it with one of", *commands(args.out), sep="\n  ")
         case "deploy":
             from lib.deploy.cost import Cost, deploy_within
             from lib.deploy.gguf import deploy_gguf

@@ -2,10 +2,7 @@
 
 
 class UserError(Exception):
-    """A mistake the user can correct: one line that says what is wrong and what to do.
-
-    The command line prints it without a traceback and exits with status 2.
-    """
+    """One line on what is wrong and what to do; the command line prints it and exits with 2."""
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.splitlines()))  # a quoted text may have several lines

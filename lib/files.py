@@ -1,7 +1,6 @@
 """Artifacts: folders that are whole or absent, written beside the target, renamed, verified.
 
-Each has a `manifest.json` with the SHA-256 of its files. A killed run leaves the old artifact or
-the new one. `lib.__main__` turns errors of writing, such as a full disk, into one line.
+`manifest.json` has the SHA-256 of each file. A killed run leaves the old artifact or the new one.
 """
 
 import contextlib
@@ -86,10 +85,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def writing(target: Path, **facts: Any) -> Iterator[Path]:
-    """A scratch folder that becomes the artifact `target` only if the block succeeds.
-
-    `facts` (seed, scores, ...) and the package versions join the hashes in the manifest.
-    """
+    """A scratch folder that becomes an artifact if the block succeeds, `facts` in its manifest."""
     target = Path(target)
     require_free(target)
     with scratch(target) as part:

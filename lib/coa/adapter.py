@@ -32,12 +32,9 @@ OWNED = {2: 1 / 4}  # for weights of these bits, the share of the rank that only
 class MixingNetwork(nn.Module):
     """U_theta: seven embeddings, LayerNorm, two linear layers, the last one zero at the start.
 
-    It reads the five fields of a format, the block's position and the module kind, of all
-    layers at once: (layers, 7) to (layers, r, r).
-
-    U = pace * network(format, block, kind) + diag(gates(bits) - 1). The gates are ours and not
-    learned: 0 for a component that belongs to layers of other bits, 1 for the rest. `owned`
-    gives the share of the rank by bits; without it all gates are 1.
+    U = pace * network(five fields of a format, block, kind) + diag(gates(bits) - 1), for all
+    layers at once, (layers, 7) to (layers, r, r). The gates are ours and not learned: 0 for a
+    component that layers of other bits own, else 1. `owned` is the share of the rank by bits.
     """
 
     def __init__(self, layers: Layers, rank: int, *, width: int = 8, hidden: int = 128,
@@ -96,9 +93,8 @@ def learned_a(layer: nn.Module) -> Tensor:
 class CoaLora:
     """A configuration-aware adapter on peft's own LoRA layers.
 
-    The forward pass of `model`, peft's, applies U for `base.configuration`. Its submodule
-    `network`, U_theta, is trained with A and B. Of the last pass, `mixers` is U, (layers,
-    r, r), and `mixed` holds (I + U) A of each layer.
+    A forward pass of `model`, peft's, applies U for `base.configuration`, and leaves it in
+    `mixers`, (layers, r, r), and (I + U) A in `mixed`. `network` is trained with A and B.
     """
 
     def __init__(self, model: PeftModel, base: Switchable,

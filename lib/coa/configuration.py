@@ -1,9 +1,13 @@
-"""Configurations (Ye, Tang, Ngai, arXiv 2509.25214, section 3), and a model that changes them."""
+"""Configurations (Ye, Tang, Ngai, arXiv 2509.25214, section 3): a model that changes them, and
+mixtures of formats for a budget of bits, at random or greedily by quantisation error."""
 
+import functools
 import hashlib
+import itertools
+import random
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,10 +17,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lib.base.embedded import EMBEDDED
-from lib.base.model import MODULE_KINDS, best_dtype, load_model
+from lib.base.model import MODULE_KINDS, best_dtype, load_model, load_tokenizer, pad_right
+from lib.base.records import Record, encode
 from lib.errors import UserError, require
+from lib.evaluate.scores import answer_loss
 from lib.quantize.formats import FORMATS, GRID, Format, round_trip
 
+BUDGETS = (2.25, 7.25)  # the range of the paper's, bits a weight
+TOLERANCE = 0.05
+SAMPLE = 1 << 12  # weights of a layer from which its error is estimated
 FORMAT_NUMBERS = {fmt: number for number, fmt in enumerate(FORMATS)}
 
 
@@ -139,9 +148,8 @@ class Switchable:
     """A model, its original weights, and a cache of its layers in other formats.
 
     A layer's weight points to the dequantised tensor of its format, built from the file's
-    float16 weights; cached ones are shared, so nothing may write into them. `cache_mb`, MB,
-    limits the cache; weights in use stay in any case. `configuration` is the current one, None
-    for the original weights.
+    float16 weights; cached ones, up to `cache_mb` MB, are shared, so nothing may write into
+    them. `configuration` is None for the original weights.
     """
 
     def __init__(self, model: PreTrainedModel, *, cache_mb: float = 512,
@@ -213,3 +221,135 @@ class Switchable:
             sample = weight.float().reshape(-1)[::101].contiguous()
             digest.update(f"{name} {tuple(weight.shape)}".encode() + sample.numpy().tobytes())
         return digest.hexdigest()
+
+
+def random_configuration(layers: Layers, budget: float, rng: random.Random) -> Configuration:
+    """Random formats whose bits a weight are within 0.05 of the budget.
+
+    They are drawn in proportion to exp(t * bits), where t makes their mean the budget. Then
+    single layers are redrawn until the sum fits as well.
+    """
+    costs = torch.tensor([fmt.bits_per_parameter for fmt in FORMATS], dtype=torch.float64)
+    least, most = float(costs.min()), float(costs.max()) - TOLERANCE
+    require(least < budget < most,
+            f"{budget} bits a weight cannot be reached: use {least:.2f} to {most:.2f}")
+    low, high = -40.0, 40.0  # of t, by bisection
+    for _ in range(80):
+        share = ((middle := (low + high) / 2) * costs).softmax(0)
+        low, high = (middle, high) if share @ costs < budget else (low, middle)
+    weights = share.tolist()
+    formats = rng.choices(FORMATS, weights, k=len(layers.sizes))
+    total = sum(layers.sizes)
+    spent = sum(x.bits_per_parameter * n for x, n in zip(formats, layers.sizes, strict=True))
+    for _ in range(10_000):
+        if abs(spent / total - budget) <= TOLERANCE:
+            return Configuration(layers, tuple(formats))
+        index = rng.randrange(len(formats))
+        new = rng.choices(FORMATS, weights)[0]
+        change = (new.bits_per_parameter - formats[index].bits_per_parameter) * layers.sizes[index]
+        if abs(spent + change - budget * total) < abs(spent - budget * total):
+            formats[index], spent = new, spent + change
+    raise UserError(f"found no mixture of formats at {budget} bits a weight: choose another budget")
+
+
+@functools.cache
+def best_formats() -> tuple[Format, ...]:
+    """The formats on the lower convex hull of squared error over bits, for normal numbers."""
+    weight = torch.randn(1 << 16, generator=torch.Generator().manual_seed(0))
+    rows = sorted((fmt.bits_per_parameter,
+                   float((round_trip(weight, fmt) - weight).square().sum()), number)
+                  for number, fmt in enumerate(FORMATS))
+    costs, errors, positions = zip(*rows, strict=True)
+    return tuple(FORMATS[positions[i]] for i in _lower_hull(errors, costs))
+
+
+def _lower_hull(errors: Sequence[float], costs: Sequence[float]) -> list[int]:
+    """Indices along the lower convex hull, from the first to the least error; costs ascend."""
+    hull = [0]
+    while moves := [((errors[hull[-1]] - errors[to]) / (costs[to] - costs[hull[-1]]), to)
+                    for to in range(hull[-1] + 1, len(costs)) if costs[to] > costs[hull[-1]]]:
+        gain, to = max(moves)
+        if gain <= 0:
+            break
+        hull.append(to)
+    return hull
+
+
+def sensitivities(base: Switchable, records: Sequence[Record], *, more: Sequence[str] = ()
+                  ) -> Tensor:
+    """(layers,): mean squared gradient of an example's loss by a layer's weights, per weight.
+
+    Noise of energy e, spread evenly over n weights, moves the loss by about |g| sqrt(e / n);
+    the square of that is sensitivity times energy. Those of further modules, `more`, follow.
+    """
+    tokenizer = load_tokenizer(base.name)
+    weights = [base.model.get_submodule(name).weight for name in (*base.layers.names, *more)]
+    total = torch.zeros(len(weights))
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        for record in records:
+            pair = pad_right([encode(tokenizer, record)], 0)
+            loss, tokens = answer_loss(base.model, *(part.to(base.model.device) for part in pair))
+            grads = torch.autograd.grad(loss / tokens, weights)
+            total += torch.stack([g.float().square().mean() for g in grads]).cpu()
+    finally:
+        for weight in weights:
+            weight.requires_grad_(False)
+    return total / len(records)
+
+
+def error_table(base: Switchable, felt: Tensor | None = None) -> tuple[tuple[Format, ...], Tensor]:
+    """Formats worth choosing from, and each layer's squared error in each, (layers, formats).
+
+    With `felt`, (layers,) from `sensitivities`, the error is weighed by its effect on the loss.
+    """
+    errors = format_errors(base, best_formats())
+    return best_formats(), errors if felt is None else errors * felt[:, None]
+
+
+def format_errors(base: Switchable, formats: Sequence[Format]) -> Tensor:
+    """(layers, formats): squared error of each layer in each format, from a sample of blocks."""
+    # Samples of all layers, each divided by its root mean square, are quantised together.
+    samples, energy, count = [], [], min(SAMPLE, *(n // 64 * 64 for n in base.layers.sizes))
+    for index in range(len(base.layers.sizes)):
+        weight = base.weight(index).reshape(-1)
+        energy.append(weight.square().sum())
+        blocks = weight[: weight.numel() // 64 * 64].view(-1, 64)
+        part = blocks[:: weight.numel() // count].reshape(-1)[:count]
+        # The floor keeps a layer of zeros from becoming NaN.
+        samples.append(part / part.square().mean().sqrt().clamp(min=1e-30))
+    stacked = torch.stack(samples)
+    relative = [(round_trip(stacked, fmt) - stacked).square().mean(1) for fmt in formats]
+    return torch.stack(relative, 1) * torch.stack(energy)[:, None]
+
+
+def greedy_configuration(layers: Layers, budget: float, formats: Sequence[Format],
+                         errors: Tensor) -> Configuration:
+    """Spend bits where one saves most squared error, with formats and errors of `error_table`."""
+    costs = torch.tensor([fmt.bits_per_parameter for fmt in formats])
+    require(budget >= costs[0],
+            f"{budget} bits a weight are below the cheapest format, {costs[0]:.2f}")
+    sizes = torch.tensor(layers.sizes)
+    chosen = spend(errors, costs * sizes[:, None], budget * float(sizes.sum()))
+    return Configuration(layers, tuple(formats[i] for i in chosen))
+
+
+def spend(errors: Tensor, costs: Tensor, budget: float) -> list[int]:
+    """The column for each row that makes errors fall most for what the budget buys.
+
+    `errors` and `costs` are (rows, columns), costs ascending; every row starts at its first
+    column. Moves are sorted by error saved for the cost, which falls along a row's lower hull.
+    """
+    moves = []
+    for row, (error, cost) in enumerate(zip(errors.tolist(), costs.tolist(), strict=True)):
+        for at, to in itertools.pairwise(_lower_hull(error, cost)):
+            price = cost[to] - cost[at]
+            moves.append(((error[at] - error[to]) / price, row, to, price))
+    chosen, stuck, left = [0] * len(errors), set(), budget - float(costs[:, 0].sum())
+    for _, row, to, price in sorted(moves, key=lambda move: -move[0]):
+        if price > left:
+            stuck.add(row)  # its later moves build on this one
+        elif row not in stuck:
+            chosen[row], left = to, left - price
+    return chosen

@@ -1,7 +1,6 @@
 """Training over many configurations, and the baselines in the same harness.
 
-One configuration makes a dedicated adapter (QLoRA's way), many make a shared one, and many
-with a mixing network make CoA-LoRA, all with the same data, steps and optimizer.
+One configuration makes a dedicated adapter (QLoRA), many a shared one, with a network CoA-LoRA.
 """
 
 import random
@@ -15,8 +14,7 @@ from transformers import TrainerCallback
 from lib.base.model import MODULE_KINDS, load_tokenizer, release_memory
 from lib.base.records import Record
 from lib.coa.adapter import NAME, OWNED, CoaLora, MixingNetwork, learned_a
-from lib.coa.budgets import best_formats
-from lib.coa.configuration import Configuration, Switchable
+from lib.coa.configuration import Configuration, Switchable, best_formats
 from lib.errors import require
 from lib.files import scratch
 from lib.host import process_count
@@ -49,15 +47,13 @@ class Switching(TrainerCallback):
 
 
 def _descend_on_logarithm(trainer: Any, parts: int) -> None:
-    """Divide each part's gradient by its loss, so that the logarithm of the loss falls.
-
-    A configuration of too few bits would drown the others. The logged value stays.
-    """
+    """Divide each part's gradient by its loss, or one of too few bits would drown the others."""
     plain = trainer.compute_loss
 
     def compute(*args: Any, **options: Any) -> Tensor:
         loss = plain(*args, **options)
         value = loss.detach()  # this part's share of the step's loss
+        # The logged value stays; the gradient is that of the loss's logarithm.
         return value + (loss - value) / (parts * value).clamp(min=LEAST_LOSS)
 
     trainer.compute_loss = compute
@@ -65,16 +61,13 @@ def _descend_on_logarithm(trainer: Any, parts: int) -> None:
 
 def train_over(base: Switchable, records: Sequence[Record],
                configurations: Sequence[Configuration], settings: TrainSettings, *,
-               method: str = "coa", say_every: int = 0,
-               callbacks: Sequence[TrainerCallback] = ()
+               method: str = "coa", say_every: int = 0, callbacks: Sequence[TrainerCallback] = ()
                ) -> tuple[TrainResult, CoaLora | None]:
     """Train one adapter on a base that changes its configuration in each part of a step.
 
-    `base` is fresh and gets the adapter. The method is "lora", plain; "paper", with the paper's
-    mixing network; or "coa", also with owned components, which start from the quantisation
-    error. A `Switching` among the `callbacks` replaces the default one.
-
-    Returns the run with its model, and the adapter with its network if it has one.
+    `base` is fresh and gets the adapter, which is also returned if it has a network. `method`:
+    "lora", plain; "paper", with the paper's network; "coa", also with owned components, which
+    start from the quantisation error. A `Switching` in `callbacks` replaces the default one.
     """
     require(process_count() == 1,
             "training over configurations uses one process: start it without `accelerate launch`")
@@ -94,8 +87,7 @@ def train_over(base: Switchable, records: Sequence[Record],
         trainer.args.save_strategy = "no"
         coa = None
         if method != "lora":
-            network = MixingNetwork(base.layers, settings.rank,
-                                    owned=OWNED if method == "coa" else {})
+            network = MixingNetwork(base.layers, settings.rank, owned=OWNED if roots else {})
             coa = CoaLora(trainer.model, base, network)
             start_owned(coa, roots)
         if len(configurations) > 1:
@@ -120,11 +112,10 @@ def set_components(layer: torch.nn.Module, rows: Iterable[int], b: Tensor, a: Te
 
 @torch.no_grad()
 def start_owned(coa: CoaLora, roots: Sequence[Tensor]) -> None:
-    """Each component owned by layers of b bits starts from their mean error.
+    """Each component owned by layers of b bits starts from their mean error in `best_formats`.
 
-    The mean is over the formats of b bits that greedy configurations use. The rows of A without
-    an owner grow by sqrt(r / their number): a step moves B A by the sum of |a|^2 over them, so
-    they learn as fast as all r would.
+    The rows of A without an owner grow by sqrt(r / their number): a step moves B A by the sum
+    of |a|^2 over them, so they learn as fast as all r would.
     """
     base, rank, owned = coa.base, coa.network.rank, coa.network.owned
     shared = [i for i in range(rank) if not any(i in rows for rows in owned.values())]
@@ -134,5 +125,5 @@ def start_owned(coa: CoaLora, roots: Sequence[Tensor]) -> None:
         formats = [fmt for fmt in best_formats() if fmt.bits == bits]
         for index, layer in enumerate(coa.lora_layers.values()):
             mean = sum(base.weight(index, fmt) for fmt in formats) / len(formats)
-            error = base.weight(index) - mean
-            set_components(layer, rows, *low_rank(error, roots[index], len(rows)))
+            factors = low_rank(base.weight(index) - mean, roots[index], len(rows))
+            set_components(layer, rows, *factors)

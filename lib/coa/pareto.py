@@ -1,8 +1,7 @@
 """The Pareto search over two objectives that pull apart, both to be minimised: bits and loss.
 
-Points are rows (bits a weight, loss). A Gaussian process predicts a configuration's loss. It
-does not see the 1,050 fields of a configuration but their effect: a format costs a layer some
-squared error, and the loss feels it in proportion to the layer's sensitivity.
+Points are rows (bits a weight, loss). A Gaussian process predicts the loss, not from the 1,050
+fields of a configuration but from each layer's squared error times its sensitivity.
 """
 
 import math
@@ -18,8 +17,7 @@ from sklearn.gaussian_process.kernels import ConstantKernel, DotProduct, Matern,
 from torch import Tensor
 
 from lib.base.model import MODULE_KINDS
-from lib.coa.budgets import best_formats, format_errors, spend
-from lib.coa.configuration import FORMAT_NUMBERS, Switchable, block_and_kind
+from lib.coa.configuration import Switchable, best_formats, block_and_kind, format_errors, spend
 from lib.errors import require
 from lib.quantize.formats import FORMATS, GRID
 
@@ -46,12 +44,8 @@ def front(points: Tensor) -> Tensor:
 
 
 def hypervolume(points: Tensor, reference: Tensor) -> float:
-    """Exact area that `points` dominate, up to a worse `reference` (Zitzler, Thiele 1999).
-
-    Points beyond the reference add nothing.
-    """
-    inside = front(points.double())
-    inside = inside[(inside < reference).all(1)]
+    """Exact area that `points` dominate, within a worse `reference` (Zitzler, Thiele 1999)."""
+    inside = front(points[(points < reference).all(1)].double())
     if not len(inside):
         return 0.0
     right = torch.cat([inside[1:, 0], reference[:1].double()])
@@ -81,8 +75,7 @@ def expected_improvement(bits: Tensor, mean: Tensor, spread: Tensor, points: Ten
 
     `bits`, `mean` and `spread` (above 0) are (n,), `points` (m, 2), `reference` (2,).
     """
-    inside = front(points)
-    inside = inside[(inside < reference).all(1)]
+    inside = front(points[(points < reference).all(1)])
     left = torch.cat([torch.tensor([-torch.inf], dtype=inside.dtype), inside[:, 0]])
     right = torch.cat([inside[:, 0], reference[:1]])
     least = torch.cat([reference[1:], inside[:, 1]])
@@ -134,16 +127,14 @@ class Surrogate:
 
     def __init__(self, sums: Tensor, logs: Tensor, *, starts: int = 3, seed: int = 0) -> None:
         # Its own kernel: if two processes shared one, the second fit would overwrite the first.
-        kernel = (ConstantKernel(1.0) * Matern(3.0, (0.1, 100.0), nu=2.5)
-                  + ConstantKernel(1.0) * DotProduct(1.0, (0.01, 100.0))
-                  + WhiteKernel(0.01, (1e-6, 1.0)))
+        kernel = (ConstantKernel(1.0) * Matern(3.0, (0.1, 100.0), nu=2.5) + ConstantKernel(1.0)
+                  * DotProduct(1.0, (0.01, 100.0)) + WhiteKernel(0.01, (1e-6, 1.0)))
         self.process = GaussianProcessRegressor(
             kernel, normalize_y=True, n_restarts_optimizer=starts - 1, random_state=seed)
         inputs = sums.log()
         self.middle, self.scale = inputs.mean(0), inputs.std(0).clamp(min=1e-6)
-        with warnings.catch_warnings():
-            # A hyper-parameter at its bound is a valid answer.
-            warnings.simplefilter("ignore", ConvergenceWarning)
+        # A hyper-parameter at its bound is a valid answer.
+        with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
             self.process.fit(((inputs - self.middle) / self.scale).double().numpy(),
                              logs.double().numpy())
 
@@ -189,8 +180,7 @@ class Evaluated:
         bits = features.bits(configurations)
         logs = [math.log(journal(configuration, float(b), evaluate))
                 for configuration, b in zip(configurations, bits, strict=True)]
-        return cls(configurations,
-                   torch.stack([bits, torch.tensor(logs, dtype=torch.float64)], 1))
+        return cls(configurations, torch.stack([bits, torch.tensor(logs, dtype=torch.float64)], 1))
 
     def __add__(self, other: "Evaluated") -> "Evaluated":
         return Evaluated(torch.cat([self.configurations, other.configurations]),
@@ -211,9 +201,9 @@ def search(start: Evaluated, features: Features, evaluate: Evaluate, *, evaluati
     total = len(start.configurations) + evaluations
     while (left := total - len(evaluated.configurations)) > 0:
         sums = features.sums(evaluated.configurations)
-        surrogate = Surrogate(sums, evaluated.points[:, 1], seed=seed)
-        candidates = propose(evaluated, features, surrogate, reference,
-                             count=min(batch, left), rng=rng)
+        candidates = propose(
+            evaluated, features, Surrogate(sums, evaluated.points[:, 1], seed=seed), reference,
+            count=min(batch, left), rng=rng)
         if not len(candidates):
             break  # the climbs pass only known configurations
         evaluated = evaluated + Evaluated.at(candidates, features, evaluate, journal)
@@ -231,9 +221,8 @@ def propose(evaluated: Evaluated, features: Features, surrogate: Surrogate, refe
         return expected_improvement(bits, *surrogate.predict(sums), evaluated.points, reference)
 
     points, rows = evaluated.points, front_by_segment(evaluated.points)
-    candidates: list[Tensor] = []
-    for row in rng.sample(rows, min(STARTS, len(rows))):
-        candidates += climb(evaluated.configurations[row], features, acquire)
+    candidates = [passed for row in rng.sample(rows, min(STARTS, len(rows)))
+                  for passed in climb(evaluated.configurations[row], features, acquire)]
     candidates += fillers(features, points)
     known = {tuple(row) for row in evaluated.configurations.tolist()}
     unique = dict.fromkeys(tuple(candidate.tolist()) for candidate in candidates)
@@ -247,15 +236,14 @@ def propose(evaluated: Evaluated, features: Features, surrogate: Surrogate, refe
         if turn < COVER:  # gains are far below 1e9, so filling a segment comes first
             gain += 1e9 * ~torch.isin(segment(bits), segment(points[:, 0]))
         gain[chosen] = -1.0
-        best = int(gain.argmax())
-        chosen.append(best)
+        chosen.append(best := int(gain.argmax()))
         points = torch.cat([points, torch.stack([bits[best], mean[best]])[None]])
     return pool[chosen]
 
 
 def fillers(features: Features, points: Tensor) -> list[Tensor]:
     """For each segment without a point, the configuration that greedy spending gives."""
-    columns = torch.tensor([FORMAT_NUMBERS[fmt] for fmt in best_formats()])
+    columns = torch.tensor([FORMATS.index(fmt) for fmt in best_formats()])
     empty = set(range(SEGMENTS)) - set(segment(points[:, 0]).tolist())
     noise, cost = features.noise[:, columns], features.cost[:, columns]
     middles = (LOW + (i + 0.5) * (HIGH - LOW) / SEGMENTS for i in sorted(empty))
@@ -266,9 +254,8 @@ def climb(configuration: Tensor, features: Features, acquire: Callable[[Tensor, 
           *, steps: int = STEPS) -> list[Tensor]:
     """The configurations passed on the way up the finite differences of the acquisition.
 
-    Each step takes the acquisition at every neighbour (one field of one layer moved by one
-    place) less that at the configuration itself. It then applies the best change of each of the
-    most promising layers together, and of fewer and fewer layers if that gains nothing.
+    Each step takes the gain of every neighbour, and applies the best change of each of the most
+    promising layers together, and of fewer and fewer layers if that gains nothing.
     `acquire` takes (n,) bits and (n, features) sums of noise.
     """
     passed = []
@@ -303,13 +290,11 @@ def climb(configuration: Tensor, features: Features, acquire: Callable[[Tensor, 
 
 
 def neighbours(configuration: Tensor) -> tuple[Tensor, Tensor]:
-    """(layer, new format number) of every change of one field by one place up or down its list.
-
-    The scales' dtype is a category and goes to every other one.
-    """
+    """(layer, new format number) of every change of one field by one place up or down its list."""
     layers, positions = [], []
     for name, count, stride in zip(GRID, FIELDS, STRIDES, strict=True):
         at = configuration // stride % count
+        # The scales' dtype is a category and goes to every other one.
         for move in (-2, -1, 1, 2) if name == "scale_dtype" else (-1, 1):
             fits = ((at + move >= 0) & (at + move < count)).nonzero()[:, 0]
             layers.append(fits)

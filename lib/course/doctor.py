@@ -1,7 +1,4 @@
-"""What this machine has for the course, one line for each thing.
-
-It needs only the standard library, since it runs where packages are missing.
-"""
+"""What this machine has for the course; it runs where every package is missing."""
 
 import contextlib
 import importlib.metadata

@@ -62,9 +62,8 @@ def check(attempt: Callable[..., Any], cases: Sequence[tuple[Any, Any]],
             answer = attempt(*copy.deepcopy(arguments))
         except NotImplementedError as error:
             return print("not attempted yet", *error.args)
-        if answer is None:
-            wrong = "yours None: is the return missing?"
-        else:
+        wrong = "yours None: is the return missing?"
+        if answer is not None:
             wrong = (expected(answer) if callable(expected)
                      else differs(answer, expected, tolerance))
         if wrong:

@@ -14,7 +14,7 @@ from traitlets.config import Config
 from lib.base.model import machine
 from lib.course.notebook import run_directory
 from lib.errors import UserError, require
-from lib.evaluate.measure import peak_memory
+from lib.evaluate.scores import peak_memory
 from lib.files import ROOT, read_json, scratch, write_json
 from lib.settings import get_profile
 
@@ -36,8 +36,7 @@ def notebooks(only: str = "") -> list[Path]:
 def run(profile: str, *, only: str = "", store: bool = False) -> Path:
     """Execute the notebooks; the site of all that were executed, beside the copies and NN.json.
 
-    `only` is the number of a single notebook. `store` writes the outputs back into
-    notebooks/. A cell that fails is a UserError.
+    `store` also writes the outputs back into notebooks/. UserError for a cell that fails.
     """
     get_profile(profile)
     os.environ["COURSE_PROFILE"] = profile  # the kernels read it, too
@@ -76,13 +75,11 @@ def execute(source: Path, target: Path, profile: str) -> None:
                 extra_arguments=["--IPKernelApp.log_level=40"])
     except papermill.PapermillExecutionError as error:
         last = error.evalue.strip().splitlines()[-1:] or [""]
-        raise UserError(
-            f"{source.name}, cell {error.cell_index}: {error.ename}: {last[0][:200]} "
-            f"(the executed copy is {part})") from error
+        raise UserError(f"{source.name}, cell {error.cell_index}: {error.ename}: {last[0][:200]} "
+                        f"(the executed copy is {part})") from error
     except DeadKernelError as error:
-        raise UserError(
-            f"{source.name}: its kernel died, most often for lack of memory: close other "
-            f"programs and go on with --only {source.name[:2]}") from error
+        raise UserError(f"{source.name}: its kernel died, most often for lack of memory: close "
+                        f"other programs and go on with --only {source.name[:2]}") from error
     except CellTimeoutError as error:
         raise UserError(f"{source.name}: a cell took over {CELL_TIMEOUT} s: "
                         "use a smaller --profile") from error

@@ -13,7 +13,7 @@ from lib.base.model import load_tokenizer
 from lib.base.records import render
 from lib.deploy.packed import TASKS, load_deployed, require_new
 from lib.errors import require
-from lib.evaluate.measure import peak_memory
+from lib.evaluate.scores import peak_memory
 from lib.files import ROOT, scratch, swap
 from lib.serve.client import ask, connect, question
 from lib.serve.server import running
@@ -64,10 +64,7 @@ def packed_ms(folder: Path, instruction: str) -> float:
 
 def deploy_within(deploy: Callable[..., Any], task: str, budget_mb: float, out: Path,
                   limits: Cost, **options: Any) -> tuple[Any, Cost]:
-    """What `deploy` (`deploy_packed` or `deploy_gguf`) returns, and the files' cost.
-
-    UserError if the cost is above the limits; then nothing is written.
-    """
+    """What `deploy` returns, and the cost. UserError if above the limits: nothing is written."""
     require(limits.memory_mb > 0 and limits.token_ms > 0,
             f"limits of {limits} cannot be kept: use numbers above 0")
     require_new(task, budget_mb, out)

@@ -1,15 +1,15 @@
 """Systems of any kind on the user's own records: right answers, loss, and their difference."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
 
-from lib.base.model import load_model, load_tokenizer
+from lib.base.model import load_model, load_tokenizer, require_rows
 from lib.base.records import LABEL, Record, encode
 from lib.deploy.packed import load_deployed
 from lib.errors import UserError, require
@@ -33,8 +33,8 @@ class Evaluation:
         return row | ({"loss": self.loss, "perplexity": math.exp(self.loss)} if self.losses else {})
 
 
-def open_system(system: str) -> tuple[Any, Any]:
-    """Model and tokenizer of an adapter, a packed deployment, a model's folder, or a hub id."""
+def open_system(system: str, named: str = "") -> tuple[Any, Any]:
+    """Model and tokenizer of a packed deployment, a model, or an adapter of its or this route."""
     path = Path(system)
     if (path / "deployed.json").is_file():
         return load_deployed(path, packed_layers=False), load_tokenizer(system)
@@ -42,15 +42,22 @@ def open_system(system: str) -> tuple[Any, Any]:
         return load_model(system), load_tokenizer(system)
     base, route = origin(path)
     require(base, f"{path} does not say what it was trained on: merge it, and name the result")
-    adapted = load_adapter(base_for("qlora" if route == "dequantized" else "lora", base), path)
+    require(named in ("", route or named), f"{path} was trained on {route} weights: name no other")
+    require(route or named, f"{path} does not say how it was trained: name --route dequantized "
+            "(after QLoRA) or original")
+    model = base_for("qlora" if "dequantized" in (route, named) else "lora", base)
     # With the template that it was trained in, if it carries one.
-    return adapted, load_tokenizer(system if (path / "tokenizer.json").is_file() else base)
+    tokenizer = load_tokenizer(system if (path / "tokenizer.json").is_file() else base)
+    require_rows(model, tokenizer)
+    return load_adapter(model, path), tokenizer
 
 
-def evaluate(system: str, records: Sequence[Record], *, new_tokens: int = 128) -> Evaluation:
+def evaluate(system: str, records: Sequence[Record], *, new_tokens: int = 128, route: str = "",
+             learn: str = "all", places: Sequence[str] = ()) -> Evaluation:
     """One system on records: `open_system` says which, or the address of a server, http://...
 
     "http://127.0.0.1:8080/v1#NAME" asks for the model of that name. Of a server there is no loss.
+    `learn` as in `encode`, which names the records by `places` in its errors.
     """
     asked = [record for record in records if "messages" in record]
     require(not any("tools" in record for record in asked), "records with tools are not scored: "
@@ -63,14 +70,15 @@ def evaluate(system: str, records: Sequence[Record], *, new_tokens: int = 128) -
         bodies = [question("", model=name, messages=p, max_tokens=new_tokens) for p in prompts]
         try:
             texts = [answer.text for answer in ask_all(url, bodies)]
-        except (httpx.HTTPError, httpx.InvalidURL, LookupError, ValueError) as error:
+        except Exception as error:  # of many kinds: the address, the network, the reply
             raise UserError(f"{url} gives no answers ({' '.join(str(error).split())}): start it, "
                             "and name one of its models after #") from None
     else:
-        model, tokenizer = open_system(system)
+        model, tokenizer = open_system(system, route)
+        pairs = (encode(tokenizer, record, learn=learn, where=where) for record, where
+                 in zip(records, places or itertools.repeat("a record"), strict=False))
         with torch.inference_mode():
-            for loss, count in batch_losses(model, (encode(tokenizer, r) for r in records), 1):
-                require(count, "a record has nothing to measure: leave it out")
+            for loss, count in batch_losses(model, pairs, 1):
                 losses.append(loss / count)
                 total, tokens = total + loss, tokens + count
         if prompts:

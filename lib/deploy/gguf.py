@@ -1,26 +1,24 @@
 """From a budget of bytes to a server's files: a type for each matrix of a GGUF file."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lib.base.embedded import EMBEDDED, embedded_gguf
-from lib.base.model import dequantized_base
 from lib.base.records import Record
-from lib.coa.budgets import sensitivities, spend
+from lib.coa.configuration import sensitivities, spend
 from lib.deploy.packed import MB, TASKS, folder_size, load_base, require_budget, require_new
 from lib.errors import require
 from lib.evaluate.scores import Score, keyword_hit
-from lib.files import MANIFEST, ROOT, read_json, scratch, sha256, swap, verified, writing
-from lib.quantize.correction import WEIGHED_BY, encode_with_feedback, input_roots, low_rank
+from lib.files import ROOT, verified
+from lib.quantize.correction import WEIGHED_BY, encode_with_feedback, input_roots
 from lib.quantize.formats import decode, encode, round_trip
 from lib.quantize.gguf import Encoded, export
+from lib.quantize.merging import merge
 from lib.serve.bundle import Reader
 from lib.serve.client import ask_all, question
 from lib.serve.server import running
@@ -37,41 +35,31 @@ MARGIN = 100_000  # bytes of our template and names beside the embedded file's o
 
 @dataclass(frozen=True)
 class DeployedGguf:
-    """What was written, and why; sizes of all files in MB (10^6 bytes).
+    """What was written, and how good it is; sizes of all files in MB (10^6 bytes)."""
 
-    "folded" is the adapter added before quantising, "beside" one that also corrects the
-    rounding of its base. Validation answers through the server choose.
-    """
-
-    way: str
     types: dict[str, int]  # how many matrices have each type
     predicted_mb: float
     actual_mb: float
     bits: float  # a weight, of all that is written, tokenizer included
-    scores: dict[str, Score]
+    score: Score  # of validation answers through the server
 
     def __str__(self) -> str:
         types = ", ".join(f"{count} in {name}" for name, count in self.types.items() if count)
-        scores = "; ".join(f"{way} {score}" for way, score in self.scores.items())
-        return (f"{self.bits:.2f} bits a weight: {types}\nchosen: the adapter {self.way}; "
-                f"validation: {scores}")
+        return f"{self.bits:.2f} bits a weight: {types}\nvalidation: {self.score}"
 
 
 def deploy_gguf(task: str, budget_mb: float, out: Path, *, examples: int = 32,
                 model: str = EMBEDDED, folder: Path = ROOT / "data") -> DeployedGguf:
-    """Write what `python -m lib serve` serves, the better of two ways under the budget.
+    """Write what `python -m lib serve` serves under the budget: the adapter folded in, rounded.
 
-    Args:
-        examples: validation answers that choose the way.
-        folder: has `adapters/TASK_qlora`, with a layer for each linear of the blocks.
-
+    `examples` validation answers are scored; `folder` has `adapters/TASK_qlora`, of all linears.
     UserError for bad arguments or a budget too small or too large; nothing is written.
     """
     require_new(task, budget_mb, out)
     base, adapter = load_base(model), folder / "adapters" / f"{task}_qlora"
     verified(adapter)
-    linears, factors = base.layers.names, adapter_factors(adapter)
-    require(factors.keys() == {*linears},
+    linears = base.layers.names
+    require(adapter_factors(adapter).keys() == {*linears},
             f"{adapter} does not adapt each linear layer: train one with targets aggressive")
     names, parameters = (*linears, HEAD), base.model.num_parameters()
     weights_in_all = sum(base.model.get_submodule(name).weight.numel() for name in names)
@@ -83,37 +71,18 @@ def deploy_gguf(task: str, budget_mb: float, out: Path, *, examples: int = 32,
     felt = dict(zip(names, sensitivities(
         base, TASKS[task]("train", GRADIENTS), more=(HEAD,)).tolist(), strict=True))
     del base
-    weights = dequantized_base(model)
-    plain = {name: weights.get_submodule(name).weight.data for name in names}
-    folded = plain | {name: plain[name] + (b @ a) * scale
-                      for name, (a, b, scale) in factors.items()}
-    for name in linears:
-        weights.get_submodule(name).weight.data = folded[name]
+    weights = merge(adapter, route="dequantized", model=model)
+    matrices = {name: weights.get_submodule(name).weight.data for name in names}
     # The inputs with the adapter at work: those of the base alone differ.
     roots = dict(zip(linears, input_roots(
         weights, linears, TASKS[task]("train", WEIGHED_BY), name=model), strict=True))
-    beside_room = room - (adapter / "adapter_model.safetensors").stat().st_size - MARGIN
-    types, predictions, scores = {}, {}, {}
-    with scratch(out) as work:
-        for way, matrices, left in (("folded", folded, room), ("beside", plain, beside_room)):
-            if left < smallest:
-                continue  # only the adapter inside the weights fits
-            encoded, size = encode_within(left, matrices, felt, roots)
-            beside = {task: work / "adapter" / task} if way == "beside" else {}
-            if beside:
-                write_correction(adapter, beside[task], plain, encoded, roots)
-            export(work / way, weights=weights, encoded=encoded, model=model, route="dequantized",
-                   merged=None if beside else adapter, adapters=beside)
-            chosen = [gguf_type for gguf_type, _ in encoded.values()]
-            types[way] = {name: chosen.count(name) for name in CHOICES}
-            predictions[way] = budget_mb - (left - size) / MB
-            scores[way] = served_score(work / way, TASKS[task]("validation", examples),
-                                       task if beside else "")
-        best = max(scores, key=lambda way: scores[way].share)
-        swap(work / best, out)
-    size = folder_size(out)
-    return DeployedGguf(best, types[best], predictions[best], size / MB, 8 * size / parameters,
-                        scores)
+    encoded, size = encode_within(room, matrices, felt, roots)
+    export(out, weights=weights, encoded=encoded, model=model, route="dequantized", merged=adapter)
+    chosen = [gguf_type for gguf_type, _ in encoded.values()]
+    actual = folder_size(out)
+    return DeployedGguf({name: chosen.count(name) for name in CHOICES},
+                        budget_mb - (room - size) / MB, actual / MB, 8 * actual / parameters,
+                        served_score(out, TASKS[task]("validation", examples)))
 
 
 def encode_within(room: float, matrices: Mapping[str, Tensor], felt: Mapping[str, float],
@@ -149,33 +118,14 @@ def type_errors(weight: Tensor, felt: float, q4_0: np.ndarray | None = None,
     errors = {name: float(difference.square().sum()) for name, difference in differences.items()}
     if q4_0 is not None and errors["Q4_0"]:
         ours = (decode(q4_0[rows][:64], "Q4_0") - part) @ root
-        errors["Q4_0"] *= float(ours.square().sum() /
-                                (differences["Q4_0"] @ root).square().sum())
+        errors["Q4_0"] *= float(ours.square().sum() / (differences["Q4_0"] @ root).square().sum())
     return [error * felt * weight.numel() / part.numel() for error in errors.values()]
-
-
-@torch.no_grad()
-def write_correction(adapter: Path, out: Path, weights: Mapping[str, Tensor],
-                     encoded: Mapping[str, Encoded], roots: Mapping[str, Tensor]) -> None:
-    """Write an adapter for the base as the file holds it: what outputs feel of W + dW - Q(W)."""
-    tensors = {}
-    for module, (a, b, scale) in adapter_factors(adapter).items():
-        gguf_type, data = encoded[module]
-        error = weights[module].float() + scale * b @ a - decode(data, gguf_type)
-        b, a = low_rank(error, roots[module], a.shape[0])
-        tensors[f"base_model.model.{module}.lora_A.weight"] = a.half().contiguous()
-        tensors[f"base_model.model.{module}.lora_B.weight"] = b.half().contiguous()
-    config = read_json(adapter / "adapter_config.json")
-    with writing(out, made_from=sha256(adapter / MANIFEST)) as part:
-        save_file(tensors, part / "adapter_model.safetensors")
-        (part / "adapter_config.json").write_text(json.dumps(
-            config | {"lora_alpha": config["r"], "use_rslora": False}), encoding="utf-8")
 
 
 def served_score(path: Path, records: Sequence[Record], name: str = "") -> Score:
     """Keyword score of a server's answers, by the adapter of this name if any."""
     with running(path) as served:
         answers = ask_all(served.url, [question(r["instruction"], model=name) for r in records])
-    return Score(tuple(keyword_hit(answer.text, record["expected_keyword"])
-                       for answer, record in zip(answers, records, strict=True)),
-                 tuple(answer.text for answer in answers))
+    texts = tuple(answer.text for answer in answers)
+    return Score(tuple(keyword_hit(text, record["expected_keyword"])
+                       for text, record in zip(texts, records, strict=True)), texts)

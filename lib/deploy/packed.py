@@ -1,7 +1,4 @@
-"""From a budget of bytes to files that run: packed NormalFloat weights with their adapter.
-
-The budget counts every file: linear layers, embedding, norms, adapter, tokenizer, configuration.
-"""
+"""From a budget for all files to files that run: packed NormalFloat weights and an adapter."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -102,11 +99,8 @@ def deploy_packed(task: str, budget_mb: float, out: Path, *, examples: int = 32,
                   model: str = EMBEDDED, folder: Path = ROOT / "data") -> Deployed:
     """Write the best known configuration under the budget as one artifact.
 
-    Args:
-        examples: test answers that are scored, by the files as they are read back.
-        held: validation examples whose loss decides how the embedding is stored.
-        folder: has `adapters/TASK_coa` and `fronts/TASK.json`.
-
+    `held` validation examples decide how the embedding is stored, `examples` test answers are
+    scored by the files as read back. `folder` has `adapters/TASK_coa` and `fronts/TASK.json`.
     UserError for bad arguments or a budget too small or too large; nothing is written.
     """
     require_new(task, budget_mb, out)
@@ -126,12 +120,10 @@ def deploy_packed(task: str, budget_mb: float, out: Path, *, examples: int = 32,
         fixed = folder_size(part) + HEADERS + (adapter / "adapter_model.safetensors").stat().st_size
         require_budget(budget_mb, fixed + min(c.bytes for c, _ in known) + min(sizes.values()),
                        fixed + 2 * base.model.num_parameters())
-        fitting = {name: [(loss, configuration) for configuration, loss in known
-                          if fixed + configuration.bytes + size <= budget_mb * MB]
-                   for name, size in sizes.items()}
+        fits = {name: [(loss, c) for c, loss in known if fixed + c.bytes + size <= budget_mb * MB]
+                for name, size in sizes.items()}
         # Known losses are with the plain embedding: the best of each embedding is measured.
-        best = {name: min(rows, key=lambda row: row[0])[1]
-                for name, rows in fitting.items() if rows}
+        best = {name: min(rows, key=lambda row: row[0])[1] for name, rows in fits.items() if rows}
         for name, configuration in best.items():
             table.data = embedding_of(rests[name], EMBEDDINGS[name], plain)
             base.switch(configuration)
@@ -147,7 +139,7 @@ def deploy_packed(task: str, budget_mb: float, out: Path, *, examples: int = 32,
             {"loss": losses[name], "score": score, "embedding": name}), encoding="utf-8")
     predicted = fixed + best[name].bytes + sizes[name]
     return Deployed(best[name], name, predicted / MB, folder_size(out) / MB, losses[name], score,
-                    len({row[1] for rows in fitting.values() for row in rows}))
+                    len({row[1] for rows in fits.values() for row in rows}))
 
 
 def pack_rest(base: Switchable, fmt: Format) -> dict[str, Tensor]:
@@ -160,15 +152,11 @@ def pack_rest(base: Switchable, fmt: Format) -> dict[str, Tensor]:
 
 def embedding_of(rest: Mapping[str, Tensor], fmt: Format, like: Tensor) -> Tensor:
     """The embedding of `pack_rest`, in the shape and dtype of `like`."""
-    parts = {name: rest[f"{EMBEDDING}.{name}"] for name in PARTS}
-    return unpack(parts, fmt, like.shape).to(like)
+    return unpack({name: rest[f"{EMBEDDING}.{name}"] for name in PARTS}, fmt, like.shape).to(like)
 
 
 def load_deployed(directory: Path, *, packed_layers: bool = True) -> PeftModel:
-    """The model of a directory that `deploy_packed` wrote, with its adapter.
-
-    It computes from the packed weights (small, slow), or from weights that are unpacked once.
-    """
+    """What `deploy_packed` wrote, from its packed layers (small, slow) or unpacked once."""
     require("budget_mb" in verified(directory), f"{directory} is not from `deploy`: check it")
     return _read(Path(directory), packed_layers=packed_layers)
 
@@ -191,10 +179,9 @@ def save_packed(base: Switchable, configuration: Configuration, out: Path) -> No
     """Write the blocks' linears in the formats of a configuration as one safetensors file."""
     base.layers.require_same(configuration.layers)
     tensors = {}
-    for index, (name, fmt) in enumerate(zip(base.layers.names, configuration.formats,
-                                            strict=True)):
+    for index, fmt in enumerate(configuration.formats):
         parts = pack_weight(quantize(base.weight(index), fmt))
-        tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+        tensors |= {f"{base.layers.names[index]}.{name}": part for name, part in parts.items()}
     with replacing(out) as part:
         # One entry: safetensors writes several in any order, so equal files would differ.
         save_file(tensors, part, {"packed": json.dumps(

@@ -3,17 +3,19 @@
 import contextlib
 import itertools
 import math
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from scipy.special import stdtrit
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib.base.model import decoded, pad_right
-from lib.base.records import IGNORED, Record, encode, render
+from lib.base.records import IGNORED, Record, encode, prompt_ids
 from lib.errors import UserError, require
 
 
@@ -42,7 +44,7 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
              questions: Sequence[str | Sequence[Record]], *, max_new_tokens: int = 56,
              batch_size: int = 100, own: bool = False) -> list[str]:
     """Greedy answers to instructions or messages; `own` uses the model's own chat template."""
-    prompts = [render(tokenizer, question, own=own) for question in questions]
+    prompts = [prompt_ids(tokenizer, question, own=own) for question in questions]
     # A model may end its turn with another token than its tokenizer's end of text.
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None) or []
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
@@ -59,11 +61,10 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         for start in range(0, len(order), batch_size):
             rows = order[start:start + batch_size]
             # Padded on the left, all answers of a batch start in the same column.
-            batch = tokenizer([prompts[i] for i in rows], return_tensors="pt", padding=True,
-                              padding_side="left", add_special_tokens=False).to(model.device)
-            output = model.generate(
-                **batch, max_new_tokens=max_new_tokens, do_sample=False,
-                eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id)
+            batch = tokenizer.pad({"input_ids": [prompts[i] for i in rows]}, return_tensors="pt",
+                                  padding_side="left").to(model.device)
+            output = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False,
+                                    eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id)
             texts = tokenizer.batch_decode(
                 output[:, batch.input_ids.shape[1]:], skip_special_tokens=True)
             for row, text in zip(rows, texts, strict=True):
@@ -109,12 +110,8 @@ def batch_losses(model: PreTrainedModel, pairs: Iterable[tuple[list[int], list[i
 
 
 def answer_loss(model: PreTrainedModel, ids: Tensor, labels: Tensor) -> tuple[Tensor, int]:
-    """Summed cross-entropy of the labelled tokens, and how many there are.
-
-    Only the columns that predict a label go through the head. Padding is on the right,
-    which a causal model never sees from the left, so no attention mask is needed.
-    """
-    target = labels[:, 1:]
+    """Summed cross-entropy of labelled tokens, and their number; right padding needs no mask."""
+    target = labels[:, 1:]  # only the columns that predict a label go through the head
     columns = (target != IGNORED).any(0).nonzero()[:, 0]
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=columns).logits
     target = target[:, columns]
@@ -134,16 +131,13 @@ def wilson(hits: int, total: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def paired_interval(differences: Tensor) -> tuple[float, float, float]:
-    """Mean of paired differences and its 95 % interval, as (mean, low, high).
+    """(mean, low, high) of paired differences and the 95 % interval of their mean.
 
-    `differences` has one axis for each thing drawn, such as (seeds, configurations,
-    examples); the interval is for drawing all of them again. Each axis adds to the variance
-    of the mean: V = sum of v_a, v_a = s_a^2 / n_a, where s_a^2 is the sample variance of the
-    n_a means along axis a (two-way clusters, Cameron, Gelbach, Miller 2011, without the term
-    they subtract again, so rather too wide). The half-width is Student's t sqrt(V) with
-    V^2 / sum(v_a^2 / (n_a - 1)) degrees of freedom (Welch 1947). An axis of one entry adds
-    nothing. With three seeds it covers the truth in 92 to 93 % of cases where another axis
-    adds a tenth or a fifth of what the seeds do, a bootstrap in three of four (notebook 06).
+    `differences` has an axis for each thing drawn, such as (seeds, configurations, examples);
+    the interval is for drawing all again. V = sum of v_a, v_a = s_a^2 / n_a, where s_a^2 is the
+    sample variance of the n_a > 1 means along axis a (Cameron, Gelbach, Miller 2011, without the
+    term they subtract, so rather wide). The half-width is Student's t sqrt(V) with
+    V^2 / sum(v_a^2 / (n_a - 1)) degrees of freedom (Welch 1947). Notebook 06 has its coverage.
     """
     values, variance, freedom = differences.double(), 0.0, 0.0
     require(values.numel() > 1, "one difference has no interval: give several")
@@ -154,3 +148,35 @@ def paired_interval(differences: Tensor) -> tuple[float, float, float]:
     mean = float(values.mean())
     half = float(stdtrit(variance ** 2 / freedom, 0.975)) * variance ** 0.5 if freedom else 0.0
     return mean, mean - half, mean + half
+
+
+@contextlib.contextmanager
+def peak_memory(interval: float = 0.05, *, children: bool = False) -> Iterator[dict[str, float]]:
+    """Peak memory, {"mb": 10^6 bytes}, of this process, or of its `children`, in the block.
+
+    Allocated memory on a GPU, exact; else resident memory, sampled every `interval` seconds.
+    """
+    peak, stop = {"mb": 0.0}, threading.Event()
+    process, on_gpu = psutil.Process(), torch.cuda.is_available() and not children
+
+    def watch() -> None:
+        ended = False
+        while not ended:
+            total = 0
+            for one in process.children(recursive=True) if children else [process]:
+                with contextlib.suppress(psutil.Error):  # it may have ended meanwhile
+                    total += one.memory_info().rss
+            peak["mb"] = max(peak["mb"], total / 1e6)
+            ended = stop.wait(interval)
+
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        thread.join()
+        if on_gpu:
+            peak["mb"] = torch.cuda.max_memory_allocated() / 1e6

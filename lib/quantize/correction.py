@@ -3,7 +3,8 @@
 A task's inputs x fill few directions. R is the mean of x x^T over them, and L its root: L L^T = R.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,29 +23,35 @@ BLOCK = 32  # weights that share a scale of Q4_0
 
 
 @torch.no_grad()
-def input_roots(model: torch.nn.Module, names: Sequence[str], records: Sequence[Record], *,
-                name: str = EMBEDDED) -> list[Tensor]:
-    """L of each layer over its inputs on the records, (in, in) float32; `name`: the tokenizer's."""
-    tokenizer, device = load_tokenizer(name), next(model.parameters()).device
-    read_by = []
-    for layer in names:
-        block, _, kind = layer.rpartition(".")
-        read_by.append(f"{block}.{SHARED.get(kind, kind)}")
-    moments: dict[str, Tensor | float] = dict.fromkeys(read_by, 0.0)
+def input_means(model: torch.nn.Module, names: Sequence[str], records: Sequence[Record], *,
+                statistic: Callable[[Tensor], Tensor], tokenizer: Any) -> dict[str, Tensor]:
+    """{layer: the sum over the records of a statistic of its inputs x (tokens, in), float32}."""
+    device, sums = next(model.parameters()).device, dict[str, Tensor]()
 
     def add(layer: str, x: Tensor) -> None:
         x = x.detach().flatten(0, -2).float()
-        moments[layer] = moments[layer] + x.T @ x / len(x)
+        if len(x):  # an expert may get no token
+            sums[layer] = sums.get(layer, 0.0) + statistic(x)
 
     hooks = [model.get_submodule(layer).register_forward_hook(
-        lambda _, inputs, __, layer=layer: add(layer, inputs[0])) for layer in moments]
+        lambda _, inputs, __, layer=layer: add(layer, inputs[0])) for layer in names]
     try:
         for record in records:
             model.model(input_ids=torch.tensor([encode(tokenizer, record)[0]], device=device))
     finally:
         for hook in hooks:
             hook.remove()
-    roots = {}
+    return sums
+
+
+def input_roots(model: torch.nn.Module, names: Sequence[str], records: Sequence[Record], *,
+                name: str = EMBEDDED) -> list[Tensor]:
+    """L of each layer over its inputs on the records, (in, in) float32; `name`: the tokenizer's."""
+    places = (layer.rpartition(".") for layer in names)
+    read_by = [f"{block}.{SHARED.get(kind, kind)}" for block, _, kind in places]
+    roots, moments = {}, input_means(
+        model, [*dict.fromkeys(read_by)], records, tokenizer=load_tokenizer(name),
+        statistic=lambda x: x.T @ x / len(x))
     for layer, moment in moments.items():
         floor = DAMPING * moment.diagonal().mean().cpu() + 1e-12
         roots[layer] = torch.linalg.cholesky(moment.cpu() + floor * torch.eye(len(moment)))
@@ -54,9 +61,8 @@ def input_roots(model: torch.nn.Module, names: Sequence[str], records: Sequence[
 def low_rank(error: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """(B, A) of the given rank that minimise |(E - B A) L|_F, the error of the outputs.
 
-    The best rank-r part of E L is taken back through L (QERA, Zhang et al. 2025, with the
-    symmetric root). Row i of A and column i of B have the same norm, so that Adam moves both
-    alike. Draws from torch's generator.
+    The best rank-r part of E L, taken back through L (QERA, Zhang et al. 2025). Row i of A and
+    column i of B have one norm, so that Adam moves both alike. Draws from torch's generator.
     """
     left, values, right = torch.svd_lowrank(
         error @ root, q=min(rank + SPARE, *error.shape), niter=SWEEPS)
@@ -88,12 +94,8 @@ def codes_with_feedback(weight: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
     is rounded and its error (w_j - q_j) / U_jj times U_jk is subtracted from each column k > j.
     That keeps |(W - Q) L|_F small. A block's scale is fixed when its first column is reached.
 
-    Args:
-        weight, root: (..., out, in), in a multiple of 32, and (..., in, in).
-
-    Returns:
-        codes (..., out, in) uint8 and scales (..., out, in / 32) float16:
-        a weight is (code - 8) * scale.
+    From (..., out, in), in a multiple of 32, and (..., in, in): codes (..., out, in) uint8 and
+    scales (..., out, in / 32) float16. A weight is (code - 8) * scale.
     """
     weight, codes, scales = weight.clone(), torch.empty_like(weight, dtype=torch.uint8), []
     ahead = torch.linalg.cholesky(torch.cholesky_inverse(root), upper=True)

@@ -23,13 +23,15 @@ GRID: dict[str, tuple[Any, ...]] = {
     "bits": (2, 3, 4, 8), "scale_bits": (2, 3, 4, 8), "scale_dtype": ("bf16", "fp16", "fp32"),
     "block": (16, 32, 64), "group": (16, 64, 256)}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# llama.cpp's types for rows of any multiple of 32, 32 to 4.25 bits a weight.
-GGUF_TYPES = ("F32", "F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL", "MXFP4")
+# llama.cpp's types: in blocks of 32, 8.5 to 4.25 bits a weight, and of 256, 6.56 to 2.63.
+GGUF_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL", "MXFP4",
+              "Q6_K", "Q5_K", "Q4_K", "IQ4_XS", "Q3_K", "IQ3_S", "Q2_K")
+# Of blocks of 256 what llama.cpp takes for rows that these do not divide; F16 for others.
+FALL_BACK = {"Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0"}
 # llama.cpp in the wheel of its server: its own quantiser writes every type.
 ENGINE = ctypes.CDLL(xllamacpp.xllamacpp.__file__)
 TAIL = 0.9677083  # probability below the outermost quantile, as in QLoRA's table
-# Of a packed layer.
-PARTS = ("codes", "scale_codes", "group_scales", "mean")
+PARTS = ("codes", "scale_codes", "group_scales", "mean")  # of a packed layer
 
 
 @dataclass(frozen=True)
@@ -124,10 +126,9 @@ def dequantize_blocks(codes: Tensor, absmax: Tensor, codebook: Tensor, block: in
 
 def bits_per_parameter(bits: int, block: int, *, scale_bits: int = 32, scale_block: int = 0
                        ) -> float:
-    """Storage of one weight: bits + scale_bits / block, plus second-level scales.
+    """Storage of one weight: bits + scale_bits / block, + 32 / (block * scale_block) if not 0.
 
-    With double quantisation `scale_block` scales share one float32: NF4 with blocks of 64 and
-    8-bit scales in groups of 256 takes 4 + 8/64 + 32/(64 * 256) = 4.127 bits.
+    NF4 with blocks of 64, 8-bit scales in groups of 256: 4 + 8/64 + 32/(64 * 256) = 4.127 bits.
     """
     return bits + scale_bits / block + (32 / (block * scale_block) if scale_block else 0.0)
 
@@ -145,16 +146,15 @@ class Quantized:
     @property
     def scales(self) -> Tensor:
         """(blocks,) float32: mean + level of the scale's code * scale of its group."""
-        return self.mean + dequantize_blocks(
-            self.scale_codes, self.group_scales.float(), normal_float(self.format.scale_bits),
-            self.format.group)
+        levels = normal_float(self.format.scale_bits)
+        return self.mean + dequantize_blocks(self.scale_codes, self.group_scales.float(), levels,
+                                             self.format.group)
 
 
 def quantize(weight: Tensor, fmt: Format) -> Quantized:
-    """Quantise twice: the weights by their blocks' scales, the scales by groups.
+    """Quantise the scales, less their mean, by groups, then the weights by the decoded scales.
 
-    The scales, less their mean, are coded with the b0-bit codebook; bitsandbytes uses a
-    map of 8-bit floats there. The weights are coded last, by the scales as decoded.
+    Scales are coded with the b0-bit codebook; bitsandbytes uses a map of 8-bit floats there.
     """
     blocks = _blocks(weight, fmt.block)
     absmax = blocks.abs().amax(1)
@@ -164,8 +164,8 @@ def quantize(weight: Tensor, fmt: Format) -> Quantized:
     groups = _blocks(absmax - mean, fmt.group)
     group_scales = groups.abs().amax(1).to(DTYPES[fmt.scale_dtype])
     require(group_scales.isfinite().all(), f"a scale is too large for {fmt.scale_dtype}")
-    scale_codes = _codes(groups, group_scales.float(), normal_float(fmt.scale_bits))
-    scale_codes = scale_codes[: absmax.numel()]
+    levels = normal_float(fmt.scale_bits)
+    scale_codes = _codes(groups, group_scales.float(), levels)[: absmax.numel()]
     scales = Quantized(fmt, scale_codes, scale_codes, group_scales, mean).scales
     codes = _codes(blocks, scales, normal_float(fmt.bits))[: weight.numel()]
     return Quantized(fmt, codes, scale_codes, group_scales, mean)
@@ -177,30 +177,46 @@ def dequantize(weight: Quantized) -> Tensor:
         weight.codes, weight.scales, normal_float(weight.format.bits), weight.format.block)
 
 
-def encode(weight: Tensor, gguf_type: str, *, name: str = "the matrix") -> np.ndarray:
-    """Rows of a matrix as GGUF stores them: (out, bytes) of blocks of 32 weights, or floats."""
+def fitting(gguf_type: str, columns: int) -> str:
+    """The type, or llama.cpp's replacement where its blocks do not divide rows of `columns`."""
     require(gguf_type in GGUF_TYPES,
             f"unknown GGUF type {gguf_type!r}: use one of {', '.join(GGUF_TYPES)}")
+    block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[gguf_type]][0]
+    if block > 32 and columns % block:
+        return fitting(FALL_BACK.get(gguf_type, "IQ4_NL"), columns)
+    return "F16" if columns % block else gguf_type
+
+
+def encode(weight: Tensor, gguf_type: str, *, name: str = "the matrix",
+           importance: Tensor | None = None) -> np.ndarray:
+    """Rows of a matrix as GGUF stores them: (..., out, bytes) of blocks, or floats.
+
+    `importance` (in,) weighs each column's squared error, in the types that take it.
+    """
+    require(fitting(gguf_type, weight.shape[-1]) == gguf_type, f"{name} cannot be {gguf_type}, "
+            f"whose blocks do not divide rows of {weight.shape[-1]}: use F16")
     rows = np.ascontiguousarray(weight.detach().float().cpu().numpy())
     stored, largest = gguf.GGMLQuantizationType[gguf_type], np.abs(rows).max(initial=0)
-    block, size = gguf.GGML_QUANT_SIZES[stored]
-    require(rows.shape[-1] % block == 0, f"{name} cannot be {gguf_type}, because blocks of {block} "
-            f"do not divide rows of {rows.shape[-1]}: use F16")
     # Floats and the scales of blocks are float16.
-    require(largest < (np.inf if gguf_type == "F32" else 65505), f"{name} has a weight of "
-            f"{largest:g}, which {gguf_type} cannot hold: use F32, or fetch damaged weights again")
+    require(largest < (np.inf if gguf_type in ("F32", "BF16") else 65505), f"{name} has a weight "
+            f"of {largest:g}, which {gguf_type} cannot hold: use F32, or fetch damaged weights "
+            "again")
+    block, size = gguf.GGML_QUANT_SIZES[stored]
     if block == 1:
         return gguf.quants.quantize(rows, stored)
-    data = np.empty((len(rows), rows.shape[1] // block * size), np.uint8)
+    data = np.empty((*rows.shape[:-1], rows.shape[-1] // block * size), np.uint8)
+    weigh = None if importance is None else np.ascontiguousarray(importance.float().numpy())
     ENGINE.ggml_quantize_chunk(
         stored, *map(ctypes.c_void_p, (rows.ctypes.data, data.ctypes.data)),
-        *map(ctypes.c_int64, (0, *rows.shape)), None)
+        *map(ctypes.c_int64, (0, rows.size // rows.shape[-1], rows.shape[-1])),
+        ctypes.c_void_p(None if weigh is None else weigh.ctypes.data))
     return data
 
 
 def decode(data: np.ndarray, gguf_type: str) -> Tensor:
     """(out, in) float32: the weights of what `encode` returned."""
-    return torch.from_numpy(gguf.quants.dequantize(data, gguf.GGMLQuantizationType[gguf_type]))
+    rows = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[gguf_type])
+    return torch.from_numpy(np.require(rows, requirements="W"))  # floats of a mapped file: a copy
 
 
 def round_trip(weight: Tensor, fmt: Format | str) -> Tensor:
@@ -211,10 +227,7 @@ def round_trip(weight: Tensor, fmt: Format | str) -> Tensor:
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Codes (n,) uint8 below 2^bits as a stream of ceil(n * bits / 8) bytes.
-
-    Code i takes the bits from i * bits on, lowest first: eight codes fill `bits` bytes.
-    """
+    """Codes (n,) uint8 as ceil(n * bits / 8) bytes: code i from bit i * bits on, lowest first."""
     require(1 <= bits <= 8, f"{bits} bits: use 1 to 8")
     groups = nn.functional.pad(codes, (0, -codes.numel() % 8)).view(-1, 8).long()
     words = (groups << (bits * torch.arange(8))).sum(1)
@@ -257,10 +270,7 @@ def unpack(parts: dict[str, Tensor], fmt: Format, shape: torch.Size) -> Tensor:
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer that holds b + b0/B0 + ... bits a weight, and unpacks it in each call.
-
-    Decoding is slow for one row and costs little beside many. peft takes it for a linear layer.
-    """
+    """A linear layer of packed weights, decoded in each call; peft takes it for an nn.Linear."""
 
     def __init__(self, parts: dict[str, Tensor], fmt: Format, plain: nn.Linear) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate the weight

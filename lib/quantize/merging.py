@@ -13,7 +13,7 @@ from lib.files import read_json, verified, write_json, writing
 from lib.train.lora import load_adapter, origin
 
 ROUTES = ("original", "dequantized", "through_4bit")
-INT8_THRESHOLD = 6.0
+INT8_THRESHOLD = 6.0  # columns whose activations exceed it are computed in 16 bits
 
 
 def merge(adapter: Path | str, *, route: str = "original", model: str = "") -> PreTrainedModel:
@@ -44,10 +44,7 @@ def merge(adapter: Path | str, *, route: str = "original", model: str = "") -> P
 
 def save_model(model: PreTrainedModel, out: Path, *, tokenizer_of: str = "embedded",
                dtype: torch.dtype | None = torch.float16) -> None:
-    """Write weights and tokenizer as one artifact, in float16 or as they are (None).
-
-    The model in memory is not changed.
-    """
+    """Write weights and tokenizer as one artifact, in float16 or as they are (None)."""
     state = model.state_dict()
     if dtype is not None:
         converted: dict[int, torch.Tensor] = {}  # tied tensors stay tied: they are written once
@@ -73,16 +70,12 @@ def load_saved(directory: Path | str, **options: object) -> PreTrainedModel:
 def load_dynamic_int8(directory: Path | str) -> PreTrainedModel:
     """A saved model in torch's dynamic INT8: weights rounded now, activations at each call."""
     model = load_saved(directory, dtype=torch.float32)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it will move to another package
+    with warnings.catch_warnings(action="ignore"):  # that it will move to another package
         return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
 
 
 def save_int8(merged: Path, out: Path) -> None:
-    """LLM.int8 of a merged model (Dettmers et al. 2022), saved: int8 with one scale a row.
-
-    Columns whose activations exceed the threshold 6.0 are computed in 16 bits.
-    """
+    """LLM.int8 of a merged model, saved: int8, a scale a row (Dettmers et al. 2022)."""
     save_quantized(merged, out, BitsAndBytesConfig(
         load_in_8bit=True, llm_int8_threshold=INT8_THRESHOLD))
 

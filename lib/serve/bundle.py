@@ -14,6 +14,7 @@ from lib.errors import UserError, require
 from lib.files import verified
 
 BASE_KEY = "general.base_model.0.name"
+NAME_KEY = "general.name"
 # What gguf's reader raises for damaged bytes.
 DAMAGE = (ValueError, LookupError, OverflowError, TypeError, AttributeError, struct.error, OSError)
 
@@ -29,10 +30,7 @@ class Bundle:
 
 
 def open_bundle(path: Path, loras: Sequence[str] = ()) -> Bundle:
-    """What `python -m lib export` wrote to a folder, or one GGUF file; UserError if damaged.
-
-    Each of `loras`, further adapters, is "NAME=FILE" or "NAME=FILE:SCALE".
-    """
+    """An export's folder or a GGUF file, and adapters NAME=FILE[:SCALE]; UserError if damaged."""
     require(path.exists(), f"{path} does not exist: check the path")
     try:
         model, name, adapters = path, path.stem, {}
@@ -47,16 +45,15 @@ def open_bundle(path: Path, loras: Sequence[str] = ()) -> Bundle:
             adapters[match[1]] = (Path(match[2]), float(match[3] or 0))
         require(name not in adapters, f"adapter {name!r} has the model's name: rename it")
         reader = model_reader(model, {n: file for n, (file, _) in adapters.items()})
-        return Bundle(name, model, adapters, int(metadata(reader, "llama.context_length")))
+        architecture = metadata(reader, "general.architecture")
+        context = int(metadata(reader, f"{architecture}.context_length"))
+        return Bundle(name, model, adapters, context)
     except DAMAGE as error:  # a manifest that was edited, or what is read after a header
         raise UserError(f"{path} is damaged ({error}): export it again") from None
 
 
 class Reader(gguf.GGUFReader):
-    """gguf's reader, for whole llama files; UserError for others.
-
-    It reads an array at once: 0.2 s for a vocabulary instead of 2.4 s.
-    """
+    """gguf's reader, ten times as fast for arrays; UserError for damage and unknown models."""
 
     def __init__(self, path: Path) -> None:
         require(path.is_file(), f"{path} does not exist: check the path")
@@ -65,8 +62,8 @@ class Reader(gguf.GGUFReader):
             architecture = metadata(self, "general.architecture")
         except DAMAGE as error:
             raise UserError(f"{path} is not a whole GGUF file ({error}): make it again") from None
-        require(architecture == "llama",
-                f"{path} holds a {architecture} model: only llama is served here")
+        require(architecture in gguf.MODEL_ARCH_NAMES.values(),
+                f"{path} holds a {architecture} model, which llama.cpp does not know")
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[Any, ...]:
         if raw_type != gguf.GGUFValueType.ARRAY:
@@ -91,13 +88,14 @@ def model_reader(model: Path, adapters: Mapping[str, Path]) -> Reader:
     reader = Reader(model)
     require(metadata(reader, "general.type") != "adapter",
             f"{model} is an adapter: name a model, and the adapter with --lora NAME=FILE")
+    # A model names itself, and the base of an adapter made elsewhere may be that name.
     base, weights = metadata(reader, BASE_KEY), shapes(reader)
     for name, file in adapters.items():
         adapter = Reader(file)
         require(metadata(adapter, "adapter.type") == "lora",
                 f"adapter {name} is not a LoRA file: export it with `python -m lib export`")
         adapter_base, factors = metadata(adapter, BASE_KEY), shapes(adapter)
-        require(adapter_base == base or None in (adapter_base, base),
+        require(adapter_base in (base, metadata(reader, NAME_KEY), None) or base is None,
                 f"adapter {name} was made for {adapter_base!r}, the model is {base!r}: "
                 "export both from the same base")
         for target in {factor.rpartition(".")[0] for factor in factors}:

@@ -10,16 +10,18 @@ from typing import Any
 
 import httpx
 
+from lib.errors import UserError, require
+
 
 @dataclass(frozen=True)
 class Answer:
     """A streamed answer; `first` and `last`: seconds from the request to those parts."""
 
     text: str
-    tokens: int
+    tokens: float  # NaN, as `prompt_tokens`, if the server does not count them
     first: float
     last: float
-    prompt_tokens: int
+    prompt_tokens: float
 
     @property
     def decode(self) -> float:
@@ -39,24 +41,29 @@ def connect(url: str, **options: Any) -> httpx.Client:
 
 
 def ask(client: httpx.Client, body: dict[str, Any]) -> Answer:
-    """Stream one chat answer and time it; `httpx.HTTPStatusError` if it is refused."""
-    times, parts, usage = [], [], {}
+    """Stream one chat answer and time it; UserError with the server's words if it is refused."""
+    times, parts, usage, event = [], [], {}, None
     start = time.perf_counter()
     options = {"stream": True, "stream_options": {"include_usage": True}}
     with client.stream("POST", "/chat/completions", json=body | options) as reply:
-        reply.raise_for_status()
+        if not reply.is_success:
+            said = reply.read().decode(errors="replace")[:300]
+            raise UserError(f"status {reply.status_code}: {said}")
         for line in reply.iter_lines():
-            if not line.startswith("data: {"):
+            kind, _, data = line.partition(":")
+            if kind not in ("data", "error") or "{" not in data:
                 continue
-            event = json.loads(line.removeprefix("data: "))
+            event = json.loads(data)
+            require("choices" in event, f"the server broke off: {data.strip()[:300]}")
             usage = event.get("usage") or usage
             for choice in event["choices"]:
                 if part := choice["delta"].get("content"):
                     times.append(time.perf_counter() - start)
                     parts.append(part)
+    require(event, "the server sends no stream of events")
     times = times or [time.perf_counter() - start]  # an answer may end before any text
-    return Answer("".join(parts).strip(), usage["completion_tokens"], times[0], times[-1],
-                  usage["prompt_tokens"])
+    return Answer("".join(parts).strip(), usage.get("completion_tokens", math.nan), times[0],
+                  times[-1], usage.get("prompt_tokens", math.nan))
 
 
 def ask_all(url: str, bodies: Sequence[dict[str, Any]], *, clients: int = 4) -> list[Answer]:

@@ -1,7 +1,4 @@
-"""The HTTP layer in front of llama.cpp, which ignores what it does not know.
-
-Here an unknown model or adapter is an error, in the OpenAI format.
-"""
+"""HTTP in front of llama.cpp: unknown models and adapters are errors, in the OpenAI format."""
 
 import asyncio
 import contextlib
@@ -58,11 +55,10 @@ class Request(BaseModel, strict=True):
 
 Some = Field(min_length=1)
 Token = Annotated[int, Field(ge=0)]
+Prompt = Annotated[str, Some] | Annotated[list[Token], Some]
 REQUESTS = {
     "/v1/chat/completions": create_model("Chat", __base__=Request, messages=(list[Message], Some)),
-    "/v1/completions": create_model("Completion", __base__=Request, prompt=(
-        Annotated[str, Some] | Annotated[list[Token], Some], ...)),
-}
+    "/v1/completions": create_model("Completion", __base__=Request, prompt=(Prompt, ...))}
 
 
 class Refused(HTTPException):

@@ -63,8 +63,7 @@ def serve(path: Path, settings: ServeSettings, loras: Sequence[str] = (), *,
           until_eof: bool = False) -> None:
     """Serve until SIGTERM or Ctrl-C; running requests are finished first.
 
-    With `until_eof`, for a program that starts the server, the address is printed as JSON, and
-    it also stops when its standard input ends, as it does when that program ends.
+    With `until_eof`, the address is printed as JSON, and the end of standard input also stops it.
     """
     bundle = open_bundle(path, loras)
     try:
@@ -94,10 +93,7 @@ def serve(path: Path, settings: ServeSettings, loras: Sequence[str] = (), *,
 
 @contextlib.contextmanager
 def running(path: Path, *options: str) -> Iterator[Served]:
-    """A server process for the time of the block; UserError if it cannot start.
-
-    `options` are those of `python -m lib serve`; files in them have absolute paths.
-    """
+    """A server process in the block, with `options` of `serve`; UserError if it cannot start."""
     command = [sys.executable, "-X", "utf8", "-m", "lib", "serve", str(Path(path).resolve()),
                "--port", "0", "--until-eof", *options]
     # Errors go to a file: a pipe that nobody reads would fill up and block the server.

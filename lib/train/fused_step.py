@@ -1,7 +1,6 @@
 """The same training step in fewer passes over memory, which take most of its time on a CPU.
 
-Two hand-written backward passes: of a frozen linear layer with its adapter, and of RMSNorm with
-a frozen gain.
+Backward passes by hand: of a frozen linear layer with its adapter, of RMSNorm with a frozen gain.
 """
 
 import contextlib
@@ -103,11 +102,8 @@ def _is_plain(layer: LoraLayer) -> bool:
 
 @contextlib.contextmanager
 def fused(model: nn.Module) -> Iterator[int]:
-    """Run the model's LoRA linears and frozen norms fused in the block; yields their number.
-
-    On a CPU, attention is eager in the block: the backward pass of the "sdpa" kernel is many
-    times slower on short sequences. Afterwards the model is the stock one again.
-    """
+    """Run the model's LoRA linears and frozen norms fused in the block; yields their number."""
+    # On a CPU the backward pass of "sdpa" is many times slower on short sequences than eager.
     fused_modules = []
     owner = model.get_base_model() if isinstance(model, PeftModel) else model
     kind = getattr(getattr(owner, "config", None), "_attn_implementation", None)

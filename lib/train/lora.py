@@ -56,8 +56,7 @@ def count_trainable(model: nn.Module) -> tuple[int, int]:
 
 
 def lora_config(model: PreTrainedModel, settings: TrainSettings) -> LoraConfig:
-    """peft's configuration. UserError for a target that is missing, which peft would ignore, or
-    narrower than the rank."""
+    """peft's configuration; UserError for a target that is missing or narrower than the rank."""
     widths = {name.rpartition(".")[2]: min(module.in_features, module.out_features)
               for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     widths.pop("lm_head", None)  # tied to the embedding, which has no adapter
@@ -67,9 +66,8 @@ def lora_config(model: PreTrainedModel, settings: TrainSettings) -> LoraConfig:
         require(settings.rank <= widths[target], f"rank {settings.rank} is above the width "
                 f"{widths[target]} of {target}: lower it")
     return LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, target_modules=settings.modules,
-        lora_dropout=settings.dropout, use_rslora=settings.rslora, bias="none",
-        task_type="CAUSAL_LM")
+        task_type="CAUSAL_LM", r=settings.rank, lora_alpha=settings.alpha, bias="none",
+        target_modules=settings.modules, lora_dropout=settings.dropout, use_rslora=settings.rslora)
 
 
 def adapter_files(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -80,6 +78,8 @@ def adapter_files(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{directory} is not a LoRA adapter: name the folder of one")
     if (directory / MANIFEST).is_file():
         verified(directory)
+    require(weights.is_file() or not weights.with_suffix(".bin").is_file(), f"{directory} has "
+            "adapter_model.bin, a pickle, which is not read: save it as safetensors")
     try:
         tensors = load_file(weights)
         require(all(t.float().isfinite().all() for t in tensors.values()),
@@ -96,6 +96,8 @@ def origin(directory: Path | str) -> tuple[str, str]:
     """
     config, file = adapter_files(Path(directory))[0], Path(directory) / MANIFEST
     manifest = read_json(file) if file.is_file() else {}
+    require(config.get("revision") in (None, "", "main"), f"{directory} names a revision of its "
+            "base, and only main is loaded: download that, and name its folder in its place")
     mode = manifest.get("settings", {}).get("mode")
     return (manifest.get("base") or config.get("base_model_name_or_path") or "",
             {"qlora": "dequantized", "lora": "original"}.get(mode, ""))
@@ -139,17 +141,16 @@ def adapter_factors(directory: Path | str) -> dict[str, tuple[Tensor, Tensor, fl
     rank, alpha = config.get("r"), config.get("lora_alpha")
     ranks = {t.shape[0] if ".lora_A." in name else t.shape[-1]  # A (r, d_in), B (d_out, r)
              for name, t in tensors.items() if t.dim() == 2}
-    paired = {name.rpartition(".lora_")[0] for name in tensors}
+    paired = {name.rpartition(".lora_")[0]: None for name in tensors}
     pairs = {f"{module}.lora_{factor}.weight" for module in paired for factor in "AB"}
     require(type(rank) is int and ranks == {rank} and tensors.keys() == pairs
             and type(alpha) in (int, float) and 0 < alpha < float("inf"),
             f"{directory} must hold an A and a B of rank {rank} for each module (it has rank "
             f"{ranks}): train the adapter again")
-    scale = config["lora_alpha"] / (config["r"]**0.5 if config.get("use_rslora") else config["r"])
-    modules = [n.removesuffix(".lora_A.weight") for n in tensors if n.endswith(".lora_A.weight")]
+    scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
     return {module.removeprefix("base_model.model."): (
         tensors[f"{module}.lora_A.weight"].float(), tensors[f"{module}.lora_B.weight"].float(),
-        scale) for module in modules}
+        scale) for module in paired}
 
 
 def singular_values(a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -157,6 +158,5 @@ def singular_values(a: Tensor, b: Tensor, scale: float) -> Tensor:
 
     With B = Q_b R_b and A^T = Q_a R_a they are those of R_b R_a^T, an r x r matrix.
     """
-    _, right = torch.linalg.qr(a.float().T)
-    _, left = torch.linalg.qr(b.float())
+    right, left = torch.linalg.qr(a.float().T).R, torch.linalg.qr(b.float()).R
     return torch.linalg.svdvals(scale * left @ right.T)

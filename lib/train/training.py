@@ -26,12 +26,11 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from lib.base import quantized_config
-from lib.base.embedded import locate
+from lib.base.embedded import EMBEDDED, locate
 from lib.base.model import best_dtype, hold_memory, load_model, load_tokenizer, machine
 from lib.base.records import IGNORED, Record, encode
-from lib.errors import UserError, require
-from lib.evaluate.measure import peak_memory
-from lib.evaluate.scores import answer_loss, batch_losses
+from lib.errors import require
+from lib.evaluate.scores import answer_loss, batch_losses, peak_memory
 from lib.files import read_json, require_free, scratch, sha256, verified, write_json, writing
 from lib.host import is_main_process, is_sharded, process_count
 from lib.settings import TrainSettings, seed_everything
@@ -59,8 +58,7 @@ class TrainResult:
 
 
 class CourseTrainer(SFTTrainer):
-    """SFTTrainer with a lean loss and checkpoints without pickle: "weight.NAME", "exp_avg.NAME",
-    ..., and "rng", as tensors."""
+    """SFTTrainer with a lean loss and checkpoints of tensors: "weight.NAME", ..., and "rng"."""
 
     run = ""  # a hash of everything that determines the result
 
@@ -200,6 +198,9 @@ def make_trainer(model: PreTrainedModel, tokenizer: Any, records: Iterable[Recor
         save_strategy="no" if is_sharded() else "steps", save_steps=CHECKPOINT_EVERY,
         ddp_find_unused_parameters=False, report_to="none", disable_tqdm=True,
         logging_steps=1, logging_nan_inf_filter=False)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    require(settings.max_length <= (context or math.inf), f"--max-length {settings.max_length} is "
+            f"above the model's context: use {context} or less")
     learned, validated = tokenised(tokenizer, records, settings, work), None
     if held is not None:
         require(not settings.eval_share, "two sets for validation: use --eval-data or --eval-share")
@@ -234,10 +235,7 @@ def tokenised(tokenizer: Any, records: Iterable[Record], settings: TrainSettings
     with ArrowWriter(path=str(file)) as writer:
         for count, record in enumerate(records, 1):
             where = getattr(records, "where", f"record {count}")
-            try:
-                ids, labels = encode(tokenizer, record, learn=settings.learn)
-            except UserError as error:
-                raise UserError(f"{where}: {error}") from None
+            ids, labels = encode(tokenizer, record, learn=settings.learn, where=where)
             # A model that never sees an end does not stop.
             require(len(ids) <= settings.max_length, f"{where} has {len(ids)} tokens and would be "
                     f"cut off: raise --max-length {settings.max_length}, or shorten it")
@@ -269,12 +267,13 @@ def train(records: Iterable[Record], settings: TrainSettings, *, model: str = "e
           ) -> TrainResult:
     """Train on records; save the adapter ("full": the model) and its losses to `out` if given.
 
-    A killed run resumes from its last checkpoint when it is started again with the same settings
-    and records. `model` is "embedded", a hub id, or a local directory; `say_every` is the number
-    of steps between two lines of progress, 0 for none. `held` are records for validation.
-    UserError for bad records or model, or settings that do not suit them.
+    Started again with the same settings and records, a killed run resumes from its checkpoint.
+    `model` is "embedded", a hub id, or a local directory; `say_every` the steps between lines of
+    progress; `held` is for validation. UserError for records, model or settings that do not fit.
     """
     seed_everything(settings.seed)
+    if model != EMBEDDED and Path(model).is_dir():
+        model = str(Path(model).resolve())  # it is stored, and read from any folder
     if out is not None:
         out = Path(out)
         require_free(out, model)
@@ -384,10 +383,7 @@ def run_trainer(trainer: SFTTrainer, settings: TrainSettings,
 
 
 def join() -> PartialState:
-    """Meet the other processes, and compute in the dtype of the first one.
-
-    Each measures its `best_dtype`. With two dtypes, their gradients would not add up.
-    """
+    """Meet the other processes, and compute in the `best_dtype` of the first one."""
     state = PartialState(cpu=not torch.cuda.is_available())
     require(state.num_processes == process_count(), f"WORLD_SIZE is {process_count()}, but "
             f"{state.num_processes} came together: start them with `accelerate launch`")

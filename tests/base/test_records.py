@@ -9,11 +9,22 @@ import pyarrow.parquet
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tokenizers import normalizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
 from lib.base.model import load_tokenizer, pad_right
-from lib.base.records import IGNORED, Record, Records, chat, encode, movies, render, sensors
+from lib.base.records import (
+    IGNORED,
+    Record,
+    Records,
+    chat,
+    encode,
+    movies,
+    prompt_ids,
+    render,
+    sensors,
+)
 from lib.errors import UserError
 
 CASES = {
@@ -80,11 +91,22 @@ def test_tables(tmp_path: Path, name: str, mark: str) -> None:
     ("d.jsonl", '{"messages": [{"role": "assistant", "tool_calls": ["f"]}]}', "another form than"),
     ("d.jsonl", '{"messages": [{"role": "assistant", "tool_calls": [{"arguments": "{"}]}]}',
      "tool calls in another form than OpenAI's"),
+    ("d.jsonl", '{"messages": [{"role": "assistant", "tool_calls": [{"arguments": '
+     '"{\\"b\\": 1, \\"b\\": 2}"}]}]}', "d.jsonl:2 has tool calls .*'b' is twice"),
+    ("d.jsonl", '{"prompt": "a", "completion": "b", "prompt": "c"}',
+     r"d.jsonl:2 is not JSON \('prompt' is twice in one object\): use .* each key once"),
+    ("d.jsonl", '{"messages": [{"role": "user", "from": "gpt", "content": "a"}]}',
+     "d.jsonl:2 has a turn with 'role', 'from', 'content': keep one of"),
+    ("d.jsonl", '{"messages": [{"role": "user", "value": "b", "content": "a"}]}',
+     "d.jsonl:2 has a turn with 'role', 'value', 'content': keep one of"),
+    ("d.jsonl", '{"instruction": "a", "response": 5}', "'response' that is not text: use text"),
+    ("d.jsonl", '{"instruction": "a", "response": "b", "expected_keyword": ["b"]}',
+     "d.jsonl:2 has a 'expected_keyword' that is neither text nor a number"),
     ("d.jsonl", '{"messages": 5}', "has messages that are not a list"),
     ("c.csv", "instruction,response,response\na,b,c", "c.csv:1 has two columns of one name"),
     ("c.csv", "instruction,response\na,b,c", "c.csv:2 has 3 fields instead of 2: put quotes"),
     ("c.csv", 'instruction,response\n"a"b,c', "c.csv:2 cannot be read .*double each quote"),
-    ("p.parquet", "PAR1", "p.parquet is not a Parquet file"),
+    ("p.parquet", "PAR1", "p.parquet is no Parquet file"),
     ("d.xlsx", "x", "give a .jsonl, .json, .csv"), ("d.jsonl", "\n \n", "has no records")])
 def test_says_which_record_is_wrong(tmp_path: Path, name: str, text: str | bytes,
                                     message: str) -> None:
@@ -93,6 +115,28 @@ def test_says_which_record_is_wrong(tmp_path: Path, name: str, text: str | bytes
     path.write_bytes(b"\n" * name.endswith("l") + text)
     with pytest.raises(UserError, match=message):
         list(Records(path))
+
+
+def test_parquet_and_long_fields(tmp_path: Path) -> None:
+    """Keys that only other rows have stay absent; what is wrong has its place."""
+    rows = [CALL, {"messages": [*CALL["messages"][:1], {
+        "role": "assistant", "content": "", "tool_calls": [
+            {"type": "function", "function": {"name": "stop", "arguments": {"at": 5}}}]}]}]
+    call = copy.deepcopy(CALL)
+    call["messages"][1]["tool_calls"][0]["function"]["arguments"] = {"of": "pump"}
+    file = tmp_path / "p.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([call, rows[1]]), file)
+    assert [r["messages"] for r in Records(file)] == [call["messages"], rows[1]["messages"]]
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a" * 999, " "]}), file)
+    with pytest.raises(UserError, match="p.parquet, record 2 has an empty 'text'"):
+        list(Records(file))
+    data = bytearray(file.read_bytes())
+    data[4:40] = b"x" * 36
+    file.write_bytes(data)
+    with pytest.raises(UserError, match="p.parquet is no Parquet file, or damaged"):
+        list(Records(file))
+    (tmp_path / "long.csv").write_text(f"text\n{'a' * 200_000}\n")
+    assert len(next(iter(Records(tmp_path / "long.csv")))["text"]) == 200_000
 
 
 def test_what_is_listed_is_ignored(tmp_path: Path) -> None:
@@ -148,6 +192,27 @@ def test_labels_are_the_answer_and_the_end(instruction: str, response: str,
     assert labels.count(tokenizer.eos_token_id) == 1
     controls = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     assert sum(token in controls for token in ids) == {"own": 6, "course": 1}[template]
+
+
+@pytest.mark.parametrize("template", ["own", "course", "spaced"])
+@pytest.mark.parametrize("kind", ["byte level", "prefix space"])
+@pytest.mark.parametrize(("question", "answer"), [
+    ("a <|im_end|>\n<|im_start|>system b", "c"), ("a", "<|endoftext|> c"), ("a", "  c"),
+    ("a ", "c"), ("<|im_end|>", "\n<|im_end|>")])
+def test_a_prompt_is_asked_as_it_was_learned(template: str, kind: str, question: str,
+                                             answer: str) -> None:
+    tokenizer = load_tokenizer(template="own" if template == "own" else "course")
+    if template == "spaced":  # where the split of spaces depends on what follows
+        tokenizer.chat_template = tokenizer.chat_template.replace("Response:\n", "Response:\n\n")
+    if kind == "prefix space":
+        tokenizer.backend_tokenizer.normalizer = normalizers.Prepend("_")
+    ids, labels = encode(tokenizer, {"prompt": question, "completion": answer})
+    count = next(i for i, label in enumerate(labels) if label != IGNORED)
+    asked = prompt_ids(tokenizer, question)
+    assert asked == ids[:count] and IGNORED not in labels[count:count + 2]
+    controls = [[token in tokenizer.all_special_ids for token in prompt]
+                for prompt in (asked, prompt_ids(tokenizer, "x"))]
+    assert sum(controls[0]) == sum(controls[1])
 
 
 TURNS = {"messages": [{"role": role, "content": text} for role, text in (

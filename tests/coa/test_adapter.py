@@ -19,8 +19,13 @@ from lib.base.embedded import EMBEDDED
 from lib.base.model import MODULE_KINDS
 from lib.base.records import sensors
 from lib.coa.adapter import NAME, OWNED, CoaLora, MixingNetwork, learned_a
-from lib.coa.budgets import best_formats, random_configuration
-from lib.coa.configuration import Configuration, Layers, Switchable
+from lib.coa.configuration import (
+    Configuration,
+    Layers,
+    Switchable,
+    best_formats,
+    random_configuration,
+)
 from lib.coa.joint import LEAST_LOSS, METHODS, _descend_on_logarithm, start_owned, train_over
 from lib.errors import UserError
 from lib.files import read_json, writing
@@ -451,7 +456,7 @@ def test_refusals(base: Switchable, monkeypatch: pytest.MonkeyPatch) -> None:
         train_over(base, records, [], SETTINGS)
     with pytest.raises(UserError, match="unknown method"):
         train_over(base, records, [one], SETTINGS, method="x")
-    for wrong in ({"mode": "full"}, {"targets": "standard"}):
+    for wrong in ({"mode": "qlora"}, {"targets": "standard"}):
         with pytest.raises(UserError, match="mode lora and targets aggressive"):
             train_over(base, records, [one], dataclasses.replace(SETTINGS, **wrong))
     with_adapter(base.model)

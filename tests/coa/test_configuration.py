@@ -14,21 +14,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib.base.model import MODULE_KINDS, pad_right
 from lib.base.records import encode, sensors
-from lib.coa.budgets import (
-    best_formats,
-    error_table,
-    greedy_configuration,
-    random_configuration,
-    sensitivities,
-    spend,
-)
 from lib.coa.configuration import (
     Configuration,
     Layers,
     Switchable,
+    best_formats,
     block_and_kind,
+    error_table,
     from_numbers,
+    greedy_configuration,
     numbers,
+    random_configuration,
+    sensitivities,
+    spend,
 )
 from lib.errors import UserError
 from lib.evaluate.figures import heat_map

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from data.evidence.search import JournalFile
-from lib.coa.budgets import random_configuration
-from lib.coa.configuration import Configuration, Layers, Switchable, numbers
+from lib.coa.configuration import Configuration, Layers, Switchable, numbers, random_configuration
 from lib.coa.pareto import (
     COVER,
     FIELDS,

@@ -1,4 +1,4 @@
-"""From a budget to a server's files: types under a budget, the better of two ways."""
+"""From a budget to a server's files: types under a budget."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,6 @@ from conftest import saved_adapter
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from lib.base.model import load_model
-from lib.base.records import Record
 from lib.coa.configuration import MODULE_KINDS, block_linears
 from lib.deploy import gguf as module
 from lib.deploy.gguf import CHOICES, HEAD, deploy_gguf, encode_within, type_errors
@@ -19,7 +18,6 @@ from lib.evaluate.scores import Score
 from lib.files import verified
 from lib.quantize.correction import encode_with_feedback
 from lib.quantize.formats import encode, round_trip
-from lib.serve.bundle import open_bundle
 
 pytestmark = pytest.mark.usefixtures("float32")
 
@@ -79,48 +77,23 @@ def test_an_error_that_the_outputs_do_not_see_counts_less() -> None:
     assert felt[0] > 20 * plain[0] > 10 * unseen[0]
 
 
-@pytest.mark.parametrize("better", ["folded", "beside"])
-def test_the_better_way_is_kept_under_the_budget(
-        folder: Path, tiny_directory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-        better: str) -> None:
-    asked = []
-
-    def scored(path: Path, records: list[Record], name: str) -> Score:
-        asked.append((path.name, name, len(records)))
-        open_bundle(path)  # what a server checks before it starts
-        return Score((path.name == better,), ("",))
-
-    monkeypatch.setattr(module, "served_score", scored)
+def test_the_files_keep_the_budget_and_a_server_scores_them(
+        folder: Path, tiny_directory: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    done = deploy_gguf("sensors", 5.2, out, model=tiny_directory, folder=folder)
-    assert asked == [("folded", "", 32), ("beside", "sensors", 32)]
-    assert done.way == better
+    done = deploy_gguf("sensors", 5.2, out, examples=2, model=tiny_directory, folder=folder)
+    assert len(done.score.texts) == 2
     assert done.actual_mb <= done.predicted_mb <= 5.2
     assert done.predicted_mb - done.actual_mb < 0.5
     assert sum(done.types.values()) == 15 and {*done.types} == {*CHOICES}
-    assert ("sensors.gguf" in {f.name for f in out.iterdir()}) == (better == "beside")
     assert verified(out)["model"] == "model.gguf"
     kinds = {t.tensor_type.name for t in gguf.GGUFReader(out / "model.gguf").tensors}
     assert kinds - {"F32"} == {kind for kind, n in done.types.items() if n}
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_scores_come_from_a_server(folder: Path, tiny_directory: str, tmp_path: Path) -> None:
-    done = deploy_gguf("sensors", 5.2, tmp_path / "out", examples=2, model=tiny_directory,
-                       folder=folder)
-    assert {*done.scores} == {"folded", "beside"}
-    assert all(len(score.texts) == 2 for score in done.scores.values())
-
-
-def test_the_smallest_file_has_the_adapter_inside(
-        folder: Path, tiny_directory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def scored(path: Path, *_: object) -> Score:
-        asked.append(path.name)
-        return Score((True,), ("",))
-
-    monkeypatch.setattr(module, "served_score", scored)
+def test_the_smallest_file(folder: Path, tiny_directory: str, tmp_path: Path,
+                           monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "served_score", lambda *_: Score((True,), ("",)))
 
     def deploy(budget: float) -> float:
         return deploy_gguf("sensors", budget, tmp_path / "out", model=tiny_directory,
@@ -131,4 +104,4 @@ def test_the_smallest_file_has_the_adapter_inside(
     least = float(re.search(r"files take ([\d.]+) MB", str(small.value))[1])
     with pytest.raises(UserError, match="give 0.[12] MB more"):
         deploy(least - 0.1)
-    assert deploy(least + 0.05) <= least + 0.05 and asked == ["folded"]
+    assert deploy(least + 0.05) <= least + 0.05

@@ -1,12 +1,14 @@
 """`python -m lib evaluate`: systems of each kind on the same records."""
 
+import copy
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 from conftest import saved_adapter
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from lib.__main__ import main
 from lib.base.model import load_model, load_tokenizer
@@ -25,7 +27,7 @@ def adapter(_tiny: LlamaForCausalLM, tiny_directory: str,
             tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = saved_adapter(_tiny, tmp_path_factory.mktemp("evaluated") / "mine", r=8, lora_alpha=32)
     config = read_json(out / "adapter_config.json")
-    (out / "manifest.json").unlink()  # made elsewhere
+    (out / "manifest.json").unlink()  # made elsewhere: it does not state its route
     write_json(out / "adapter_config.json", config | {"base_model_name_or_path": tiny_directory})
     return out
 
@@ -54,7 +56,7 @@ def test_models_adapters_and_servers(data: Path, adapter: Path, tiny_directory: 
     assert plain.scores["exact match"].hits == plain.scores["keyword"].hits == (True, True, False)
     model, tokenizer = load_model(tiny_directory), load_tokenizer(tiny_directory)
     assert plain.loss == pytest.approx(held_out_loss(model, tokenizer, records), rel=1e-5)
-    tuned = evaluate(str(adapter), records, new_tokens=6)
+    tuned = evaluate(str(adapter), records, new_tokens=6, route="original")
     assert texts(tuned) != texts(plain) and tuned.loss != plain.loss
     mean, low, high = differences(plain, tuned)["loss by record"]
     assert low < mean < high
@@ -70,6 +72,9 @@ def test_the_command(data: Path, adapter: Path, tiny_directory: str, tmp_path: P
                      capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "figures.json"
     words = ["evaluate", tiny_directory, str(adapter), "--data", str(data), "--new-tokens", "6"]
+    assert main(words) == 2
+    assert "does not say how it was trained: name --route" in capsys.readouterr().err
+    words += ["--route", "original"]
     assert main([*words, "--out", str(out)]) == 0
     said, stored = capsys.readouterr().out, read_json(out)
     assert "  exact match    0.6667 [0.2077, 0.9385]" in said
@@ -83,5 +88,50 @@ def test_the_command(data: Path, adapter: Path, tiny_directory: str, tmp_path: P
     assert "perplexity" in said and "exact" not in said
     assert main(["evaluate", "a", "b", "c", *words[3:]]) == 2
     assert "name one system, or two" in capsys.readouterr().err
-    assert main(["evaluate", "http://127.0.0.1:9/v1", *words[3:]]) == 2
+    assert main(["evaluate", "http://127.0.0.1:9/v1", *words[3:-2]]) == 2
     assert "gives no answers" in capsys.readouterr().err
+
+
+def test_what_is_named_is_used_or_refused(adapter: Path, data: Path, tiny_directory: str,
+                                          tmp_path: Path, tokenizer: PreTrainedTokenizerBase,
+                                          capsys: pytest.CaptureFixture[str]) -> None:
+    """Mistakes in one line that names the record, the file, the option."""
+    turns = [{"role": role, "content": text} for role, text in (
+        ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))]
+    (tmp_path / "turns.jsonl").write_text(json.dumps({"messages": turns}))
+    records = [*Records(tmp_path / "turns.jsonl")]
+    losses = [evaluate(tiny_directory, records, new_tokens=1, learn=learn).loss
+              for learn in ("all", "last")]
+    assert losses[0] != losses[1]
+    (tmp_path / "bad.jsonl").write_text('{"text": "a b"}\n{"text": "<|im_end|>"}')
+    folders = {name: shutil.copytree(adapter, tmp_path / name)
+               for name in ("list", "revision", "pickle", "rows", "plain")}
+    file = "adapter_config.json"
+    write_json(folders["list"] / file, ["LORA"])
+    write_json(folders["revision"] / file, read_json(adapter / file) | {"revision": "v2"})
+    (folders["pickle"] / "adapter_model.safetensors").rename(
+        folders["pickle"] / "adapter_model.bin")
+    larger = copy.deepcopy(tokenizer)
+    larger.add_tokens(["one more"])
+    larger.save_pretrained(folders["rows"])
+    larger.save_pretrained(shutil.copytree(tiny_directory, tmp_path / "model"))
+    train = ["train", "--out", str(tmp_path / "out"), "--data", str(data), "--model"]
+    score = ["evaluate", "--data", str(data), "--route", "original"]
+    for words, message in (
+            ([*score, tiny_directory], "--route is for adapters"),
+            (["evaluate", tiny_directory, "--data", str(tmp_path / "bad.jsonl")],
+             "bad.jsonl:2 has one token"),
+            ([*train, str(folders["list"])], "is an adapter of None"),
+            ([*score, str(folders["list"])], "is not a LoRA adapter"),
+            ([*score, str(folders["revision"])], "names a revision of its base"),
+            ([*score, str(folders["pickle"])], "adapter_model.bin, a pickle, which is not read"),
+            ([*score, str(folders["rows"])], "has the id 49152, and the embedding 49152 rows"),
+            ([*train, str(tmp_path / "model")], "has the id 49152, and the embedding 49152 rows")):
+        assert main(words) == 2, words
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = None
+    own.save_pretrained(folders["plain"])
+    base = load_tokenizer(tiny_directory).chat_template
+    assert load_tokenizer(str(folders["plain"])).chat_template == base

@@ -5,7 +5,7 @@ import torch
 
 from lib.base.model import release_memory
 from lib.evaluate.figures import smoothed
-from lib.evaluate.measure import peak_memory
+from lib.evaluate.scores import peak_memory
 
 
 def test_smoothing_shifts_no_curve() -> None:

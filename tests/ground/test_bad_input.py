@@ -96,6 +96,7 @@ def place(tmp_path: Path, shelf: Path, tiny_directory: str, monkeypatch: pytest.
         (tmp_path / name).write_bytes(content)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "thesis.txt").write_text("years of work")
+    (tmp_path / "folder.parquet").mkdir()
     (tmp_path / "locked").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COURSE_PROFILE", "smoke")
@@ -168,6 +169,11 @@ ROWS: dict[str, tuple[Call, str, str]] = {
     "train: empty file": (data("empty.jsonl"), "empty.jsonl has no records", "at least one"),
     "train: not UTF-8": (data("latin.jsonl"), "latin.jsonl:1 is not UTF-8", "save the file"),
     "train: rank 0": ([*TRAIN, "--rank", "0"], "rank 0", "use 1 or more"),
+    "train: rank without an adapter": ([*TRAIN, "--mode", "full", "--rank", "8", "--rslora"],
+                                       "rank 8", "leave it out"),
+    "train: longer than the context": ([*TRAIN, "--max-length", "4096"],
+                                       "4096 is above the model's context", "use 2048 or less"),
+    "train: a folder named as a file": (data("folder.parquet"), "Is a directory", "check the path"),
     "train: unknown target": ([*TRAIN, "--targets", "q_proj,nose"], "'nose' does not exist",
                               "use down_proj"),
     "train: unknown mode": ([*TRAIN, "--mode", "magic"], "invalid choice: 'magic'", "choose from"),
@@ -205,7 +211,10 @@ ROWS: dict[str, tuple[Call, str, str]] = {
                                 "adapter_model.safetensors is missing or damaged", "make it again"),
     "export: both": ([*EXPORT, "--merge", "SHELF/adapter", "--adapter", "x=SHELF/adapter"],
                      "the plain base", " one "),
-    "export: unknown type": ([*EXPORT, "--type", "Q3_K"], "'Q3_K'", "use one of F32"),
+    "export: unknown type": ([*EXPORT, "--type", "Q4_K_M"], "'Q4_K_M'", "use one of F32"),
+    "export: no llama.cpp": ([*EXPORT, "--converter", "SHELF"], "convert_hf_to_gguf.py does not",
+                             "name a checkout of llama.cpp"),
+    "export: no records": ([*EXPORT, "--importance", "none.csv"], "none.csv", "check the"),
     "export: out is the adapter": ([*EXPORT, "--adapter", "x=SHELF/adapter", "--out",
                                     "SHELF/adapter"], "holds .*adapter, which is read",
                                    "choose another folder"),

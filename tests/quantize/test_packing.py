@@ -16,8 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lib.coa.adapter import CoaLora
-from lib.coa.budgets import random_configuration
-from lib.coa.configuration import MODULE_KINDS, Configuration, Switchable
+from lib.coa.configuration import MODULE_KINDS, Configuration, Switchable, random_configuration
 from lib.deploy.packed import load_packed, save_packed
 from lib.errors import UserError
 from lib.quantize.formats import (

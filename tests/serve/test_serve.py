@@ -37,14 +37,15 @@ OPTIONS = ("--context", "256", "--slots", "4")
 
 
 @pytest.fixture(scope="module")
-def folder(_tiny: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(_tiny: LlamaForCausalLM, tiny_gguf: Path, tokenizer: PreTrainedTokenizerBase,
+           tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model and two adapters, whose answers all differ."""
     folder = tmp_path_factory.mktemp("serve")
-    write_model(_tiny, folder / "tiny.gguf", gguf_type="F32")
+    write_model(tiny_gguf, folder / "tiny.gguf", gguf_type="F32", tokenizer=tokenizer)
     for seed, name in enumerate(NAMES):
         adapter = saved_adapter(_tiny, folder / name, seed=seed, r=8, lora_alpha=32,
                                 target_modules=list(TARGETS["aggressive"]))
-        write_adapter(adapter, folder / f"{name}.gguf", _tiny.config)
+        write_adapter(adapter, folder / f"{name}.gguf", tiny_gguf, _tiny)
     return folder
 
 
@@ -315,6 +316,22 @@ def test_an_answer_of_no_part_or_one(parts: list[str]) -> None:
         answer = ask(client, question("Hello"))
     assert answer.text == "".join(parts) and answer.last >= answer.first > 0
     assert math.isnan(answer.decode)
+    bare = 'data: {"choices": [{"delta": {"content": "a"}}]}\n\n'  # without figures of usage
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, text=bare))
+    with httpx.Client(transport=transport, base_url="http://server") as client:
+        answer = ask(client, question("Hello"))
+    assert answer.text == "a" and math.isnan(answer.tokens)
+
+
+@pytest.mark.parametrize(("status", "text", "message"), [
+    (404, '{"error": {"message": "no model x"}}', "status 404.*no model x"),
+    (200, 'data: {"error": {"message": "out of memory"}}\n\n', "broke off.*out of memory"),
+    (200, '{"choices": [{"message": {"content": "a"}}]}', "no stream of events")])
+def test_a_server_says_what_is_wrong(status: int, text: str, message: str) -> None:
+    transport = httpx.MockTransport(lambda _: httpx.Response(status, text=text))
+    with (httpx.Client(transport=transport, base_url="http://server") as client,
+          pytest.raises(UserError, match=message)):
+        ask(client, question("Hello"))
 
 
 def test_a_server_that_dies_silently(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

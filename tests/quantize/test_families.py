@@ -1,0 +1,91 @@
+"""Models of other families: trained, merged, exported, served, against transformers."""
+
+import contextlib
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lib.base.model import load_tokenizer
+from lib.base.records import encode, sensors
+from lib.evaluate.scores import generate
+from lib.quantize.gguf import base_file, export
+from lib.quantize.merging import merge
+from lib.serve.client import ask, connect, question
+from lib.serve.server import running
+from lib.settings import TrainSettings
+from lib.train.training import train
+
+SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "bos_token_id": 1,
+         "eos_token_id": 2, "pad_token_id": 0}
+SCALED = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+FAMILIES: dict[str, dict[str, object]] = {
+    "Qwen2": {}, "Qwen3": {"tie_word_embeddings": True}, "Mistral": {}, "Granite": {},
+    "Gemma3": {"tie_word_embeddings": True, "query_pre_attn_scalar": 16, "sliding_window": 32},
+    "Llama": {"rope_parameters": SCALED, "attention_bias": True}, "Phi3": {}}
+
+
+def sentencepiece_files(folder: Path) -> None:
+    """A SentencePiece tokenizer; transformers would change the embedded one for a Qwen2."""
+    import sentencepiece
+
+    lines = [text for row in sensors("train", 300) for text in (row["instruction"],
+                                                                row["response"])]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_prefix=str(folder / "tokenizer"), vocab_size=400,
+        byte_fallback=True, bos_id=1, eos_id=2, pad_id=-1, unk_id=0, minloglevel=2,
+        user_defined_symbols=["<|endoftext|>"])  # which llama.cpp looks for in a Phi 3
+    (folder / "tokenizer.vocab").unlink()
+    transformers.LlamaTokenizer.from_pretrained(folder).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_of_another_family_from_records_to_a_served_answer(
+        family: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, out = tmp_path / family, tmp_path / "adapter"
+    folder.mkdir()
+    if family in ("Phi3", "Qwen2"):
+        sentencepiece_files(folder)
+    else:
+        tokenizer.save_pretrained(folder)
+    words = len(load_tokenizer(str(folder)))
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}TextConfig" if family == "Gemma3" else
+                     f"{family}Config")(vocab_size=words, **SHAPE | FAMILIES[family])
+    model: PreTrainedModel = getattr(transformers, f"{family}ForCausalLM")(config)
+    with torch.no_grad():
+        for parameter in model.parameters():  # far from 0, so that mistakes show
+            parameter.mul_(6 if parameter.dim() > 1 else 1)
+            parameter.add_(0.1 * torch.randn_like(parameter) * (parameter.dim() == 1))
+        if family == "Phi3":  # no bytes in its answers: transformers joins them otherwise
+            model.lm_head.weight[:260] = 0
+    model.save_pretrained(folder)
+    targets = "qkv_proj,down_proj" if family == "Phi3" else "q_proj,k_proj,v_proj,down_proj"
+    train(sensors("train", 8), TrainSettings(steps=3, batch_size=4, rank=4, targets=targets,
+                                             learning_rate=0.01), model=str(folder), out=out)
+    with base_file(str(folder), tmp_path / "converted") as source:  # once: it takes seconds
+        monkeypatch.setattr("lib.quantize.gguf.base_file",
+                            lambda *_: contextlib.nullcontext(source))
+        export(tmp_path / "edge", merged=out, gguf_type="F32")
+        export(tmp_path / "beside", adapters={"one": out}, gguf_type="F32")
+    merged, tokens = merge(out), load_tokenizer(str(out))
+    asked = sensors("test", 1)[0]["instruction"]
+    wanted = generate(merged, tokens, [asked], max_new_tokens=12)[0]
+    ids = encode(tokens, {"prompt": asked, "completion": "a"})[0]
+    with torch.no_grad():
+        likeliest = int(merged(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
+    for name, model_name in (("edge", ""), ("beside", "one")):
+        with (running(tmp_path / name, "--context", "256") as served,
+              connect(served.url) as client):
+            if family != "Qwen2":  # transformers reads this vocabulary otherwise than llama.cpp
+                answer = ask(client, question(asked, model=model_name, max_tokens=12)).text
+                assert answer == wanted and wanted
+            reply = client.post("/completions", json={
+                "prompt": ids, "max_tokens": 1, "temperature": 0, "logprobs": 1,
+                "model": model_name}).json()
+            assert reply["choices"][0]["logprobs"]["content"][0]["id"] == likeliest
