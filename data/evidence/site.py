@@ -81,13 +81,16 @@ lib-*
 
 def build_site(out: Path, *, executed: Path = NOTEBOOKS) -> None:
     """Write the site that notebooks/conf.py describes, of notebooks that were executed before."""
-    with scratch() as source, writing(out) as part:
+    with scratch() as work, writing(out) as part:
+        (work / "source").mkdir()
         sphinx = subprocess.run(
-            [sys.executable, "-m", "sphinx", "-q", "-b", "html", "-c", NOTEBOOKS, source, part],
-            cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace",
+            [sys.executable, "-m", "sphinx", "-q", "-b", "html", "-c", NOTEBOOKS, work / "source",
+             work / "html"], cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace",
             env=os.environ | {"COURSE_NOTEBOOKS": str(executed.resolve())})
         require(sphinx.returncode == 0, f"Sphinx failed: {sphinx.stderr[-400:]}")
-        shutil.rmtree(part / ".doctrees")
+        shutil.rmtree(work / "html" / ".doctrees")
+        # Not built in place: myst-nb writes a folder of its own beside the pages.
+        shutil.copytree(work / "html", part, dirs_exist_ok=True)
 
 
 def build_slides(out: Path, *, solutions: bool = False) -> None:
