@@ -163,8 +163,7 @@ def write_model(source: Path, out: Path, *, weights: PreTrainedModel | None = No
                 data = encode(value, stored, name=module or tensor.name,
                               importance=(importance or {}).get(module))
             if matrix:
-                kind = re.sub(r"^blk\.\d+\.|\.weight$", "", tensor.name)
-                kinds.setdefault(stored, set()).add(kind)
+                kinds.setdefault(stored, set()).add(re.sub(r"blk\.\d+\.|\.weight", "", tensor.name))
             writer.add_tensor(tensor.name, data, raw_dtype=gguf.GGMLQuantizationType[stored])
     return kinds
 

@@ -294,7 +294,8 @@ def train(records: Iterable[Record], settings: TrainSettings, *, model: str = "e
         if out is None or not is_main_process():
             return result
         with writing(out, settings=dataclasses.asdict(settings), base=model, machine=machine(),
-                     processes=process_count(), seconds=round(result.seconds, 1)) as part:
+                     processes=process_count(), seconds=round(result.seconds, 1),
+                     data=getattr(records, "source", "")) as part:
             if settings.mode == "full":
                 result.model.save_pretrained(part, state_dict=whole)
                 tokenizer.save_pretrained(part)
