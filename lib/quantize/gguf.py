@@ -26,7 +26,7 @@ from lib.base.model import dequantized_base, load_model, load_tokenizer
 from lib.base.records import Record, begin
 from lib.errors import require
 from lib.files import BUILD, MANIFEST, read_json, replacing, require_free, scratch, writing
-from lib.quantize.correction import input_means
+from lib.quantize.correction import input_sums
 from lib.quantize.formats import decode, encode, fitting
 from lib.quantize.merging import merge
 from lib.serve.bundle import BASE_KEY, Reader, metadata, model_reader
@@ -39,7 +39,7 @@ CONVERTER_SHA256 = "271820588f890a7d639723784c168495847b6d4830d307384c475db53ceb
 FLOATS = re.compile(r"ffn_gate_inp|ssm_conv|shortconv|position_embd|token_types|time_mix|altup")
 SAMPLE = 64  # rows that show in which order a file has them
 Encoded = tuple[str, np.ndarray]  # a GGUF type, and the rows of a matrix in it
-Places = dict[str, tuple[str, np.ndarray]]  # {module: (name in the file, its order of rows)}
+Places = dict[str, tuple[str, np.ndarray]]  # {name in a file: (key in a state, order of rows)}
 
 
 def permute(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -88,20 +88,17 @@ def decoded(tensor: gguf.ReaderTensor, rows: Any = slice(None)) -> Tensor:
 
 
 def places(reader: Reader, weights: PreTrainedModel, modules: Collection[str] = ()) -> Places:
-    """Where a file has the weights of a model, all or those of some modules.
-
-    UserError for a matrix that the file does not have in any order of its rows.
-    """
+    """Where a file has all of a model's weights, or some modules'; UserError if it has not."""
     architecture, config = metadata(reader, "general.architecture"), weights.config
     number = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
     names = gguf.get_tensor_name_map(number, metadata(reader, f"{architecture}.block_count"))
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     found: Places = {}
     for key, weight in weights.state_dict().items():
-        name = names.get_name(key, try_suffixes=(".weight", ".bias"))
         tied = key == "lm_head.weight" and config.tie_word_embeddings
         if tied or (modules and key.removesuffix(".weight") not in modules):
             continue
+        name = names.get_name(key, try_suffixes=(".weight", ".bias"))
         require(name in tensors, f"{architecture} files have no {key}: merge the adapter with "
                 "peft, save the model, and export its folder")
         tensor = tensors[name]
@@ -120,7 +117,7 @@ def places(reader: Reader, weights: PreTrainedModel, modules: Collection[str] = 
         require(weight.dim() == 1 or max(alike, default=0) > 0.2 or not stored.any(),
                 f"{architecture} files hold {key} in another form: merge the adapter with peft, "
                 "save the model, and export its folder")
-        found[key.removesuffix(".weight")] = name, orders[int(np.argmax(alike))]
+        found[name] = key, orders[int(np.argmax(alike))]
     return found
 
 
@@ -143,22 +140,19 @@ def write_model(source: Path, out: Path, *, weights: PreTrainedModel | None = No
     """
     reader, kinds = Reader(source), dict[str, set[str]]()
     fitting(gguf_type, 256)  # an unknown type is refused before the work
-    ours = {key.removesuffix(".weight"): weight
-            for key, weight in (weights.state_dict() if weights else {}).items()}
-    modules = {name: (module, order) for module, (name, order) in
-               (places(reader, weights) if weights else {}).items()}
+    state, found = (weights.state_dict(), places(reader, weights)) if weights else ({}, {})
     with _writer(out, reader, "model", base, tokenizer) as writer:
         for tensor in reader.tensors:
-            module, order = modules.get(tensor.name, ("", None))
-            matrix, columns = len(tensor.shape) > 1, int(tensor.shape[0])
-            stored = "F32"
-            if matrix and not FLOATS.search(tensor.name):
-                stored = fitting(gguf_type, columns)
+            key, order = found.get(tensor.name, ("", None))
+            module = key.removesuffix(".weight")
+            matrix = len(tensor.shape) > 1
+            floats = not matrix or FLOATS.search(tensor.name)
+            stored = "F32" if floats else fitting(gguf_type, int(tensor.shape[0]))
             if module in (encoded or {}):
                 stored, data = encoded[module][0], encoded[module][1][order]
             else:
-                value = ours[module][order].float() if module else decoded(tensor)
-                if module and not matrix:  # perhaps stored plus 1
+                value = state[key][order].float() if key else decoded(tensor)
+                if key and not matrix:  # perhaps stored plus 1
                     value = value + (decoded(tensor) - value).mean().round()
                 data = encode(value, stored, name=module or tensor.name,
                               importance=(importance or {}).get(module))
@@ -176,7 +170,8 @@ def write_adapter(adapter: Path | str, out: Path, source: Path, weights: PreTrai
     """
     factors, reader = adapter_factors(adapter), Reader(source)
     rank, scale = next((a.shape[0], scale) for a, _, scale in factors.values())
-    where = places(reader, weights, factors)
+    where = {key.removesuffix(".weight"): (name, order) for name, (key, order)
+             in places(reader, weights, factors).items()}
     with _writer(out, reader, "adapter", base) as writer:
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", scale * rank)
@@ -185,8 +180,7 @@ def write_adapter(adapter: Path | str, out: Path, source: Path, weights: PreTrai
                     "name the base that it was trained on")
             name, order = where[module]
             for end, factor in (("a", a), ("b", b[order])):
-                data = encode(factor, "F16", name=module)
-                writer.add_tensor(f"{name}.lora_{end}", data)
+                writer.add_tensor(f"{name}.lora_{end}", encode(factor, "F16", name=module))
 
 
 @contextlib.contextmanager
@@ -265,22 +259,21 @@ def export(out: Path, *, gguf_type: str = "Q8_0", route: str = "", merged: Path 
     files = {name: f"{name}.gguf" for name in adapters}
     name = merged.name if merged else "base"
     with base_file(model, out, converter) as source:  # first, because it may refuse the model
-        if weights is None and (sources or records or route == "dequantized" or model == EMBEDDED):
+        # Otherwise the converter's file has the base's own weights already.
+        swapped = merged or encoded or records or route != "original" or model == EMBEDDED
+        if weights is None and (swapped or adapters):
             weights = (merge(merged, route=route, model=model) if merged
                        else dequantized_base(model) if route == "dequantized"
                        else load_model(model, dtype=torch.float32))
         linears = [n for n, m in (weights.named_modules() if records else ())
                    if isinstance(m, torch.nn.Linear) and n != "lm_head"]
-        importance = input_means(weights, linears, records, tokenizer=tokenizers[0],
-                                 statistic=lambda x: x.square().mean(0)) if records else {}
+        importance = input_sums(weights, linears, records, tokenizer=tokenizers[0],
+                                statistic=lambda x: x.square().mean(0)) if records else {}
         with writing(out, name=name, model="model.gguf", adapters=files, kind=gguf_type,
                      base=base) as part:
-            # The converter's file has the base's own weights already.
-            ours = merged or encoded or importance or route != "original" or model == EMBEDDED
-            kinds = write_model(
-                source, part / "model.gguf", weights=weights if ours else None,
-                gguf_type=gguf_type, encoded=encoded, importance=importance, base=base,
-                tokenizer=tokenizers[0])
+            kinds = write_model(source, part / "model.gguf", base=base, gguf_type=gguf_type,
+                                weights=weights if swapped else None, encoded=encoded,
+                                importance=importance, tokenizer=tokenizers[0])
             for adapter_name, adapter in adapters.items():
                 write_adapter(adapter, part / files[adapter_name], source, weights, base=base)
             model_reader(part / "model.gguf", {n: part / file for n, file in files.items()})
