@@ -8,18 +8,19 @@ import itertools
 import math
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any, NoReturn
 
 from lib.errors import UserError, require
-from lib.files import BUILD, size_mb, write_json
+from lib.files import size_mb, write_json
 from lib.host import is_main_process, process_count
 from lib.settings import MODES, PROFILES, ServeSettings, TrainSettings
 
 # Commands import what they need: torch takes seconds, and a mistake should show at once.
 DIR: dict[str, Any] = {"type": Path, "metavar": "DIR"}
 EXAMPLES = 256  # that weigh columns
+ALIASES = {"bench": "run a benchmark: python -m data.evidence", "slides": "build a deck for each "
+           "notebook", "site": "build the course as a static site"}
 LIMIT: dict[str, Any] = {"type": float, "default": math.inf}
 FIELDS: dict[str, Any] = {"action": "extend", "type": lambda text: text.split(","), "default": [],
                           "metavar": "FIELD", "help": "fields of the records to leave out"}
@@ -93,13 +94,8 @@ def parser() -> Parser:
     add("--until-eof", action="store_true", help="also stop when stdin ends")
     add_fields(serve, ServeSettings)
 
-    add = commands.add_parser("bench", help="run a benchmark: python -m data.evidence").add_argument
-    add("words", nargs=argparse.REMAINDER, metavar="NAME [--json FILE]")
-    add = commands.add_parser("slides", help="build a deck for each notebook").add_argument
-    add("--out", default=BUILD / "slides", help="default build/slides", **DIR)
-    add("--solutions", action="store_true", help="show solutions below exercises")
-    add = commands.add_parser("site", help="build the course as a static site").add_argument
-    add("--out", default=BUILD / "site", help="default build/site", **DIR)
+    for name, what in ALIASES.items():
+        commands.add_parser(name, help=what)
     return root
 
 
@@ -118,8 +114,8 @@ def from_fields(settings: type, args: argparse.Namespace) -> Any:
     return settings(**{name: getattr(args, name) for name in names})
 
 
-def dispatch(args: argparse.Namespace) -> int | None:
-    """Run the chosen command; its exit status, if it is not 0."""
+def dispatch(args: argparse.Namespace) -> None:
+    """Run the chosen command."""
     match args.command:
         case "doctor":
             from lib.course.doctor import examine
@@ -133,9 +129,7 @@ def dispatch(args: argparse.Namespace) -> int | None:
         case "run":
             from lib.course.run import run
 
-            start = time.monotonic()
-            out = run(args.profile, only=args.only, store=args.store)
-            print(f"open {out / 'index.html'} ({time.monotonic() - start:.0f} s in all)")
+            print(f"open {run(args.profile, only=args.only, store=args.store) / 'index.html'}")
         case "train":
             from lib.base.records import Records
 
@@ -219,17 +213,6 @@ def dispatch(args: argparse.Namespace) -> int | None:
             with contextlib.suppress(KeyboardInterrupt):  # the ordinary way to stop it
                 serve(args.path, from_fields(ServeSettings, args), args.lora,
                       until_eof=args.until_eof)
-        # By name, because `lib` does without `data`.
-        case "bench":
-            return importlib.import_module("data.evidence.__main__").main(args.words)
-        case "site" | "slides":
-            site = importlib.import_module("data.evidence.site")
-            if args.command == "site":
-                site.build_site(args.out)
-            else:
-                site.build_slides(args.out, solutions=args.solutions)
-            print(f"open {args.out / 'index.html'}")
-    return None
 
 
 def user_message(error: Exception) -> str:
@@ -250,8 +233,12 @@ def user_message(error: Exception) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run a command; return 0, 2 after one line for a user's mistake, or 130 for Ctrl-C."""
     try:
-        args = parser().parse_args(argv)
-        return dispatch(args) or 0
+        words = sys.argv[1:] if argv is None else argv
+        if words[:1] and words[0] in ALIASES:  # by name, because `lib` does without `data`
+            evidence = importlib.import_module("data.evidence.__main__")
+            return evidence.main(words[words[0] == "bench":])
+        dispatch(parser().parse_args(words))
+        return 0
     except KeyboardInterrupt:
         print("stopped: run the same command again; `train` goes on from its last checkpoint, "
               "`run --only NN` with one notebook", file=sys.stderr)

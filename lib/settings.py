@@ -113,9 +113,14 @@ class ServeSettings:
     slots: int = 4  # requests computed at the same time, in one batch
     threads: int = 0  # of the engine; 0 means all cores this process may use
     port: int = 8080  # on loopback; 0 means any free port
+    max_tokens: int = 1024  # of an answer whose request has no limit
+    strict: bool = False  # refuse unknown fields, instead of naming them in a header
+    api_key: str = ""  # that requests must carry; none is needed if it is empty
+    cors: str = ""  # web pages that may ask, as origins separated by commas
 
     def __post_init__(self) -> None:
-        check_bounds(self, context=(16, inf), slots=(1, 1024), threads=(0, 1024), port=(0, 65535))
+        check_bounds(self, context=(16, inf), slots=(1, 1024), threads=(0, 1024), port=(0, 65535),
+                     max_tokens=(1, inf))
 
 
 def seed_everything(seed: int) -> None:

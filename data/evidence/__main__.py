@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from data.evidence.bench import BENCHES, run_bench
 from lib.errors import UserError, require
-from lib.files import write_json
+from lib.files import BUILD, write_json
 
 if TYPE_CHECKING:
     from data.evidence.pieces import Piece
@@ -51,11 +51,19 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--list", action="store_true", help="list the names (default)")
     parser.add_argument("--json", type=Path, metavar="FILE",
                         help="also store the result of one benchmark")
+    parser.add_argument("--out", type=Path, metavar="DIR",
+                        help="for slides and site; default build/slides or build/site")
+    parser.add_argument("--solutions", action="store_true",
+                        help="for slides: show solutions below exercises")
     try:
         args = parser.parse_args(argv)
         if args.list or not args.names:
             print(listing())
             return 0
+        if args.names in (["slides"], ["site"]):
+            build(args.names[0], args.out or BUILD / args.names[0], args.solutions)
+            return 0
+        require(not args.out, "--out is for slides, or for site, alone")
         require(not args.json or (len(args.names) == 1 and args.names[0] in BENCHES),
                 f"--json is for one benchmark: use one of {', '.join(BENCHES)}")
         actions = [action(name, args.json) for name in args.names]
@@ -65,6 +73,18 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def build(name: str, out: Path, solutions: bool) -> None:
+    """The decks, or the site, of the notebooks as they are stored."""
+    from data.evidence.site import build_site, build_slides
+
+    require(not solutions or name == "slides", "--solutions is for slides")
+    if name == "site":
+        build_site(out)
+    else:
+        build_slides(out, solutions=solutions)
+    print(f"open {out / 'index.html'}")
 
 
 def action(name: str, json: Path | None) -> Callable[[], Any]:

@@ -5,7 +5,7 @@
 2023, but without its alternation).
 """
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,17 @@ from transformers import TrainerCallback
 from lib.base.model import load_tokenizer
 from lib.base.records import Record
 from lib.coa.adapter import NAME, CoaLora
-from lib.coa.configuration import Configuration, Switchable, from_numbers, numbers
+from lib.coa.configuration import Configuration, Layers, Switchable, numbers
 from lib.coa.joint import Switching, set_components
 from lib.coa.pareto import Evaluate, Evaluated, Features, Journal, front_by_segment, search
 from lib.evaluate.scores import held_out_loss
 from lib.quantize.correction import WEIGHED_BY, input_roots, low_rank
+from lib.quantize.formats import FORMATS
+
+
+def from_numbers(layers: Layers, positions: Iterable[int]) -> Configuration:
+    """The configuration that has these `numbers`."""
+    return Configuration(layers, tuple(FORMATS[i] for i in positions))
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from data.evidence.parity import compare
 from data.evidence.pieces import ADAPTERS, WORK, Piece, score_row, score_tests
 from data.evidence.sevenb import sizes
 from data.evidence.training_runs import alpha, mode, sweeps, trained, variants
-from data.evidence.types import types
+from data.evidence.types import types, types_speed
 from lib.base.model import load_model, load_tokenizer
 from lib.base.records import movies, sensors
 from lib.deploy.gguf import served_score
@@ -171,7 +171,7 @@ _MAKERS: dict[str, Callable[[], dict[str, Any]]] = {
     "search_speed": lambda: run_bench("search"),
     "engine": engine,
     "gemma": gemma,
-    "types": lambda: types(WORK),
+    "types": lambda: types(WORK), "types_speed": lambda: types_speed(WORK),
     "load": load,
     "mixed": lambda: mixed(WORK, edge_files() / "Q8_0"),
     "packed": lambda: packed(WORK),

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from data.evidence.alternate import loss_with
+from data.evidence.alternate import from_numbers, loss_with
 from data.evidence.bench_search import HELD
 from data.evidence.coa import COA, plans_of
 from data.evidence.ledger import SEEDS
@@ -20,8 +20,9 @@ from data.evidence.pieces import ADAPTERS, RESULTS, Piece
 from data.evidence.rivals import at_random, nsga2
 from lib.base.records import sensors
 from lib.coa.adapter import CoaLora
-from lib.coa.configuration import Configuration, Layers, Switchable, from_numbers, numbers
+from lib.coa.configuration import Configuration, Layers, Switchable, numbers
 from lib.coa.pareto import (
+    Evaluate,
     Evaluated,
     Features,
     Journal,
@@ -75,12 +76,15 @@ class JournalFile(Journal):
         with replacing(path) as part:
             part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
-    def record(self, positions: tuple[int, ...], loss: float) -> None:
-        """Remember a loss, in the file as well."""
-        super().record(positions, loss)
-        row = {"loss": loss, "configuration": from_numbers(self.layers, positions).to_json()}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+    def __call__(self, configuration: torch.Tensor, bits: float, evaluate: Evaluate) -> float:
+        """As in a `Journal`; what is new goes into the file as well."""
+        positions, count = configuration.tolist(), len(self.known)
+        loss = super().__call__(configuration, bits, evaluate)
+        if len(self.known) > count:
+            row = {"loss": loss, "configuration": from_numbers(self.layers, positions).to_json()}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        return loss
 
 
 def journal(name: str) -> JournalFile:

@@ -285,8 +285,7 @@ def encode(tokenizer: Tokenizer, record: Record, *, learn: str = "all",
         lost += [part] * (part not in whole[at:])
         at = whole.find(part, at) + len(part)
     require(not lost, f"{where}: the chat template leaves out "
-            f"{', '.join(map(repr, lost))[:99]}, or spaces in it: use a model or a --template "
-            "that renders it")
+            f"{', '.join(map(repr, lost))[:99]}, or spaces in it: use another --template")
     for index, message in enumerate(messages):
         if message["role"] == "assistant" and (learn == "all" or index == len(messages) - 1):
             prompt, text = rendered(index, add_generation_prompt=True), rendered(index + 1)

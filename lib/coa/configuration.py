@@ -7,7 +7,7 @@ import itertools
 import random
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -137,11 +137,6 @@ class Configuration:
 def numbers(configuration: Configuration) -> Tensor:
     """(layers,): the position in FORMATS of each layer's format, as the search handles it."""
     return torch.tensor([FORMAT_NUMBERS[fmt] for fmt in configuration.formats])
-
-
-def from_numbers(layers: Layers, positions: Iterable[int]) -> Configuration:
-    """The configuration that has these `numbers`."""
-    return Configuration(layers, tuple(FORMATS[i] for i in positions))
 
 
 class Switchable:

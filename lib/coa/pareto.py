@@ -8,7 +8,7 @@ import math
 import random
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from sklearn.exceptions import ConvergenceWarning
@@ -145,11 +145,11 @@ class Surrogate:
         return torch.from_numpy(mean), torch.from_numpy(spread)
 
 
+@dataclass
 class Journal:
     """The losses of all evaluated configurations; a known one is not evaluated again."""
 
-    def __init__(self) -> None:
-        self.known: dict[tuple[int, ...], float] = {}
+    known: dict[tuple[int, ...], float] = field(default_factory=dict)
 
     def __call__(self, configuration: Tensor, bits: float, evaluate: Evaluate) -> float:
         """The loss of a configuration, known or evaluated now."""
@@ -158,12 +158,8 @@ class Journal:
             loss = float(evaluate(configuration))
             require(math.isfinite(loss) and loss > 0, f"the loss of a configuration at "
                     f"{bits:.3f} bits is {loss}: a search needs a finite loss above 0")
-            self.record(positions, loss)
+            self.known[positions] = loss
         return self.known[positions]
-
-    def record(self, positions: tuple[int, ...], loss: float) -> None:
-        """Remember a loss."""
-        self.known[positions] = loss
 
 
 @dataclass

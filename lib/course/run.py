@@ -8,7 +8,7 @@ from pathlib import Path
 
 import nbformat
 import papermill
-from nbclient.exceptions import CellTimeoutError, DeadKernelError
+from nbclient.exceptions import DeadKernelError
 from traitlets.config import Config
 
 from lib.base.model import machine
@@ -80,9 +80,6 @@ def execute(source: Path, target: Path, profile: str) -> None:
     except DeadKernelError as error:
         raise UserError(f"{source.name}: its kernel died, most often for lack of memory: close "
                         f"other programs and go on with --only {source.name[:2]}") from error
-    except CellTimeoutError as error:
-        raise UserError(f"{source.name}: a cell took over {CELL_TIMEOUT} s: "
-                        "use a smaller --profile") from error
     part.replace(target)
 
 

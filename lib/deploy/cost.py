@@ -1,10 +1,10 @@
 """What deployed files cost where they run: peak memory and time a token, measured here."""
 
 import math
-import subprocess
-import sys
+import multiprocessing
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from lib.base.records import render
 from lib.deploy.packed import TASKS, load_deployed, require_new
 from lib.errors import require
 from lib.evaluate.scores import peak_memory
-from lib.files import ROOT, scratch, swap
+from lib.files import scratch, swap
 from lib.serve.client import ask, connect, question
 from lib.serve.server import running
 
@@ -37,17 +37,14 @@ def cost(folder: Path, task: str) -> Cost:
     instruction = TASKS[task]("test", 1)[0]["instruction"]
     with peak_memory(children=True) as peak:
         if (folder / "model.gguf").is_file():
-            name = task if (folder / f"{task}.gguf").is_file() else ""
-            body = question(instruction, model=name, max_tokens=TOKENS, ignore_eos=True)
+            body = question(instruction, max_tokens=TOKENS, ignore_eos=True)
             with running(folder) as served, connect(served.url) as client:
                 ask(client, body)  # from now on the prompt is cached
                 token_ms = 1e3 / ask(client, body).decode
         else:
-            command = [sys.executable, "-m", "lib.deploy.cost", str(folder.resolve()), instruction]
-            child = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8",
-                                   errors="replace", check=False)
-            require(child.returncode == 0, f"{folder} could not be run: {child.stderr[-200:]}")
-            token_ms = float(child.stdout)
+            fresh = multiprocessing.get_context("spawn")  # it has what the files take, no more
+            with ProcessPoolExecutor(1, mp_context=fresh) as pool:
+                token_ms = pool.submit(packed_ms, folder, instruction).result()
     return Cost(peak["mb"], token_ms)
 
 
@@ -76,7 +73,3 @@ def deploy_within(deploy: Callable[..., Any], task: str, budget_mb: float, out: 
                 "lower --budget-mb, or raise --memory-mb or --token-ms")
         swap(work / "files", out)
     return deployed, spent
-
-
-if __name__ == "__main__":
-    print(packed_ms(Path(sys.argv[1]), sys.argv[2]))

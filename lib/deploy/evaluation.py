@@ -15,7 +15,7 @@ from lib.deploy.packed import load_deployed
 from lib.errors import UserError, require
 from lib.evaluate.scores import Score, batch_losses, generate, keyword_hit, paired_interval
 from lib.serve.client import ask_all, question
-from lib.train.lora import load_adapter, origin
+from lib.train.lora import load_adapter, settled
 from lib.train.training import base_for
 
 
@@ -33,19 +33,15 @@ class Evaluation:
         return row | ({"loss": self.loss, "perplexity": math.exp(self.loss)} if self.losses else {})
 
 
-def open_system(system: str, named: str = "") -> tuple[Any, Any]:
+def open_system(system: str, route: str = "") -> tuple[Any, Any]:
     """Model and tokenizer of a packed deployment, a model, or an adapter of its or this route."""
     path = Path(system)
     if (path / "deployed.json").is_file():
         return load_deployed(path, packed_layers=False), load_tokenizer(system)
     if not (path / "adapter_config.json").is_file():
         return load_model(system), load_tokenizer(system)
-    base, route = origin(path)
-    require(base, f"{path} does not say what it was trained on: merge it, and name the result")
-    require(named in ("", route or named), f"{path} was trained on {route} weights: name no other")
-    require(route or named, f"{path} does not say how it was trained: name --route dequantized "
-            "(after QLoRA) or original")
-    model = base_for("qlora" if "dequantized" in (route, named) else "lora", base)
+    base, route = settled(path, route=route)
+    model = base_for("qlora" if route == "dequantized" else "lora", base)
     # With the template that it was trained in, if it carries one.
     tokenizer = load_tokenizer(system if (path / "tokenizer.json").is_file() else base)
     require_rows(model, tokenizer)

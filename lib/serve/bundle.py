@@ -27,6 +27,8 @@ class Bundle:
     model: Path
     adapters: dict[str, tuple[Path, float]]
     context: int
+    vocabulary: int  # tokens
+    template: str
 
 
 def open_bundle(path: Path, loras: Sequence[str] = ()) -> Bundle:
@@ -45,9 +47,10 @@ def open_bundle(path: Path, loras: Sequence[str] = ()) -> Bundle:
             adapters[match[1]] = (Path(match[2]), float(match[3] or 0))
         require(name not in adapters, f"adapter {name!r} has the model's name: rename it")
         reader = model_reader(model, {n: file for n, (file, _) in adapters.items()})
-        architecture = metadata(reader, "general.architecture")
-        context = int(metadata(reader, f"{architecture}.context_length"))
-        return Bundle(name, model, adapters, context)
+        context = int(metadata(reader, f"{reader.architecture}.context_length"))
+        vocabulary = len(reader.fields["tokenizer.ggml.tokens"].data)
+        template = str(metadata(reader, "tokenizer.chat_template"))
+        return Bundle(name, model, adapters, context, vocabulary, template)
     except DAMAGE as error:  # a manifest that was edited, or what is read after a header
         raise UserError(f"{path} is damaged ({error}): export it again") from None
 
@@ -59,11 +62,12 @@ class Reader(gguf.GGUFReader):
         require(path.is_file(), f"{path} does not exist: check the path")
         try:
             super().__init__(path)
-            architecture = metadata(self, "general.architecture")
+            self.architecture = metadata(self, "general.architecture")
         except DAMAGE as error:
             raise UserError(f"{path} is not a whole GGUF file ({error}): make it again") from None
-        require(architecture in gguf.MODEL_ARCH_NAMES.values(),
-                f"{path} holds a {architecture} model, which llama.cpp does not know")
+        require(self.architecture in gguf.MODEL_ARCH_NAMES.values(),
+                f"{path} holds a {self.architecture} model, which llama.cpp does not know")
+        self.shapes = {t.name: tuple(map(int, t.shape)) for t in self.tensors}  # columns first
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[Any, ...]:
         if raw_type != gguf.GGUFValueType.ARRAY:
@@ -89,12 +93,12 @@ def model_reader(model: Path, adapters: Mapping[str, Path]) -> Reader:
     require(metadata(reader, "general.type") != "adapter",
             f"{model} is an adapter: name a model, and the adapter with --lora NAME=FILE")
     # A model names itself, and the base of an adapter made elsewhere may be that name.
-    base, weights = metadata(reader, BASE_KEY), shapes(reader)
+    base, weights = metadata(reader, BASE_KEY), reader.shapes
     for name, file in adapters.items():
         adapter = Reader(file)
         require(metadata(adapter, "adapter.type") == "lora",
                 f"adapter {name} is not a LoRA file: export it with `python -m lib export`")
-        adapter_base, factors = metadata(adapter, BASE_KEY), shapes(adapter)
+        adapter_base, factors = metadata(adapter, BASE_KEY), adapter.shapes
         require(adapter_base in (base, metadata(reader, NAME_KEY), None) or base is None,
                 f"adapter {name} was made for {adapter_base!r}, the model is {base!r}: "
                 "export both from the same base")
@@ -110,8 +114,3 @@ def metadata(reader: gguf.GGUFReader, key: str) -> Any:
     """Value of a metadata key, None where there is none."""
     field = reader.fields.get(key)
     return field.contents() if field else None
-
-
-def shapes(reader: Reader) -> dict[str, tuple[int, ...]]:
-    """Shape of each tensor, columns first as GGUF has it."""
-    return {tensor.name: tuple(map(int, tensor.shape)) for tensor in reader.tensors}

@@ -1,18 +1,24 @@
-"""HTTP in front of llama.cpp: unknown models and adapters are errors, in the OpenAI format."""
+"""HTTP in front of llama.cpp, in the OpenAI format: what a request says is done or refused."""
 
 import asyncio
 import contextlib
 import json
+import re
+import secrets
+from collections.abc import Collection, Iterator
 from contextlib import aclosing
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Any
 
 import anyio
 import httpx
-from pydantic import BaseModel, Field, ValidationError, create_model
+import jsonschema
+import llguidance
+from jsonschema.exceptions import best_match
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -20,124 +26,152 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lib.serve.bundle import Bundle
+from lib.settings import ServeSettings
 
-BODY_LIMIT = 4_000_000
-
-
-class Message(BaseModel):
-    """One turn of a chat."""
-
-    role: Literal["system", "user", "assistant"]
-    content: str
+# What a request may say, as JSON schemas by path.
+SCHEMAS = json.loads(Path(__file__).with_name("requests.json").read_text(encoding="utf-8"))
+VALIDATORS = {path: jsonschema.Draft202012Validator({"$defs": SCHEMAS["$defs"]} | schema)
+              for path, schema in SCHEMAS.items() if path.startswith("/")}
 
 
-class Lora(BaseModel, strict=True):
-    """An adapter's scale for one request."""
-
-    name: str
-    scale: float = Field(allow_inf_nan=False)
-
-
-class Request(BaseModel, strict=True):
-    """The fields that we check; all others go to llama.cpp as they are."""
-
-    model: str = ""
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, ge=0, le=1)
-    seed: int | None = Field(None, ge=-1, lt=2**32)
-    stream: bool | None = None
-    n: Literal[1] | None = None
-    stop: str | list[str] | None = None
-    lora: list[Lora] = []
+def insist(condition: object, parameter: str | None, message: str, status: int = 400,
+           code: str | None = None) -> None:
+    """Refuse the request unless `condition` holds."""
+    if not condition:
+        said = f"{parameter}: {message}" if parameter else message
+        raise HTTPException(status, {"message": said, "param": parameter, "code": code})
 
 
-Some = Field(min_length=1)
-Token = Annotated[int, Field(ge=0)]
-Prompt = Annotated[str, Some] | Annotated[list[Token], Some]
-REQUESTS = {
-    "/v1/chat/completions": create_model("Chat", __base__=Request, messages=(list[Message], Some)),
-    "/v1/completions": create_model("Completion", __base__=Request, prompt=(Prompt, ...))}
+def insist_known(kind: str, name: str, names: Collection[str]) -> None:
+    """Refuse a name that is not among these."""
+    insist(name in names, kind, f"unknown {kind} {name!r}: use one of {', '.join(names)}", 404,
+           f"{kind}_not_found")
 
 
-class Refused(HTTPException):
-    """A request that the client has to change."""
-
-    def __init__(self, status: int, message: str, parameter: str | None = None,
-                 code: str | None = None) -> None:
-        super().__init__(status, message)
-        self.parameter, self.code = parameter, code
-
-
-async def error_reply(_: HTTPRequest, error: Exception) -> Response:
+async def error_reply(_: Any, error: Exception) -> Response:
     """Any error in the OpenAI format; a failure of the engine is a 502."""
-    status, message = 502, f"the engine failed ({type(error).__name__}): try again"
-    if isinstance(error, HTTPException):
-        status, message = error.status_code, error.detail
-    return JSONResponse({"error": {
-        "message": message, "type": "invalid_request_error" if status < 500 else "server_error",
-        "param": getattr(error, "parameter", None), "code": getattr(error, "code", None)}}, status)
+    status = error.status_code if isinstance(error, HTTPException) else 502
+    said = getattr(error, "detail", f"the engine failed ({type(error).__name__}): try again")
+    said = said if isinstance(said, dict) else {"message": said, "param": None, "code": None}
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return JSONResponse({"error": said | {"type": kind}}, status)
 
 
-async def read_body(request: HTTPRequest) -> bytes:
-    """The body; Refused above the limit."""
-    body = bytearray()
-    async for chunk in request.stream():  # read on: clients listen when they have sent all
-        if len(body) <= BODY_LIMIT:
-            body += chunk
-    if len(body) > BODY_LIMIT:
-        raise Refused(413, f"the body is over {BODY_LIMIT:,} bytes: send less",
-                      code="request_too_large")
-    return bytes(body)
-
-
-def engine_request(body: bytes, schema: type[Request], bundle: Bundle, context: int
-                   ) -> dict[str, Any]:
-    """The request for llama.cpp, with a scale for each adapter; Refused if it is invalid."""
+def engine_request(body: bytes, path: str, bundle: Bundle, settings: ServeSettings
+                   ) -> tuple[dict[str, Any], list[str]]:
+    """The request for llama.cpp, and the names of the fields that it leaves out."""
     try:
-        request = schema.model_validate_json(body)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise Refused(400, f"{where or 'body'}: {first['msg']}", where or None) from None
-    names = [bundle.name, *bundle.adapters]
-    if request.model not in ("", *names):
-        raise Refused(404, f"unknown model {request.model!r}: use one of {', '.join(names)}",
-                      "model", "model_not_found")
-    scales = {name: scale for name, (_, scale) in bundle.adapters.items()}
-    if request.model in scales:
-        scales = {name: float(name == request.model) for name in scales}
-    for entry in request.lora:
-        if entry.name not in scales:
-            raise Refused(404, f"unknown adapter {entry.name!r}: use one of {', '.join(scales)}",
-                          "lora", "adapter_not_found")
-        scales[entry.name] = entry.scale
-    limit = request.max_tokens or request.max_completion_tokens or 0
-    if limit > context:
-        raise Refused(400, f"max_tokens is {limit}, the context holds {context}", "max_tokens")
-    fields = json.loads(body)
-    fields.pop("id_slot", None)  # the engine chooses the slot
-    return fields | {"model": bundle.name, "lora": [
-        {"id": i, "scale": scale} for i, scale in enumerate(scales.values())]}
+        fields = json.loads(body, parse_constant=int)  # which refuses NaN
+        fields = {name: value for name, value in fields.items() if value is not None}
+    except (ValueError, AttributeError, RecursionError):
+        insist(False, "body", "it is not a JSON object")
+    if error := best_match(VALIDATORS[path].iter_errors(fields)):
+        said = [e.schema["description"] for e in (error.parent or error, error)
+                if "description" in e.schema]
+        insist(False, ".".join(map(str, error.absolute_path)) or None,
+               said[0] if said else error.message[:200])
+    known = {*SCHEMAS["$defs"]["common"]["properties"], *SCHEMAS[path]["properties"]}
+    ignored = sorted(fields.keys() - known)
+    for name in (*ignored, "n", "echo", "best_of", "suffix", "modalities"):
+        fields.pop(name, None)  # those of the known ones have their default values
+    for message in fields.get("messages", ()):
+        message["role"] = message["role"].replace("developer", "system")
+    insist(all(int(token) < bundle.vocabulary for token in fields.get("logit_bias", ())),
+           "logit_bias", f"the vocabulary has {bundle.vocabulary} tokens")
+    insist(all(name in bundle.template for name in fields.get("chat_template_kwargs", ())),
+           "chat_template_kwargs", "the model's chat template does not read all of them")
+    limits = [fields.pop(name) for name in ("max_tokens", "max_completion_tokens", "n_predict")
+              if name in fields]
+    insist(max(limits, default=0) <= settings.context, "max_tokens",
+           f"the context holds {settings.context}")
+    model = fields.get("model") or bundle.name
+    insist_known("model", model, (bundle.name, *bundle.adapters))
+    scales = {name: float(name == model) if model in bundle.adapters else scale
+              for name, (_, scale) in bundle.adapters.items()}
+    for entry in fields.get("lora", ()):
+        insist_known("adapter", entry["name"], scales)
+        scales[entry["name"]] = entry["scale"]
+    tools, choice = fields.get("tools", []), fields.get("tool_choice", "auto")
+    if isinstance(choice, dict):  # only that function is left, and has to be called
+        name, choice = choice["function"]["name"], "required"
+        tools = [tool for tool in tools if tool.get("function", {}).get("name") == name]
+        fields |= {"tools": tools, "tool_choice": choice}
+    insist(choice != "required" or (tools and not fields.get("stream")), "tool_choice", "name one "
+           "of the tools, and leave stream out: whether a call comes is known at the end")
+    constrain(fields)
+    fields["lora"] = [{"id": i, "scale": scale} for i, scale in enumerate(scales.values())]
+    fields["max_tokens"] = min(limits, default=settings.max_tokens)
+    return fields | {"model": bundle.name}, ignored
 
 
-def application(bundle: Bundle, url: str, key: str, context: int, slots: int) -> Starlette:
+def constrain(fields: dict[str, Any]) -> None:
+    """Put a schema as a grammar; refused if a part of it would not be enforced."""
+    wanted = fields.keys() & {"json_schema", "response_format", "grammar"}
+    insist(len(wanted) < 2, "grammar", f"of {', '.join(sorted(wanted))} use one")
+    schema, shape = fields.pop("json_schema", None), fields.pop("response_format", {})
+    if shape.get("type") == "json_object":
+        schema = {"type": "object"}
+    elif "json_schema" in shape:
+        schema = shape["json_schema"]["schema"]
+    if schema is not None:
+        # On the engine's own way from a schema, parts of it are dropped with a warning.
+        fields["grammar"] = f"%llguidance {{}}\nstart: %json {json.dumps(schema)}"
+    if fields.get("grammar", "").startswith("%llguidance"):  # the engine would go on without it
+        error = llguidance.LLMatcher.validate_grammar(fields["grammar"]).partition("   1 |")[0]
+        insist(not error, next(iter(wanted)),
+               " ".join(error.rpartition("JSON schema: ")[2].split()))
+
+
+def left_out(value: Any, prompt: str) -> Iterator[str]:
+    """The texts in messages or tools that a rendered prompt lacks, plain or as JSON."""
+    if isinstance(value, str):
+        forms = (value, *(json.dumps(value, ensure_ascii=only)[1:-1] for only in (True, False)))
+        yield from [value] * (not any(form.strip() in prompt for form in forms))
+    for item in value if isinstance(value, list) else ():
+        yield from left_out(item, prompt)
+    for key, item in value.items() if isinstance(value, dict) else ():
+        if key == "arguments":
+            with contextlib.suppress(ValueError):
+                item = json.loads(item)
+        if key not in ("role", "type", "id", "tool_call_id"):
+            yield from left_out(item, prompt)
+
+
+def admit(request: HTTPRequest, settings: ServeSettings) -> None:
+    """Refuse all but this machine's programs with the key, and the pages that may ask.
+
+    A page may point its own host name here (DNS rebinding), or send a request without asking.
+    """
+    host, origin, given = map(request.headers.get, ("host", "origin", "authorization"))
+    insist(re.fullmatch(r"(127\.0\.0\.1|localhost)(:\d+)?", host or ""), None,
+           f"host {host!r}: use 127.0.0.1 or localhost")
+    insist(not origin or {origin, "*"} & {*settings.cors.split(",")}, None,
+           f"origin {origin!r}: start the server with --cors {origin}", 403)
+    key = settings.api_key and f"Bearer {settings.api_key}"
+    insist(not key or secrets.compare_digest((given or "").encode(), key.encode()), None,
+           "the API key is wrong or missing", 401, "invalid_api_key")
+
+
+def application(bundle: Bundle, url: str, key: str, settings: ServeSettings) -> Starlette:
     """The app that checks requests and passes them to llama.cpp at `url`."""
     # At most `slots` requests reach the engine; the others wait here, in order.
-    gate = asyncio.Semaphore(slots)
+    gate = asyncio.Semaphore(settings.slots)
     # No connection is kept: the engine drops one now and then.
     engine = httpx.AsyncClient(
         base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=None, trust_env=False,
         limits=httpx.Limits(max_connections=None, max_keepalive_connections=0))
 
     async def complete(request: HTTPRequest) -> ASGIApp:
-        path = request.url.path
-        fields = engine_request(await read_body(request), REQUESTS[path], bundle, context)
-        try:
-            call = engine.build_request("POST", path, json=fields)
-        except ValueError:  # in a field that we only pass on
-            raise Refused(400, "a number is not finite: JSON has no such numbers") from None
+        admit(request, settings)
+        path, body = request.url.path, await request.body()
+        fields, ignored = engine_request(body, path, bundle, settings)
+        insist(not (ignored and settings.strict), ", ".join(ignored), "unknown: leave it out")
+        if "messages" in fields:
+            rendered = await engine_json(await engine.post("/apply-template", json=fields), 400)
+            lost = [*left_out([fields["messages"], fields.get("tools")], rendered["prompt"])]
+            insist(not lost, "messages", "the model's chat template leaves out "
+                   f"{', '.join(map(repr, lost))[:200]}: do without, or use another model")
+        call = engine.build_request("POST", path, json=fields)
 
         async def forward(scope: Scope, receive: Receive, send: Send) -> None:
             async def watch() -> None:
@@ -149,38 +183,51 @@ def application(bundle: Bundle, url: str, key: str, context: int, slots: int) ->
                 watcher = asyncio.ensure_future(watch())
                 try:
                     async with gate, aclosing(await engine.send(call, stream=True)) as answer:
-                        response = await engine_reply(answer, bool(fields.get("stream")))
+                        if fields.get("stream") and answer.status_code == 200:
+                            response: Response = StreamingResponse(
+                                answer.aiter_raw(), media_type="text/event-stream")
+                        else:
+                            reply = await engine_json(answer)
+                            # The engine lets a model talk first, up to the limit.
+                            insist(fields.get("tool_choice") != "required" or all(
+                                c["message"].get("tool_calls") for c in reply["choices"]),
+                                "tool_choice", "no call came: raise max_tokens", 502)
+                            response = JSONResponse(reply)
+                        if ignored:
+                            response.headers["x-ignored-fields"] = json.dumps(ignored)[1:-1][:999]
                         await response(scope, receive, send)
                 finally:
                     watcher.cancel()
 
         return forward
 
-    async def models(_: HTTPRequest) -> Response:
-        return JSONResponse({"object": "list", "data": [
-            {"id": name, "object": "model", "created": 0, "owned_by": "lib"}
-            for name in (bundle.name, *bundle.adapters)]})
-
+    async def models(request: HTTPRequest) -> Response:
+        admit(request, settings)
+        rows = {name: {"id": name, "object": "model", "created": 0, "owned_by": "lib"}
+                for name in (bundle.name, *bundle.adapters)}
+        if name := request.path_params.get("name"):
+            insist_known("model", name, rows)
+            return JSONResponse(rows[name])
+        return JSONResponse({"object": "list", "data": [*rows.values()]})
     async def status(request: HTTPRequest) -> Response:
+        admit(request, settings)
         answer = await engine.get(request.url.path)
-        return Response(answer.content, answer.status_code,
-                        media_type=answer.headers.get("content-type"))
+        return Response(answer.content, answer.status_code, dict(answer.headers))
 
+    pages = [Middleware(CORSMiddleware, allow_origins=settings.cors.split(","),
+                        allow_methods=["GET", "POST"], allow_headers=["*"],
+                        expose_headers=["x-ignored-fields"])] if settings.cors else []
     return Starlette(
-        routes=[*(Route(path, complete, methods=["POST"]) for path in REQUESTS),
-                Route("/v1/models", models), Route("/health", status), Route("/metrics", status)],
-        # DNS rebinding: a web page may point its own host name here to read the answers.
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])],
-        exception_handlers=dict.fromkeys(
+        routes=[*(Route(path, complete, methods=["POST"]) for path in VALIDATORS),
+                Route("/v1/models", models), Route("/v1/models/{name:path}", models),
+                Route("/health", status), Route("/metrics", status)],
+        middleware=pages, exception_handlers=dict.fromkeys(
             (HTTPException, ClientDisconnect, httpx.HTTPError, ValueError), error_reply))
 
 
-async def engine_reply(answer: httpx.Response, stream: bool) -> Response:
-    """llama.cpp's answer for the client; Refused if it is an error."""
-    if stream and answer.status_code == 200:
-        return StreamingResponse(answer.aiter_raw(), media_type="text/event-stream")
+async def engine_json(answer: httpx.Response, status: int = 0) -> dict[str, Any]:
+    """llama.cpp's answer; refused, with its status or this one, if it is an error."""
     reply = json.loads(await answer.aread())
-    if "error" in reply:
-        raise Refused(answer.status_code, reply["error"]["message"],
-                      code=reply["error"].get("type"))
-    return JSONResponse(reply)
+    if error := reply.get("error"):
+        insist(False, None, error["message"], status or answer.status_code, error.get("type"))
+    return reply

@@ -30,7 +30,7 @@ HOST = "127.0.0.1"
 GRACE = 20  # seconds that running requests get to finish when the server stops
 
 
-def start_engine(bundle: Bundle, settings: ServeSettings, context: int, key: str) -> Any:
+def start_engine(bundle: Bundle, settings: ServeSettings, key: str) -> Any:
     """llama.cpp's own server on a free loopback port, for holders of the key only."""
     params = xllamacpp.CommonParams()
     params.model.path, params.model_alias = str(bundle.model), {bundle.name}
@@ -39,8 +39,8 @@ def start_engine(bundle: Bundle, settings: ServeSettings, context: int, key: str
     with socket.create_server((HOST, 0)) as probe:  # the engine does not take port 0
         params.port = probe.getsockname()[1]
     params.hostnames, params.api_keys = [HOST], [key]
-    params.n_ctx, params.n_parallel = context * settings.slots, settings.slots
-    threads = settings.threads or cores()
+    params.n_ctx = min(settings.context, bundle.context) * settings.slots
+    params.n_parallel, threads = settings.slots, settings.threads or cores()
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.endpoint_metrics, params.ui, params.verbosity = True, False, 0
     params.cache_ram_mib = 0  # prompts kept beside the slots would grow to 8 GB
@@ -74,9 +74,9 @@ def serve(path: Path, settings: ServeSettings, loras: Sequence[str] = (), *,
     with listener:
         # Connections inherit this; Nagle's algorithm would delay each part of a stream by 40 ms.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        key, context = secrets.token_urlsafe(), min(settings.context, bundle.context)
-        engine = start_engine(bundle, settings, context, key)
-        app = application(bundle, engine.listening_address, key, context, settings.slots)
+        key = secrets.token_urlsafe()
+        engine = start_engine(bundle, settings, key)
+        app = application(bundle, engine.listening_address, key, settings)
         served = Served(f"http://{HOST}:{listener.getsockname()[1]}/v1", os.getpid())
         names = ", ".join((bundle.name, *bundle.adapters))
         print(json.dumps(vars(served)) if until_eof else f"serving {names} at {served.url}",

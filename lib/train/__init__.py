@@ -5,5 +5,4 @@ from lib import exports
 __getattr__, __all__ = exports(__name__, {
     "lora": "adapter_factors count_adapter count_trainable delta_weight linear_shapes "
             "load_adapter lora_config singular_values",
-    "training": "base_for train",
-    "fused_step": "fused"})
+    "training": "base_for train", "fused_step": "fused"})

@@ -103,6 +103,20 @@ def origin(directory: Path | str) -> tuple[str, str]:
             {"qlora": "dequantized", "lora": "original"}.get(mode, ""))
 
 
+def settled(directory: Path, model: str = "", route: str = "") -> tuple[str, str]:
+    """(base, route) of an adapter, or those named; UserError if it has others, or none."""
+    base, own = origin(directory)
+    require(base or model, f"{directory} does not say what it was trained on: name its base with "
+            "--model, or merge it and name the result")
+    require(not (base and model) or Path(base).resolve() == Path(model).resolve(),
+            f"{directory} was trained on {base}, not on {model}: name its base")
+    require(own or route, f"{directory} does not say how it was trained: name --route dequantized "
+            "(after QLoRA) or original")
+    require(route in ("", own) or not own, f"{directory} was trained on the {own} weights, not on "
+            f"the {route} ones: use --route {own}")
+    return model or base, own or route
+
+
 def load_adapter(model: PreTrainedModel, directory: Path | str) -> PeftModel:
     """The model with a saved adapter. UserError if a file is damaged or does not fit."""
     directory = Path(directory)

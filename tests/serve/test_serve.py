@@ -1,6 +1,8 @@
 """lib.serve over HTTP: a real server process, httpx, the openai package, and bad requests."""
 
 import contextlib
+import copy
+import functools
 import json
 import math
 import os
@@ -33,6 +35,21 @@ from lib.settings import TARGETS
 from lib.train.lora import load_adapter
 
 NAMES = ("red", "blue")
+# As in Qwen 2.5. It knows tools, their answers and `polite`.
+TOOL_TEMPLATE = """
+{%- if tools %}{{- '<|im_start|>system\n<tools>' }}{%- for tool in tools %}{{- '\n' }}
+{{- tool | tojson }}{%- endfor %}{{- '\n</tools>\nFor each call return <tool_call>\n
+{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call><|im_end|>\n' }}
+{%- endif %}{%- if polite %}{{- 'Be polite.' }}{%- endif %}{%- for message in messages %}
+{%- if message.role == 'tool' %}
+{{- '<|im_start|>user\n<tool_response>\n' + message.content + '\n</tool_response><|im_end|>\n' }}
+{%- else %}{{- '<|im_start|>' + message.role + '\n' }}
+{%- if message.content %}{{- message.content }}{%- endif %}
+{%- for call in message.tool_calls or [] %}
+{{- '\n<tool_call>\n{"name": "' + call.function.name + '", "arguments": ' }}
+{{- call.function.arguments | tojson }}{{- '}\n</tool_call>' }}{%- endfor %}
+{{- '<|im_end|>\n' }}{%- endif %}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
 OPTIONS = ("--context", "256", "--slots", "4")
 
 
@@ -42,6 +59,9 @@ def folder(_tiny: LlamaForCausalLM, tiny_gguf: Path, tokenizer: PreTrainedTokeni
     """A random model and two adapters, whose answers all differ."""
     folder = tmp_path_factory.mktemp("serve")
     write_model(tiny_gguf, folder / "tiny.gguf", gguf_type="F32", tokenizer=tokenizer)
+    with_tools = copy.deepcopy(tokenizer)
+    with_tools.chat_template = TOOL_TEMPLATE
+    write_model(tiny_gguf, folder / "tools.gguf", gguf_type="F32", tokenizer=with_tools)
     for seed, name in enumerate(NAMES):
         adapter = saved_adapter(_tiny, folder / name, seed=seed, r=8, lora_alpha=32,
                                 target_modules=list(TARGETS["aggressive"]))
@@ -97,12 +117,45 @@ def test_only_loopback_listens(server: Served) -> None:
     assert set(listening) == {"127.0.0.1"}
 
 
-@pytest.mark.parametrize(("host", "status"), [
-    ("127.0.0.1", 200), ("localhost:8080", 200), ("evil.example", 400), ("127.0.0.1.nip.io", 400)])
-def test_only_this_machines_names_are_answered(client: httpx.Client, host: str,
-                                               status: int) -> None:
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost:8080", "evil.example",
+                                  "127.0.0.1.nip.io"])
+def test_only_this_machines_names_are_answered(client: httpx.Client, host: str) -> None:
     """A web page can point its own host name to 127.0.0.1, but it sends that name."""
-    assert client.get("models", headers={"Host": host}).status_code == status
+    for reply in (client.get("models", headers={"Host": host}),
+                  client.post(CHAT, json=body(), headers={"Host": host})):
+        if host.split(":")[0] in ("127.0.0.1", "localhost"):
+            assert reply.status_code == 200
+        else:
+            refusal(reply, 400)
+
+
+def test_one_model_is_listed(client: httpx.Client) -> None:
+    assert client.get("/models/red").json()["id"] == "red"
+    assert refusal(client.get("/models/green"), 404)["code"] == "model_not_found"
+
+
+def test_key_pages_and_strict(folder: Path) -> None:
+    options = ("--strict", "--api-key", "secret", "--cors", "http://page.example", "--max-tokens",
+               "3")
+    with (running(folder / "tiny.gguf", *OPTIONS, *options) as served,
+          httpx.Client(base_url=served.url, timeout=60) as client):
+        assert refusal(client.post(CHAT, json=body()), 401)["code"] == "invalid_api_key"
+        client.headers["Authorization"] = "Bearer secret"
+        page = {"Origin": "http://page.example"}
+        asks = client.options(CHAT, headers=page | {"Access-Control-Request-Method": "POST"})
+        assert asks.headers["access-control-allow-origin"] == page["Origin"]
+        allowed = client.post(CHAT, json=body(), headers=page)
+        assert content(allowed) and allowed.headers["access-control-allow-origin"] == page["Origin"]
+        refusal(client.post(CHAT, json=body(), headers={"Origin": "http://evil.example"}), 403)
+        assert refusal(client.post(CHAT, json=body(mood="good")), 400)["param"] == "mood"
+        reply = client.post(CHAT, json={"messages": HELLO, "temperature": 0})
+        assert reply.json()["usage"]["completion_tokens"] == 3  # nobody said how many
+
+
+def test_pages_are_not_answered_by_default(client: httpx.Client) -> None:
+    page = {"Origin": "http://page.example"}
+    refusal(client.post(CHAT, json=body(), headers=page), 403)
+    refusal(client.options(CHAT, headers=page | {"Access-Control-Request-Method": "POST"}), 405)
 
 
 def test_engine_needs_the_key(server: Served) -> None:
@@ -184,24 +237,51 @@ def test_openai_client(server: Served) -> None:
 
 CHAT, PLAIN = "/chat/completions", "/completions"
 HELLO = [{"role": "user", "content": "Hello"}]
+TOOL = {"type": "function", "function": {
+    "name": "weather", "description": 'Of a "place" in \u00e9',
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}
+CALL = {"id": "a", "type": "function", "function": {"name": "weather", "arguments":
+                                                    '{"city": "Z\u00fcrich"}'}}
 BAD = [
     *((CHAT, data, 400) for data in (
         b"", b"{", b"[1, 2]", b"null", b"\xff\xfe{}", b'{"messages": NaN}', b"[" * 100_000,
         b'{"messages": [{"role": "user", "content": "Hi"}], "min_p": 1e999}')),
     *((CHAT, {"messages": messages}, 400) for messages in (
         [], "Hello", [{}], ["Hello"], [{"role": "user", "content": 5}],
-        [{"role": "robot", "content": "Hello"}], [{"role": "user", "content": "word " * 400}])),
+        [{"role": "robot", "content": "Hello"}], [{"role": "user", "content": "word " * 400}],
+        [{"role": "user"}], [{"role": "user", "content": None}],
+        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a"}}]}],
+        [*HELLO, {"role": "assistant", "content": None, "tool_calls": [CALL]}],
+        [{"role": "user", "content": "Hello", "name": "Ann"}])),
     *((CHAT, {"messages": HELLO, name: value}, 400) for name, value in (
         ("max_tokens", -1), ("max_tokens", 0), ("max_tokens", 257), ("max_tokens", 10**30),
         ("max_tokens", 2.5), ("max_tokens", "ten"), ("max_tokens", True),
         ("max_completion_tokens", -5), ("temperature", "hot"), ("temperature", -1), ("top_p", 2),
         ("stream", "yes"), ("n", 0), ("n", 3), ("seed", "x"), ("model", 5), ("stop", 5),
-        ("min_p", math.nan), ("response_format", {"type": "poem"}), ("lora", 5),
+        ("min_p", math.nan), ("min_p", 5), ("top_k", 2.5), ("repeat_penalty", True), ("stop", [""]),
+        ("logit_bias", {"a": 1}), ("logit_bias", {"99999999": 1}), ("logit_bias", {"1": 101}),
+        ("stream_options", {"include_usage": True}), ("functions", []), ("modalities", ["audio"]),
+        ("top_logprobs", 3), ("prompt", "a"), ("chat_template_kwargs", {"enable_thinking": False}),
+        ("tools", [TOOL]), ("tool_choice", "required"), ("n_predict", -1),
+        ("grammar", "root ::= ("),
+        ("grammar", "%llguidance {}\nstart: ("), *(("response_format", shape) for shape in (
+            "json", {"type": "poem"}, {"type": "json_object", "schema": {}},
+            {"type": "json_schema"}, {"type": "json_schema", "schema": {}},
+            {"type": "json_schema", "json_schema": {
+                "name": "a", "schema": {"type": "array", "uniqueItems": True}}})),
+        *(("json_schema", schema) for schema in (
+            {"type": "string", "pattern": "^(?=a)b$"}, {"type": "string", "pattern": "^(a$"},
+            {"type": "string", "format": "colour"}, {"not": {"type": "string"}},
+            {"type": "object", "dependentRequired": {"a": ["b"]}}, {"$ref": "#/nowhere"})),
+        ("lora", 5),
         ("lora", [{"name": "red"}]), ("lora", [{"name": "red", "scale": "0.5"}]),
         ("lora", [{"name": "red", "scale": True}]),
         ("lora", [{"name": "red", "scale": math.inf}]))),
     *((PLAIN, {"prompt": prompt}, 400) for prompt in (
-        5, None, "", [], [-1], [10**6], [1, "a"], "word " * 400)),
+        5, None, "", [], [-1], [10**6], [1, "a"], "word " * 400, ["a", "b"], [[1], [2]])),
+    *((PLAIN, {"prompt": "a", name: value}, 400) for name, value in (
+        ("echo", True), ("suffix", "b"), ("best_of", 2), ("n", 2), ("logprobs", 0), ("tools", []),
+        ("messages", HELLO))),
     (CHAT, {}, 400), (PLAIN, {}, 400), ("/nowhere", {}, 404),
     (CHAT, {"messages": HELLO, "model": "green"}, 404), (PLAIN, {"prompt": "a", "model": "x"}, 404),
     (CHAT, {"messages": HELLO, "lora": [{"name": "green", "scale": 1}]}, 404),
@@ -216,16 +296,71 @@ def test_bad_requests(client: httpx.Client, path: str, sent: object, status: int
     assert content(client.post(CHAT, json=body()))  # it still serves
 
 
+def test_fields_that_are_not_known_are_named(client: httpx.Client) -> None:
+    reply = client.post(CHAT, json=body(user="me", mood="good", seed=None, n=1, stop=[]))
+    assert content(reply) == content(client.post(CHAT, json=body()))
+    assert reply.headers["x-ignored-fields"] == '"mood", "user"'
+    for known in (body(seed=3), body(modalities=["text"]), body(logit_bias={"5": 1})):
+        assert "x-ignored-fields" not in client.post(CHAT, json=known).headers
+    assert client.post(PLAIN, json={"prompt": "a", "max_tokens": 2, "echo": False, "suffix": "",
+                                    "best_of": 1}).status_code == 200
+
+
+def test_the_smaller_limit_counts(client: httpx.Client) -> None:
+    for limits in ({"max_tokens": 5, "max_completion_tokens": 3}, {"n_predict": 3}):
+        sent = {"messages": HELLO, "temperature": 0, "ignore_eos": True} | limits
+        assert client.post(CHAT, json=sent).json()["usage"]["completion_tokens"] == 3
+
+
+def test_texts_may_come_in_parts_and_from_developers(client: httpx.Client) -> None:
+    def prompt(*messages: dict) -> int:
+        return client.post(CHAT, json=body(messages=messages)).json()["usage"]["prompt_tokens"]
+
+    parts = [{"type": "text", "text": "Hello"}, {"type": "text", "text": "there"}]
+    assert prompt({"role": "user", "content": parts}) == prompt(
+        {"role": "user", "content": "Hello\nthere"})
+    assert prompt({"role": "developer", "content": "Be kind"}, *HELLO) == prompt(
+        {"role": "system", "content": "Be kind"}, *HELLO) > prompt(*HELLO)
+
+
+@pytest.mark.parametrize(("schema", "shape"), [
+    ({"enum": ["yes", "no"]}, '"(yes|no)"'),
+    ({"type": "integer", "minimum": 3, "maximum": 4}, "[34]"),
+    ({"type": "string", "pattern": "^[ab]{2}$"}, '"[ab]{2}"')])
+@pytest.mark.parametrize("path", ["/chat/completions", "/completions"])
+def test_answers_obey_a_schema(client: httpx.Client, path: str, schema: dict, shape: str) -> None:
+    asked = {"messages": HELLO} if path == CHAT else {"prompt": "Hello"}
+    wrapped = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    for options in ({"json_schema": schema}, {"response_format": wrapped}):
+        choice = client.post(path, json=asked | options | {"max_tokens": 20}).json()["choices"][0]
+        text = choice["text"] if path == PLAIN else choice["message"]["content"]
+        assert re.fullmatch(shape, text.strip()), text
+
+
+def test_tools_where_the_template_knows_them(folder: Path) -> None:
+    tool, asked = {"tools": [TOOL]}, [*HELLO, {"role": "assistant", "content": None, "tool_calls":
+                                               [CALL]}, {"role": "tool", "content": "sunny"}]
+    other = {"type": "function", "function": {"name": "news"}}
+    asked_for = functools.partial(body, model="")
+    with (running(folder / "tools.gguf", "--context", "1024") as served,
+          httpx.Client(base_url=served.url, timeout=60) as client):
+        for sent in ({"messages": HELLO}, {"messages": asked}, {"tool_choice": "none"},
+                     {"chat_template_kwargs": {"polite": True}}):
+            assert client.post(CHAT, json=asked_for(**tool | sent)).status_code == 200
+        for choice in ("required", {"type": "function", "function": {"name": "weather"}}):
+            reply = client.post(CHAT, json=asked_for(tool_choice=choice, **tool))
+            # A random model need not come to the call, but then nobody takes its text for one.
+            assert reply.status_code == 502 or reply.json()["choices"][0]["message"]["tool_calls"]
+        for wrong in ({"tool_choice": "any"}, {"tool_choice": other}, {"tools": [{"type": "web"}]},
+                      {"tool_choice": "required", "stream": True}, {"messages": [
+                          *HELLO, {"role": "assistant", "tool_calls": [{"function": {}}]}]}):
+            refusal(client.post(CHAT, json=asked_for(**tool | wrong)), 400)
+
+
 @pytest.mark.parametrize("slot", [99, -7, "one"])
 def test_clients_do_not_choose_the_slot(client: httpx.Client, slot: object) -> None:
     assert content(client.post(CHAT, json=body(id_slot=slot))) == content(
         client.post(CHAT, json=body()))
-
-
-def test_a_body_of_50_mb(client: httpx.Client) -> None:
-    error = refusal(client.post(CHAT, content=b"x" * 50_000_000), 413)
-    assert error["code"] == "request_too_large"
-    assert content(client.post(CHAT, json=body()))
 
 
 def test_clients_that_disconnect(client: httpx.Client, server: Served) -> None:
