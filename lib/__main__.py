@@ -18,7 +18,6 @@ from lib.settings import MODES, PROFILES, ServeSettings, TrainSettings
 
 # Commands import what they need: torch takes seconds, and a mistake should show at once.
 DIR: dict[str, Any] = {"type": Path, "metavar": "DIR"}
-EXAMPLES = 256  # that weigh columns
 ALIASES = {"bench": "run a benchmark: python -m data.evidence", "slides": "build a deck for each "
            "notebook", "site": "build the course as a static site"}
 LIMIT: dict[str, Any] = {"type": float, "default": math.inf}
@@ -183,7 +182,7 @@ def dispatch(args: argparse.Namespace) -> None:
             from lib.base.records import Records
 
             records = args.importance and [
-                *itertools.islice(Records(args.importance, ignore=args.ignore), EXAMPLES)]
+                *itertools.islice(Records(args.importance, ignore=args.ignore), 256)]
             from lib.quantize.gguf import commands, export
 
             kinds = export(args.out, gguf_type=args.type, route=args.route, merged=args.merge,

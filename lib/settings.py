@@ -34,11 +34,9 @@ class TrainSettings:
     targets: str = "aggressive"  # key of TARGETS, or module names separated by commas
     rank: int = 16
     alpha: int = 32
-    # The tutorial has 0.05. Here an example is seen a few times at most, and a mask costs time.
-    dropout: float = 0.0
+    dropout: float = 0.0  # the tutorial has 0.05; here an example is seen a few times at most
     rslora: bool = False
-    # The tutorial has 2e-4. Here model and run are small; data/results/ has the sweep.
-    learning_rate: float = 3e-3
+    learning_rate: float = 3e-3  # the tutorial has 2e-4; model and run are small here
     steps: int = 100  # optimizer steps in each process
     batch_size: int = 16  # examples in a step: the tutorial's effective batch
     accumulate: int = 1  # parts in which a batch is computed: less memory, the same sums
@@ -50,6 +48,7 @@ class TrainSettings:
     eval_share: float = 0.0  # of the records, for validation along the way
     eval_every: int = 0  # steps between two validations; 0 is a tenth of the run
     patience: int = 0  # validations without gain after which the run stops; 0 is never
+    report_to: str = "none"  # or tensorboard, trackio, ...: where losses go as well
     plain: bool = False  # TRL's own step instead of ours
 
     def __post_init__(self) -> None:

@@ -44,16 +44,11 @@ def quiet() -> None:
 def locate(model: str) -> str:
     """Directory or hub id to load from. Converts the embedded model on first use."""
     if model == EMBEDDED and not (MODEL_CACHE / "manifest.json").is_file():
-        _convert()
+        quiet()
+        print("Preparing the base model (once, under a minute) ...", file=sys.stderr)
+        with embedded_gguf() as gguf, contextlib.redirect_stderr(io.StringIO()):  # progress bars
+            save_dequantized(gguf, MODEL_CACHE, dtype="float16", source=WHEEL)
     return str(MODEL_CACHE) if model == EMBEDDED else model
-
-
-def _convert() -> None:
-    """Wheel -> GGUF -> dequantised safetensors."""
-    quiet()
-    print("Preparing the base model (once, under a minute) ...", file=sys.stderr)
-    with embedded_gguf() as gguf, contextlib.redirect_stderr(io.StringIO()):  # progress bars
-        save_dequantized(gguf, MODEL_CACHE, dtype="float16", source=WHEEL)
 
 
 def save_dequantized(gguf: Path, out: Path, *, dtype: str, source: str) -> None:

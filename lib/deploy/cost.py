@@ -1,11 +1,11 @@
 """What deployed files cost where they run: peak memory and time a token, measured here."""
 
 import math
-import multiprocessing
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,7 @@ def cost(folder: Path, task: str) -> Cost:
                 ask(client, body)  # from now on the prompt is cached
                 token_ms = 1e3 / ask(client, body).decode
         else:
-            fresh = multiprocessing.get_context("spawn")  # it has what the files take, no more
-            with ProcessPoolExecutor(1, mp_context=fresh) as pool:
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                 token_ms = pool.submit(packed_ms, folder, instruction).result()
     return Cost(peak["mb"], token_ms)
 

@@ -18,12 +18,15 @@ from lib.serve.client import ask_all, question
 from lib.train.lora import load_adapter, settled
 from lib.train.training import base_for
 
+LABELS = 8  # so many different answers, or fewer, are labels
+
 
 @dataclass(frozen=True)
 class Evaluation:
     """What one system did: empty where there is nothing to measure."""
 
-    scores: dict[str, Score]  # "exact match" with the last turn, and "keyword": the label is in it
+    # "exact match" with the last turn; "keyword": the label is in it; "likeliest": of few answers
+    scores: dict[str, Score]
     losses: tuple[float, ...]  # mean negative log-likelihood of a learned token, nats, by record
     loss: float  # the mean over all learned tokens
 
@@ -50,16 +53,15 @@ def open_system(system: str, route: str = "") -> tuple[Any, Any]:
 
 def evaluate(system: str, records: Sequence[Record], *, new_tokens: int = 128, route: str = "",
              learn: str = "all", places: Sequence[str] = ()) -> Evaluation:
-    """One system on records: `open_system` says which, or the address of a server, http://...
+    """One system on records: what `open_system` opens, or the address of a server, http://...
 
-    "http://127.0.0.1:8080/v1#NAME" asks for the model of that name. Of a server there is no loss.
-    `learn` as in `encode`, which names the records by `places` in its errors.
+    ".../v1#NAME" asks a server for that model. `learn` as in `encode`; `places` name the records.
     """
     asked = [record for record in records if "messages" in record]
     require(not any("tools" in record for record in asked), "records with tools are not scored: "
             "leave them out with --ignore tools")
     prompts = [record["messages"][:-1] for record in asked]
-    losses, total, tokens, texts = [], 0.0, 0, []
+    losses, total, tokens, texts, chosen = [], 0.0, 0, [], []
     if system.startswith(("http://", "https://")):
         url, _, name = system.partition("#")
         require(prompts, f"{url} can be asked, but plain texts have no question: give a model")
@@ -77,13 +79,27 @@ def evaluate(system: str, records: Sequence[Record], *, new_tokens: int = 128, r
             for loss, count in batch_losses(model, pairs, 1):
                 losses.append(loss / count)
                 total, tokens = total + loss, tokens + count
+            answers = [*{row["messages"][-1]["content"]: None for row in asked}]
+            if 1 < len(answers) <= min(LABELS, len(asked) / 2):
+                chosen = [likeliest(model, tokenizer, row, answers) for row in asked]
         if prompts:
             texts = generate(model, tokenizer, prompts, max_new_tokens=new_tokens)
     pairs = [*zip(texts, asked, strict=True)]
     hits = {"exact match": [text == row["messages"][-1]["content"].strip() for text, row in pairs],
-            "keyword": [keyword_hit(text, str(row[LABEL])) for text, row in pairs if LABEL in row]}
+            "keyword": [keyword_hit(text, str(row[LABEL])) for text, row in pairs if LABEL in row],
+            "likeliest": [text == row["messages"][-1]["content"]
+                          for text, row in zip(chosen, asked, strict=False)]}
     scores = {name: Score(tuple(right), tuple(texts)) for name, right in hits.items() if right}
     return Evaluation(scores, tuple(losses), total / max(tokens, 1))
+
+
+def likeliest(model: Any, tokenizer: Any, record: Record, answers: Sequence[str]) -> str:
+    """The answer whose tokens together are the likeliest."""
+    *prompt, last = record["messages"]
+    pairs = (encode(tokenizer, {"messages": [*prompt, last | {"content": answer}]}, learn="last")
+             for answer in answers)
+    losses = [loss for loss, _ in batch_losses(model, pairs, 1)]
+    return answers[losses.index(min(losses))]
 
 
 def differences(one: Evaluation, other: Evaluation) -> dict[str, tuple[float, float, float]]:

@@ -14,7 +14,7 @@ from lib.coa.configuration import sensitivities, spend
 from lib.deploy.packed import MB, TASKS, folder_size, load_base, require_budget, require_new
 from lib.errors import require
 from lib.evaluate.scores import Score, keyword_hit
-from lib.files import ROOT, verified
+from lib.files import ROOT
 from lib.quantize.correction import WEIGHED_BY, encode_with_feedback, input_roots
 from lib.quantize.formats import decode, encode, round_trip
 from lib.quantize.gguf import Encoded, export
@@ -57,7 +57,6 @@ def deploy_gguf(task: str, budget_mb: float, out: Path, *, examples: int = 32,
     """
     require_new(task, budget_mb, out)
     base, adapter = load_base(model), folder / "adapters" / f"{task}_qlora"
-    verified(adapter)
     linears = base.layers.names
     require(adapter_factors(adapter).keys() == {*linears},
             f"{adapter} does not adapt each linear layer: train one with targets aggressive")

@@ -139,7 +139,6 @@ def write_model(source: Path, out: Path, *, weights: PreTrainedModel | None = No
         {type: the kinds of matrices that have it}; rows may not suit `gguf_type` (`fitting`).
     """
     reader, kinds = Reader(source), dict[str, set[str]]()
-    fitting(gguf_type, 256)  # an unknown type is refused before the work
     state, found = (weights.state_dict(), places(reader, weights)) if weights else ({}, {})
     with _writer(out, reader, "model", base, tokenizer) as writer:
         for tensor in reader.tensors:

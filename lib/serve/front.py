@@ -163,8 +163,8 @@ def application(bundle: Bundle, url: str, key: str, settings: ServeSettings) -> 
 
     async def complete(request: HTTPRequest) -> ASGIApp:
         admit(request, settings)
-        path, body = request.url.path, await request.body()
-        fields, ignored = engine_request(body, path, bundle, settings)
+        path = request.url.path
+        fields, ignored = engine_request(await request.body(), path, bundle, settings)
         insist(not (ignored and settings.strict), ", ".join(ignored), "unknown: leave it out")
         if "messages" in fields:
             rendered = await engine_json(await engine.post("/apply-template", json=fields), 400)

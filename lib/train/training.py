@@ -23,6 +23,7 @@ from datasets.arrow_writer import ArrowWriter
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
+from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig, SFTTrainer
 
 from lib.base import quantized_config
@@ -177,7 +178,9 @@ def make_trainer(model: PreTrainedModel, tokenizer: Any, records: Iterable[Recor
                  settings: TrainSettings, *, work: Path, say_every: int = 0,
                  held: Iterable[Record] | None = None) -> SFTTrainer:
     """The trainer for a model without an adapter, which it adds."""
-    on_gpu = torch.cuda.is_available()
+    on_gpu, known = torch.cuda.is_available(), get_available_reporting_integrations()
+    require(settings.report_to in ("none", *known), f"report to {settings.report_to!r}: install "
+            f"it first, or use one of {', '.join(('none', *known))}")
     args = SFTConfig(
         output_dir=str(work), max_steps=settings.steps, seed=settings.seed,
         per_device_train_batch_size=settings.batch_size // settings.accumulate,
@@ -196,7 +199,7 @@ def make_trainer(model: PreTrainedModel, tokenizer: Any, records: Iterable[Recor
         gradient_checkpointing_kwargs={"use_reentrant": True} if is_sharded() else None,
         # Our checkpoints hold whole tensors, which no process has under FSDP.
         save_strategy="no" if is_sharded() else "steps", save_steps=CHECKPOINT_EVERY,
-        ddp_find_unused_parameters=False, report_to="none", disable_tqdm=True,
+        ddp_find_unused_parameters=False, report_to=settings.report_to, disable_tqdm=True,
         logging_steps=1, logging_nan_inf_filter=False)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     require(settings.max_length <= (context or math.inf), f"--max-length {settings.max_length} is "

@@ -1,6 +1,7 @@
 """`python -m lib evaluate`: systems of each kind on the same records."""
 
 import copy
+import itertools
 import json
 import math
 import shutil
@@ -12,7 +13,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from lib.__main__ import main
 from lib.base.model import load_model, load_tokenizer
-from lib.base.records import Records
+from lib.base.records import IGNORED, Records, encode
 from lib.deploy.evaluation import Evaluation, differences, evaluate
 from lib.evaluate.scores import generate, held_out_loss
 from lib.files import read_json, write_json
@@ -66,6 +67,19 @@ def test_models_adapters_and_servers(data: Path, adapter: Path, tiny_directory: 
         assert texts(evaluate(served.url, records, new_tokens=6)) == texts(plain)
         other = evaluate(f"{served.url}#mine", records, new_tokens=6)
         assert texts(other) == texts(tuned) and not other.losses
+
+
+def test_the_likeliest_of_few_answers(tiny_directory: str) -> None:
+    """Labels are compared by their likelihood, so a model need not write them."""
+    tokenizer = load_tokenizer(tiny_directory)
+    rows = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
+            for q, a in itertools.product(["Good?", "And now?"], ["Yes, it is.", "No."])]
+    done = evaluate(tiny_directory, rows, new_tokens=2)
+    nats = [mean * sum(label != IGNORED for label in encode(tokenizer, row)[1])
+            for mean, row in zip(done.losses, rows, strict=True)]
+    expected = [nats[i] == min(nats[i // 2 * 2:i // 2 * 2 + 2]) for i in range(4)]
+    assert list(done.scores["likeliest"].hits) == expected and sum(expected) == 2
+    assert "likeliest" not in evaluate(tiny_directory, rows[:3], new_tokens=2).scores
 
 
 def test_the_command(data: Path, adapter: Path, tiny_directory: str, tmp_path: Path,

@@ -160,6 +160,7 @@ ROWS: dict[str, tuple[Call, str, str]] = {
     "bench: unknown": (["bench", "nothing"], "'nothing'", "python -m data.evidence"),
 
     "train: no data": (["train", "--out", "out"], "required: --data", HELP),
+    "train: report to nobody": ([*TRAIN, "--report-to", "nobody"], "report to 'nobody'", "install"),
     "train: missing data": (data("none.jsonl"), "none.jsonl", "check the path"),
     "train: data is a folder": (data("folder"), "folder", "give a .jsonl"),
     "train: not JSON": (data("text.jsonl"), "text.jsonl:1 is no", "one object|one JSON object"),
