@@ -6,17 +6,23 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+from peft import get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
 
 from data.evidence.bench import median_and_range
 from lib.base.embedded import quiet
-from lib.base.model import load_model, load_tokenizer
-from lib.base.records import sensors
+from lib.base.model import best_dtype, load_model, load_tokenizer, pad_right
+from lib.base.records import encode, sensors
+from lib.evaluate.scores import answer_loss
 from lib.files import scratch
 from lib.settings import TARGETS, TrainSettings, seed_everything
+from lib.train.fused_step import fused
+from lib.train.lora import lora_config
 from lib.train.training import make_trainer, run_trainer
 
-STEPS, REPEATS = 6, 3
+STEPS, REPEATS = 3, 3
 
 
 class StepClock(TrainerCallback):
@@ -47,8 +53,8 @@ EAGER = Arm(plain=True, attention="eager")
 OURS = Arm(plain=False, attention="eager")
 
 
-def time_arm(arm: Arm, settings: TrainSettings) -> tuple[float, float]:
-    """(tokens per second, mean loss) of a few steps; tokens without padding."""
+def time_arm(arm: Arm, settings: TrainSettings) -> tuple[float, float, float]:
+    """(tokens per second, mean loss, seconds of a step) of a few steps; tokens without padding."""
     seed_everything(settings.seed)
     tokenizer = load_tokenizer()
     records = sensors("train", settings.steps * settings.batch_size)
@@ -63,7 +69,37 @@ def time_arm(arm: Arm, settings: TrainSettings) -> tuple[float, float]:
         trainer.add_callback(clock)
         result = run_trainer(trainer, replace(settings, plain=arm.plain))
         tokens = sum(map(len, trainer.train_dataset["input_ids"])) / settings.steps
-    return tokens / statistics.median(clock.seconds), statistics.mean(result.losses)
+    seconds = statistics.median(clock.seconds)
+    return tokens / seconds, statistics.mean(result.losses), seconds
+
+
+def product_rate(rows: int) -> float:
+    """The most floating-point operations a second of one of the model's matrix products."""
+    rates = []
+    for inputs, outputs in ((576, 576), (576, 1536), (1536, 576)):
+        left = torch.randn(rows, inputs).to(best_dtype())
+        right = torch.randn(inputs, outputs).to(best_dtype())
+        seconds = []
+        for _ in range(20):
+            start = time.perf_counter()
+            left @ right
+            seconds.append(time.perf_counter() - start)
+        rates.append(2 * rows * inputs * outputs / statistics.median(seconds))
+    return max(rates)
+
+
+def operations(settings: TrainSettings) -> tuple[float, int]:
+    """(floating-point operations of our step by torch's count, rows of its products).
+
+    The products of A and B into a sum are not in that count: it is a little low.
+    """
+    tokenizer, model = load_tokenizer(), load_model()
+    adapted = get_peft_model(model, lora_config(model, settings)).train()
+    pairs = [encode(tokenizer, record) for record in sensors("train", settings.batch_size)]
+    ids, labels = pad_right(pairs, 0)
+    with fused(adapted), FlopCounterMode(display=False) as counter:
+        answer_loss(adapted, ids, labels)[0].backward()
+    return counter.get_total_flops(), ids.numel()
 
 
 def training() -> dict[str, Any]:
@@ -71,14 +107,21 @@ def training() -> dict[str, Any]:
     quiet()
     arms = {"plain": STOCK, "plain_eager": EAGER, "ours": OURS}
     sets = {"": "aggressive", "_attention": "standard"}
-    runs: dict[str, list[tuple[float, float]]] = {}
-    for _ in range(REPEATS):
+    runs: dict[str, list[tuple[float, float, float]]] = {}
+    shares: dict[str, list[float]] = {}
+    work = {suffix: operations(TrainSettings(targets=name)) for suffix, name in sets.items()}
+    for repeat in range(REPEATS):
         for suffix, targets in sets.items():
             for name, arm in arms.items():
+                if name == "plain_eager" and repeat:
+                    continue  # beside the others, once is enough
                 runs.setdefault(name + suffix, []).append(
                     time_arm(arm, TrainSettings(targets=targets, steps=STEPS)))
-    speed = {name: [tokens for tokens, _ in pairs] for name, pairs in runs.items()}
-    loss = {name: statistics.mean(loss for _, loss in pairs) for name, pairs in runs.items()}
+            done, rows = work[suffix]
+            seconds = runs[f"ours{suffix}"][-1][2]
+            shares.setdefault(f"share{suffix}", []).append(done / seconds / product_rate(rows))
+    speed = {name: [row[0] for row in rows] for name, rows in runs.items()}
+    loss = {name: statistics.mean(row[1] for row in rows) for name, rows in runs.items()}
     result: dict[str, Any] = {"repeats": REPEATS, "steps": STEPS}
     ratios = {}
     for suffix in sets:
@@ -87,7 +130,7 @@ def training() -> dict[str, Any]:
         ours, plain = f"ours{suffix}", f"plain{suffix}"
         ratios[f"ratio{suffix}"] = ours, plain
         result[f"loss_gap{suffix}"] = abs(loss[ours] - loss[plain]) / loss[plain]
-    return result | median_and_range({
+    return result | median_and_range(shares | {
         name: [a / b for a, b in zip(speed[one], speed[other], strict=True)]
         for name, (one, other) in ratios.items()})
 
