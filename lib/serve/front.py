@@ -82,8 +82,7 @@ def engine_request(body: bytes, path: str, bundle: Bundle, settings: ServeSettin
            "chat_template_kwargs", "the model's chat template does not read all of them")
     limits = [fields.pop(name) for name in ("max_tokens", "max_completion_tokens", "n_predict")
               if name in fields]
-    insist(max(limits, default=0) <= settings.context, "max_tokens",
-           f"the context holds {settings.context}")
+    insist(max(limits, default=0) <= settings.context, "max_tokens", f"at most {settings.context}")
     model = fields.get("model") or bundle.name
     insist_known("model", model, (bundle.name, *bundle.adapters))
     scales = {name: float(name == model) if model in bundle.adapters else scale
@@ -211,8 +210,8 @@ def application(bundle: Bundle, url: str, key: str, settings: ServeSettings) -> 
         return JSONResponse({"object": "list", "data": [*rows.values()]})
     async def status(request: HTTPRequest) -> Response:
         admit(request, settings)
-        answer = await engine.get(request.url.path)
-        return Response(answer.content, answer.status_code, dict(answer.headers))
+        said = await engine.get(request.url.path)
+        return Response(said.content, said.status_code, media_type=said.headers["content-type"])
 
     pages = [Middleware(CORSMiddleware, allow_origins=settings.cors.split(","),
                         allow_methods=["GET", "POST"], allow_headers=["*"],

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def start_engine(bundle: Bundle, settings: ServeSettings, key: str) -> Any:
     with socket.create_server((HOST, 0)) as probe:  # the engine does not take port 0
         params.port = probe.getsockname()[1]
     params.hostnames, params.api_keys = [HOST], [key]
-    params.n_ctx = min(settings.context, bundle.context) * settings.slots
+    params.n_ctx = settings.context * settings.slots
     params.n_parallel, threads = settings.slots, settings.threads or cores()
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.endpoint_metrics, params.ui, params.verbosity = True, False, 0
@@ -66,6 +66,7 @@ def serve(path: Path, settings: ServeSettings, loras: Sequence[str] = (), *,
     With `until_eof`, the address is printed as JSON, and the end of standard input also stops it.
     """
     bundle = open_bundle(path, loras)
+    settings = replace(settings, context=min(settings.context, bundle.context))
     try:
         listener = socket.create_server((HOST, settings.port))
     except OSError:

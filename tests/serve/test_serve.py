@@ -258,7 +258,8 @@ BAD = [
         ("max_tokens", 2.5), ("max_tokens", "ten"), ("max_tokens", True),
         ("max_completion_tokens", -5), ("temperature", "hot"), ("temperature", -1), ("top_p", 2),
         ("stream", "yes"), ("n", 0), ("n", 3), ("seed", "x"), ("model", 5), ("stop", 5),
-        ("min_p", math.nan), ("min_p", 5), ("top_k", 2.5), ("repeat_penalty", True), ("stop", [""]),
+        ("min_p", math.nan), ("min_p", 5), ("top_k", 2.5), ("mirostat", 3), ("dry_base", 0.5),
+        ("repeat_penalty", True), ("stop", [""]),
         ("logit_bias", {"a": 1}), ("logit_bias", {"99999999": 1}), ("logit_bias", {"1": 101}),
         ("stream_options", {"include_usage": True}), ("functions", []), ("modalities", ["audio"]),
         ("top_logprobs", 3), ("prompt", "a"), ("chat_template_kwargs", {"enable_thinking": False}),
@@ -300,7 +301,8 @@ def test_fields_that_are_not_known_are_named(client: httpx.Client) -> None:
     reply = client.post(CHAT, json=body(user="me", mood="good", seed=None, n=1, stop=[]))
     assert content(reply) == content(client.post(CHAT, json=body()))
     assert reply.headers["x-ignored-fields"] == '"mood", "user"'
-    for known in (body(seed=3), body(modalities=["text"]), body(logit_bias={"5": 1})):
+    for known in (body(seed=3), body(modalities=["text"]), body(logit_bias={"5": 1}),
+                  body(mirostat=2, mirostat_tau=3, xtc_probability=0.5, dry_multiplier=0.8)):
         assert "x-ignored-fields" not in client.post(CHAT, json=known).headers
     assert client.post(PLAIN, json={"prompt": "a", "max_tokens": 2, "echo": False, "suffix": "",
                                     "best_of": 1}).status_code == 200

@@ -134,7 +134,7 @@ def test_lone_process_of_many_is_refused(monkeypatch: pytest.MonkeyPatch, tiny: 
         train(RECORDS, SETTINGS, model=tiny_directory, out=tmp_path / "out")
     assert not list(tmp_path.iterdir())
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="one process: start it without"):
+    with pytest.raises(UserError, match="takes one process: start it without"):
         train_over(Switchable(tiny, dtype=torch.float32), RECORDS, [], SETTINGS)
 
 
