@@ -26,6 +26,7 @@ from data.evidence.pieces import ADAPTERS, WORK, Piece, score_row, score_tests
 from data.evidence.sevenb import sizes
 from data.evidence.training_runs import alpha, mode, sweeps, trained, variants
 from data.evidence.types import types, types_speed
+from data.evidence.vllm import compared
 from lib.base.model import load_model, load_tokenizer
 from lib.base.records import movies, sensors
 from lib.deploy.gguf import served_score
@@ -172,6 +173,7 @@ _MAKERS: dict[str, Callable[[], dict[str, Any]]] = {
     "engine": engine,
     "gemma": gemma,
     "types": lambda: types(WORK), "types_speed": lambda: types_speed(WORK),
+    "vllm": compared,
     "load": load,
     "mixed": lambda: mixed(WORK, edge_files() / "Q8_0"),
     "packed": lambda: packed(WORK),
