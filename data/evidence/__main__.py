@@ -61,9 +61,11 @@ def main(argv: list[str]) -> int:
             print(listing())
             return 0
         if args.names in (["slides"], ["site"]):
+            require(not args.json, "--json is for one benchmark")
             build(args.names[0], args.out or BUILD / args.names[0], args.solutions)
             return 0
-        require(not args.out, "--out is for slides, or for site, alone")
+        require(not (args.out or args.solutions),
+                "--out is for slides or site, --solutions for slides, each alone")
         require(not args.json or (len(args.names) == 1 and args.names[0] in BENCHES),
                 f"--json is for one benchmark: use one of {', '.join(BENCHES)}")
         actions = [action(name, args.json) for name in args.names]

@@ -24,7 +24,7 @@ from lib.train.lora import adapter_files, load_adapter, make_portable
 
 NAME = "default"
 # U is a tenth of the network's output: Adam moves each weight by about the learning rate
-# whatever its gradient, and U should move at a pace that suits A and B.
+# regardless of its gradient, and U should move at a pace that suits A and B.
 PACE = 0.1
 OWNED = {2: 1 / 4}  # for weights of these bits, the share of the rank that only they use
 

@@ -19,8 +19,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import ClientDisconnect
-from starlette.requests import Request as HTTPRequest
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -32,6 +31,8 @@ from lib.settings import ServeSettings
 SCHEMAS = json.loads(Path(__file__).with_name("requests.json").read_text(encoding="utf-8"))
 VALIDATORS = {path: jsonschema.Draft202012Validator({"$defs": SCHEMAS["$defs"]} | schema)
               for path, schema in SCHEMAS.items() if path.startswith("/")}
+KNOWN = {path: {*SCHEMAS["$defs"]["common"]["properties"], *SCHEMAS[path]["properties"]}
+         for path in VALIDATORS}
 
 
 def insist(condition: object, parameter: str | None, message: str, status: int = 400,
@@ -60,6 +61,7 @@ async def error_reply(_: Any, error: Exception) -> Response:
 def engine_request(body: bytes, path: str, bundle: Bundle, settings: ServeSettings
                    ) -> tuple[dict[str, Any], list[str]]:
     """The request for llama.cpp, and the names of the fields that it leaves out."""
+    insist(len(body) <= 4_000_000, None, "over 4 MB: send less", 413, "request_too_large")
     try:
         fields = json.loads(body, parse_constant=int)  # which refuses NaN
         fields = {name: value for name, value in fields.items() if value is not None}
@@ -70,8 +72,7 @@ def engine_request(body: bytes, path: str, bundle: Bundle, settings: ServeSettin
                 if "description" in e.schema]
         insist(False, ".".join(map(str, error.absolute_path)) or None,
                said[0] if said else error.message[:200])
-    known = {*SCHEMAS["$defs"]["common"]["properties"], *SCHEMAS[path]["properties"]}
-    ignored = sorted(fields.keys() - known)
+    ignored = sorted(fields.keys() - KNOWN[path])
     for name in (*ignored, "n", "echo", "best_of", "suffix", "modalities"):
         fields.pop(name, None)  # those of the known ones have their default values
     for message in fields.get("messages", ()):
@@ -110,8 +111,7 @@ def constrain(fields: dict[str, Any]) -> None:
     schema, shape = fields.pop("json_schema", None), fields.pop("response_format", {})
     if shape.get("type") == "json_object":
         schema = {"type": "object"}
-    elif "json_schema" in shape:
-        schema = shape["json_schema"]["schema"]
+    schema = shape.get("json_schema", {"schema": schema})["schema"]
     if schema is not None:
         # On the engine's own way from a schema, parts of it are dropped with a warning.
         fields["grammar"] = f"%llguidance {{}}\nstart: %json {json.dumps(schema)}"
@@ -136,7 +136,7 @@ def left_out(value: Any, prompt: str) -> Iterator[str]:
             yield from left_out(item, prompt)
 
 
-def admit(request: HTTPRequest, settings: ServeSettings) -> None:
+def admit(request: Request, settings: ServeSettings) -> None:
     """Refuse all but this machine's programs with the key, and the pages that may ask.
 
     A page may point its own host name here (DNS rebinding), or send a request without asking.
@@ -160,7 +160,7 @@ def application(bundle: Bundle, url: str, key: str, settings: ServeSettings) -> 
         base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=None, trust_env=False,
         limits=httpx.Limits(max_connections=None, max_keepalive_connections=0))
 
-    async def complete(request: HTTPRequest) -> ASGIApp:
+    async def complete(request: Request) -> ASGIApp:
         admit(request, settings)
         path = request.url.path
         fields, ignored = engine_request(await request.body(), path, bundle, settings)
@@ -200,15 +200,15 @@ def application(bundle: Bundle, url: str, key: str, settings: ServeSettings) -> 
 
         return forward
 
-    async def models(request: HTTPRequest) -> Response:
+    async def models(request: Request) -> Response:
         admit(request, settings)
         rows = {name: {"id": name, "object": "model", "created": 0, "owned_by": "lib"}
                 for name in (bundle.name, *bundle.adapters)}
-        if name := request.path_params.get("name"):
-            insist_known("model", name, rows)
-            return JSONResponse(rows[name])
-        return JSONResponse({"object": "list", "data": [*rows.values()]})
-    async def status(request: HTTPRequest) -> Response:
+        name = request.path_params.get("name")
+        insist_known("model", name or bundle.name, rows)
+        return JSONResponse(rows[name] if name else {"object": "list", "data": [*rows.values()]})
+
+    async def status(request: Request) -> Response:
         admit(request, settings)
         said = await engine.get(request.url.path)
         return Response(said.content, said.status_code, media_type=said.headers["content-type"])

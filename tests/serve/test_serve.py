@@ -365,6 +365,12 @@ def test_clients_do_not_choose_the_slot(client: httpx.Client, slot: object) -> N
         client.post(CHAT, json=body()))
 
 
+def test_a_body_of_50_mb(client: httpx.Client) -> None:
+    error = refusal(client.post(CHAT, content=b"x" * 50_000_000), 413)
+    assert error["code"] == "request_too_large"
+    assert content(client.post(CHAT, json=body()))
+
+
 def test_clients_that_disconnect(client: httpx.Client, server: Served) -> None:
     """During a stream, before an answer, and during a request: the slots are free again."""
     wanted = content(client.post(CHAT, json=body()))
