@@ -111,6 +111,7 @@ class ServeSettings:
     context: int = 2048  # tokens of prompt and answer together, for each request
     slots: int = 4  # requests computed at the same time, in one batch
     threads: int = 0  # of the engine; 0 means all cores this process may use
+    engine: str = ""  # a `llama-server` of one's own; empty is the wheel's
     port: int = 8080  # on loopback; 0 means any free port
     max_tokens: int = 1024  # of an answer whose request has no limit
     strict: bool = False  # refuse unknown fields, instead of naming them in a header

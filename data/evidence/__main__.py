@@ -51,6 +51,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--list", action="store_true", help="list the names (default)")
     parser.add_argument("--json", type=Path, metavar="FILE",
                         help="also store the result of one benchmark")
+    parser.add_argument("--engine", default="", metavar="FILE",
+                        help="for serving: a llama-server to compare the wheel's engine with")
     parser.add_argument("--out", type=Path, metavar="DIR",
                         help="for slides and site; default build/slides or build/site")
     parser.add_argument("--solutions", action="store_true",
@@ -68,7 +70,11 @@ def main(argv: list[str]) -> int:
                 "--out is for slides or site, --solutions for slides, each alone")
         require(not args.json or (len(args.names) == 1 and args.names[0] in BENCHES),
                 f"--json is for one benchmark: use one of {', '.join(BENCHES)}")
-        actions = [action(name, args.json) for name in args.names]
+        require(not args.engine or args.names == ["serving"], "--engine is for serving alone")
+        if args.engine:
+            actions = [lambda: bench("serving", args.json, args.engine)]
+        else:
+            actions = [action(name, args.json) for name in args.names]
         for act in actions:
             act()
     except UserError as error:
@@ -108,9 +114,9 @@ def action(name: str, json: Path | None) -> Callable[[], Any]:
     return lambda: store(name, known[name])
 
 
-def bench(name: str, json: Path | None) -> None:
+def bench(name: str, json: Path | None, *given: str) -> None:
     """Run a benchmark, print it, and store it if a file is given."""
-    result = run_bench(name)
+    result = run_bench(name, *given)
     for key, value in result.items():
         shown = f"{value:.4g}" if isinstance(value, float) else value
         print(f"{key:32} {shown}")

@@ -12,8 +12,8 @@ BENCHES = {name: name for name in ("training", "serving", "switching", "search",
            } | {"targets": "training"}
 
 
-def run_bench(name: str) -> dict[str, Any]:
-    """Result of a benchmark by name, with its machine and versions.
+def run_bench(name: str, engine: str = "") -> dict[str, Any]:
+    """Result of a benchmark by name, with its machine and versions; `engine` as in `serve`.
 
     Raises:
         UserError: no such benchmark.
@@ -21,7 +21,8 @@ def run_bench(name: str) -> dict[str, Any]:
     require(name in BENCHES, f"unknown benchmark {name!r}: use one of {', '.join(BENCHES)}")
     from lib.base.model import machine  # imports torch, so a wrong name is reported first
 
-    result: dict[str, Any] = getattr(import_module(f"data.evidence.bench_{BENCHES[name]}"), name)()
+    module = import_module(f"data.evidence.bench_{BENCHES[name]}")
+    result: dict[str, Any] = module.engines(engine) if engine else getattr(module, name)()
     return {"machine": machine(), "versions": versions()} | result
 
 

@@ -11,8 +11,8 @@ from lib.base.embedded import quiet
 from lib.base.model import load_tokenizer
 from lib.base.records import sensors
 from lib.coa.adapter import CoaLora
-from lib.coa.configuration import BUDGETS, Switchable, numbers, random_configuration, sensitivities
-from lib.coa.pareto import Evaluated, Features, Surrogate, propose, reference_point
+from lib.coa.configuration import Switchable, numbers, random_configuration, sensitivities
+from lib.coa.pareto import HIGH, LOW, Evaluated, Features, Surrogate, propose, reference_point
 from lib.evaluate.scores import held_out_loss
 from lib.files import ROOT, read_json
 
@@ -28,7 +28,7 @@ def search() -> dict[str, Any]:
     base, rng = Switchable.load(), random.Random(0)
     features = Features.of(base, sensitivities(base, sensors("train", 8)))
     configurations = torch.stack([
-        numbers(random_configuration(base.layers, rng.uniform(*BUDGETS), rng))
+        numbers(random_configuration(base.layers, rng.uniform(LOW, HIGH), rng))
         for _ in range(EVALUATED)])
     sums = features.sums(configurations)
     # A round's time does not depend on where the losses come from.
@@ -44,7 +44,7 @@ def search() -> dict[str, Any]:
     coa = CoaLora.from_pretrained(base, ROOT / "data" / "adapters" / "sensors_coa")
     held, tokenizer = sensors("validation", HELD), load_tokenizer()
     for _ in range(REPEATS):
-        configuration = random_configuration(base.layers, rng.uniform(*BUDGETS), rng)
+        configuration = random_configuration(base.layers, rng.uniform(LOW, HIGH), rng)
         start = time.perf_counter()
         base.switch(configuration)
         held_out_loss(coa.model, tokenizer, held)

@@ -23,19 +23,19 @@ from data.evidence.compare import MAIN
 from data.evidence.ledger import SEEDS
 from data.evidence.pieces import ADAPTERS, RESULTS, Piece, score_row, training_row
 from lib.base.model import load_tokenizer
-from lib.coa.configuration import BUDGETS as SPREAD
 from lib.coa.configuration import (
     Configuration,
     Layers,
     Switchable,
-    error_table,
+    best_formats,
+    format_errors,
     greedy_configuration,
     numbers,
     random_configuration,
     sensitivities,
 )
 from lib.coa.joint import train_over
-from lib.coa.pareto import Features
+from lib.coa.pareto import HIGH, LOW, Features
 from lib.deploy.packed import TASKS
 from lib.errors import require
 from lib.evaluate.scores import held_out_loss, keyword_score
@@ -115,8 +115,9 @@ def make_plans(task: str) -> dict[str, Any]:
     """
     base = Switchable.load()
     felt = sensitivities(base, TASKS[task]("train")[:16])
-    formats, errors = table = error_table(base, felt)
-    starting, rng = starting_set(base, table), random.Random(1000)
+    formats = best_formats()
+    errors = format_errors(base, formats) * felt[:, None]
+    starting, rng = starting_set(base, errors), random.Random(1000)
     noise = Features.of(base, felt).sums(torch.stack([numbers(c) for c in starting]))[:, 0]
     # Greedy configurations at near budgets share most of their layers, so none may be near a
     # main budget.
@@ -137,21 +138,18 @@ def make_plans(task: str) -> dict[str, Any]:
             "tests": {name: text(configuration) for name, configuration in tests.items()}}
 
 
-def starting_set(base: Switchable, table: tuple[Sequence[Format], Tensor], *,
-                 count: int = 50, seed: int = 0) -> list[Configuration]:
+def starting_set(base: Switchable, errors: Tensor, *, count: int = 50, seed: int = 0
+                 ) -> list[Configuration]:
     """Configurations spread over the budgets, random and greedy ones in turn.
 
     Args:
-        table: of `error_table`.
+        errors: of the `best_formats`, (layers, formats).
     """
-    rng = random.Random(seed)
-    formats, errors = table
-    low, high = SPREAD
-    starting = []
+    rng, starting = random.Random(seed), []
     for i in range(count // 2):
-        budget = low + (high - low) * (i + 0.5) / (count // 2)
+        budget = LOW + (HIGH - LOW) * (i + 0.5) / (count // 2)
         starting.append(random_configuration(base.layers, budget, rng))
-        starting.append(greedy_configuration(base.layers, budget, formats, errors))
+        starting.append(greedy_configuration(base.layers, budget, best_formats(), errors))
     return starting
 
 

@@ -2,21 +2,22 @@
 
 import dataclasses
 import functools
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import torch
 from transformers import AutoModelForCausalLM
 
 from data.evidence.answer import answer
 from data.evidence.bench import run_bench
+from data.evidence.bench_serving import engines
+from data.evidence.clients import clients
 from data.evidence.engine import engine
 from data.evidence.gemma import gemma
 from data.evidence.ledger import SEEDS
+from data.evidence.load import faults, load, soak
 from data.evidence.mixed import mixed
 from data.evidence.outliers import outliers
 from data.evidence.packed import packed
@@ -36,11 +37,9 @@ from lib.quantize.merging import (
     load_dynamic_int8,
     load_saved,
     merge,
-    save_int8,
     save_model,
-    save_nf4,
+    save_quantized,
 )
-from lib.serve.client import ask_all, question
 from lib.serve.server import running
 from lib.train.lora import load_adapter
 
@@ -66,8 +65,8 @@ def pipeline() -> dict[str, Any]:
     adapter = ADAPTERS / "sensors_qlora"
     for route in ("original", "dequantized"):
         save_model(merge(adapter, route=route), WORK / route)
-    save_int8(WORK / "dequantized", WORK / "int8")
-    save_nf4(WORK / "dequantized", WORK / "nf4")
+    save_quantized(WORK / "dequantized", WORK / "int8", 8)
+    save_quantized(WORK / "dequantized", WORK / "nf4", 4)
     return {"adapter": {"mb": size_mb(adapter)}} | {
         name: _artifact_row(WORK / name) for name in ("dequantized", "original", "int8", "nf4")}
 
@@ -129,29 +128,6 @@ def edge() -> dict[str, Any]:
     return rows
 
 
-def load() -> dict[str, Any]:
-    """500 requests from 16 clients, lengths and adapters mixed, answers checked."""
-    words = ("positive", "negative")
-    tasks = {"sensors": sensors("test", 250), "movies": movies("test", 250)}
-    asked = [(name, r) for pair in zip(*tasks.values(), strict=True)
-             for name, r in zip(tasks, pair, strict=True)]
-    bodies = [question(r["instruction"], model=name, max_tokens=8 + 8 * (i % 7))
-              for i, (name, r) in enumerate(asked)]
-    with running(edge_files() / "Q8_0_lora", "--slots", "8") as served:
-        process = psutil.Process(served.pid)
-        ask_all(served.url, bodies[:64], clients=16)
-        before, start = process.memory_info().rss, time.monotonic()
-        answers = ask_all(served.url, bodies, clients=16)
-        seconds, after = time.monotonic() - start, process.memory_info().rss
-    # A film's verdict has one word; a machine's answer names the machine first.
-    own = [(a.text.strip(".").lower() in words) == (name == "movies")
-           for (name, _), a in zip(asked, answers, strict=True)]
-    return {"requests": len(bodies), "clients": 16, "answered": len(answers),
-            "with_own_adapter": sum(own), "seconds": seconds,
-            "tokens_per_s": sum(a.tokens for a in answers) / seconds,
-            "memory_growth_mb": (after - before) / 1e6}
-
-
 _MAKERS: dict[str, Callable[[], dict[str, Any]]] = {
     "qlora": lambda: mode("qlora"),
     "lora": lambda: mode("lora"),
@@ -171,10 +147,14 @@ _MAKERS: dict[str, Callable[[], dict[str, Any]]] = {
     "switching_speed": lambda: run_bench("switching"),
     "search_speed": lambda: run_bench("search"),
     "engine": engine,
+    "engines": engines,
     "gemma": gemma,
     "types": lambda: types(WORK), "types_speed": lambda: types_speed(WORK),
     "vllm": compared,
-    "load": load,
+    "clients": lambda: clients(edge_files() / "Q8_0_lora"),
+    "load": lambda: load(edge_files() / "Q8_0_lora"),
+    "faults": lambda: faults(edge_files() / "Q8_0_lora"),
+    "soak": lambda: soak(edge_files() / "Q8_0_lora"),
     "mixed": lambda: mixed(WORK, edge_files() / "Q8_0"),
     "packed": lambda: packed(WORK),
     "sizes": sizes,

@@ -14,7 +14,7 @@ from typing import Any
 import nbformat
 from PIL import Image
 
-from lib.course.run import notebooks, read_notebook
+from lib.course.run import notebooks
 from lib.errors import require
 from lib.files import replacing
 
@@ -48,9 +48,9 @@ def store_outputs(executed: Path, source: Path, run: dict[str, Any]) -> None:
     `run` (profile, machine, cores, dtype, seconds, peak_mb) goes into its metadata, with the
     seconds of each code cell, and into the opening.
     """
-    stored = read_notebook(source)
+    stored = nbformat.read(source, as_version=4)
     # papermill has put a cell of parameters in.
-    cells = [c for c in read_notebook(executed).cells
+    cells = [c for c in nbformat.read(executed, as_version=4).cells
              if "injected-parameters" not in c.metadata.get("tags", [])]
     seconds, count = [], 0
     for cell, done in zip(stored.cells, cells, strict=True):
@@ -74,7 +74,8 @@ def store_outputs(executed: Path, source: Path, run: dict[str, Any]) -> None:
 
 def costs_table() -> str:
     """What each stored run took, and all of them, as Markdown."""
-    runs = {path.stem: read_notebook(path).metadata.get("course") for path in notebooks()}
+    runs = {path.stem: nbformat.read(path, as_version=4).metadata.get("course")
+            for path in notebooks()}
     rows = [(name, run.seconds, run.peak_mb, run.dtype) for name, run in runs.items() if run]
     rows.append(("all six", sum(r[1] for r in rows), max(r[2] for r in rows),
                  ", ".join(sorted({r[3] for r in rows}))))
@@ -108,7 +109,7 @@ def plan_table() -> str:
     """The plan of every notebook as Markdown."""
     lines = ["| notebook | section | minutes | cells, s |", "|---|---|---|---|"]
     for path in notebooks():
-        notebook = read_notebook(path)
+        notebook = nbformat.read(path, as_version=4)
         timed = "cell_seconds" in notebook.metadata.get("course", {})
         lines += [f"| {path.name[:2]} | {name} | {math.ceil(minutes)} "
                   f"| {f'{seconds:.0f}' if timed else '-'} |"

@@ -12,8 +12,8 @@ from pymoo.operators.mutation.pm import PM
 from pymoo.operators.repair.rounding import RoundingRepair
 from pymoo.optimize import minimize
 
-from lib.coa.configuration import BUDGETS, Layers, numbers, random_configuration
-from lib.coa.pareto import FIELDS, STRIDES, Evaluate, Evaluated, Features, Journal
+from lib.coa.configuration import Layers, numbers, random_configuration
+from lib.coa.pareto import FIELDS, HIGH, LOW, STRIDES, Evaluate, Evaluated, Features, Journal
 
 
 def at_random(start: Evaluated, features: Features, evaluate: Evaluate, layers: Layers, *,
@@ -21,7 +21,7 @@ def at_random(start: Evaluated, features: Features, evaluate: Evaluate, layers: 
     """Random configurations at budgets drawn evenly."""
     rng = random.Random(seed)
     candidates = torch.stack([
-        numbers(random_configuration(layers, rng.uniform(*BUDGETS), rng))
+        numbers(random_configuration(layers, rng.uniform(LOW, HIGH), rng))
         for _ in range(evaluations)])
     return start + Evaluated.at(candidates, features, evaluate, journal)
 

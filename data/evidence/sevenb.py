@@ -16,7 +16,7 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PretrainedCo
 
 from lib.base.embedded import EMBEDDED, locate
 from lib.errors import require
-from lib.quantize.formats import bits_per_parameter
+from lib.quantize.formats import Format
 from lib.settings import TARGETS, TrainSettings
 from lib.train.lora import count_adapter, count_trainable, delta_weight, linear_shapes, lora_config
 
@@ -68,14 +68,14 @@ def memory(config: PretrainedConfig) -> dict[str, dict[str, float]]:
     linears, _, beside = parts(config)
     every, adapter = linears + beside, count_adapter(
         config, rank=RANK, modules=TARGETS["standard"])
-    double = bits_per_parameter(4, 64, scale_bits=8, scale_block=256) / 8
+    double = Format(4, 8, "fp32", 64, 256).bits_per_parameter / 8
     recipes = {  # bytes: base in 16 or 4 bits, in float32, gradients, Adam's moments
         "full, mixed precision": (2 * every, 4 * every, 2 * every, 8 * every),
         "full, pure bf16": (2 * every, 0, 2 * every, 4 * every),
         "LoRA": (2 * every, 4 * adapter, 4 * adapter, 8 * adapter),
         "QLoRA": (double * linears + 2 * beside, 4 * adapter, 4 * adapter, 8 * adapter),
         # Without double quantisation; what is not in the blocks is converted to float32.
-        "QLoRA, tutorial's code": (bits_per_parameter(4, 64) / 8 * linears,
+        "QLoRA, tutorial's code": ((4 + 32 / 64) / 8 * linears,
                                    4 * beside + 4 * adapter, 4 * adapter, 8 * adapter)}
     names = ("base", "float32", "gradients", "moments")
     return {recipe: dict(zip(names, (x / 1e9 for x in sizes), strict=True))

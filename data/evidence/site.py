@@ -16,7 +16,7 @@ from pathlib import Path
 import nbformat
 from nbconvert import SlidesExporter
 
-from lib.course.run import NOTEBOOKS, notebooks, read_notebook
+from lib.course.run import NOTEBOOKS, notebooks
 from lib.errors import require
 from lib.files import ROOT, read_json, scratch, writing
 
@@ -111,7 +111,7 @@ def build_slides(out: Path, *, solutions: bool = False) -> None:
             shutil.copyfile(reveal / name, part / "reveal.js" / name)
         copy_mathjax(part)
         for path in notebooks():
-            notebook = described(read_notebook(path))
+            notebook = described(nbformat.read(path, as_version=4))
             for cell in notebook.cells:
                 tags = cell.metadata.get("tags", [])
                 if "instructor" in tags or "solution" in tags:
@@ -129,7 +129,7 @@ def build_slides(out: Path, *, solutions: bool = False) -> None:
 
 def folded(path: Path) -> nbformat.NotebookNode:
     """A notebook whose setup and solutions open on a click, with texts for its figures."""
-    notebook = described(read_notebook(path))
+    notebook = described(nbformat.read(path, as_version=4))
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     for number, cell in enumerate(code):
         cell.metadata["mystnb"] = {"image": {"alt": cell.metadata["alt"]}}

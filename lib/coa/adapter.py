@@ -5,7 +5,6 @@ dW = (alpha / r) B (I + U) A. With U = 0 this is LoRA.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,39 +25,32 @@ NAME = "default"
 # U is a tenth of the network's output: Adam moves each weight by about the learning rate
 # regardless of its gradient, and U should move at a pace that suits A and B.
 PACE = 0.1
-OWNED = {2: 1 / 4}  # for weights of these bits, the share of the rank that only they use
+WIDTH, HIDDEN = 8, 128  # of an embedding, and between the two linear layers
+OWNED = 1 / 4  # the share of the rank that only layers of 2 bits use
 
 
 class MixingNetwork(nn.Module):
     """U_theta: seven embeddings, LayerNorm, two linear layers, the last one zero at the start.
 
     U = pace * network(five fields of a format, block, kind) + diag(gates(bits) - 1), for all
-    layers at once, (layers, 7) to (layers, r, r). The gates are ours and not learned: 0 for a
-    component that layers of other bits own, else 1. `owned` is the share of the rank by bits.
+    layers at once, (layers, 7) to (layers, r, r). The gates are ours and not learned: 1, and 0 for
+    the last components, an `owned` share of the rank, in layers that do not have 2 bits.
     """
 
-    def __init__(self, layers: Layers, rank: int, *, width: int = 8, hidden: int = 128,
-                 owned: Mapping[int, float] | None = None) -> None:
+    def __init__(self, layers: Layers, rank: int, *, owned: float = 0) -> None:
         super().__init__()
-        self.rank, self.width, self.hidden = rank, width, hidden
-        gates, end = torch.ones(1 + len(GRID["bits"]), rank), rank  # the last row: not quantised
-        self.owned: dict[int, list[int]] = {}  # components by bits, counted from the last
-        for bits, share in (owned or {}).items():
-            start = end - round(rank * share)
-            gates[:, start:end] = 0
-            gates[GRID["bits"].index(bits), start:end] = 1
-            if start < end:
-                self.owned[bits] = [*range(start, end)]
-            end = start
+        self.rank, self.owned = rank, round(rank * owned)  # numbers of components
+        gates = torch.ones(1 + len(GRID["bits"]), rank)  # the last row: not quantised
+        gates[1:, rank - self.owned:] = 0  # the first row: 2 bits
         self.register_buffer("gates", gates, persistent=False)
         places = [block_and_kind(name) for name in layers.names]
         blocks = sorted({block for block, _ in places})
         self.places = [[blocks.index(block), MODULE_KINDS.index(kind)] for block, kind in places]
         sizes = [*(len(values) for values in GRID.values()), len(blocks), len(MODULE_KINDS)]
-        self.embeddings = nn.ModuleList(nn.Embedding(size, width) for size in sizes)
+        self.embeddings = nn.ModuleList(nn.Embedding(size, WIDTH) for size in sizes)
         self.network = nn.Sequential(
-            nn.LayerNorm(width * len(sizes)), nn.Linear(width * len(sizes), hidden),
-            nn.SiLU(), nn.Linear(hidden, rank * rank))
+            nn.LayerNorm(WIDTH * len(sizes)), nn.Linear(WIDTH * len(sizes), HIDDEN),
+            nn.SiLU(), nn.Linear(HIDDEN, rank * rank))
         nn.init.zeros_(self.network[-1].weight)
         nn.init.zeros_(self.network[-1].bias)
 
@@ -150,12 +142,11 @@ class CoaLora:
     def save_pretrained(self, out: Path | str, *, dtype: torch.dtype = torch.float32,
                         **_: Any) -> None:
         """Write one artifact: A and B as peft saves them, and theta beside them."""
-        network = self.network
-        owned = {bits: len(rows) / network.rank for bits, rows in network.owned.items()}
+        owned = {"2": self.network.owned / self.network.rank}
         with writing(Path(out), base=self.base.name, base_hash=self.base.fingerprint, grid="nf",
-                     width=network.width, hidden=network.hidden, owned=owned) as part:
+                     width=WIDTH, hidden=HIDDEN, owned=owned) as part:
             self._write(part, self.factors(dtype=dtype))
-            save_file(network.state_dict(), part / "coa.safetensors")
+            save_file(self.network.state_dict(), part / "coa.safetensors")
 
     @classmethod
     def from_pretrained(cls, base: Switchable, directory: Path | str) -> "CoaLora":
@@ -169,9 +160,8 @@ class CoaLora:
             theirs = str(manifest.get(key))
             require(theirs == ours, f"{directory} was trained on another {key.split('_')[0]}: "
                     f"{key} is {theirs[:8]}, this one has {ours[:8]}")
-        owned = {int(bits): share for bits, share in manifest.get("owned", {}).items()}
-        network = MixingNetwork(base.layers, adapter_files(directory)[0]["r"], owned=owned,
-                                width=manifest["width"], hidden=manifest["hidden"])
+        owned = manifest.get("owned", {}).get("2", 0)
+        network = MixingNetwork(base.layers, adapter_files(directory)[0]["r"], owned=owned)
         network.load_state_dict(load_file(theta))
         return cls(load_adapter(base.model, directory), base, network)
 

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from scipy.optimize import brentq
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -23,7 +24,6 @@ from lib.errors import UserError, require
 from lib.evaluate.scores import answer_loss
 from lib.quantize.formats import FORMATS, GRID, Format, round_trip
 
-BUDGETS = (2.25, 7.25)  # the range of the paper's, bits a weight
 TOLERANCE = 0.05
 SAMPLE = 1 << 12  # weights of a layer from which its error is estimated
 FORMAT_NUMBERS = {fmt: number for number, fmt in enumerate(FORMATS)}
@@ -228,11 +228,8 @@ def random_configuration(layers: Layers, budget: float, rng: random.Random) -> C
     least, most = float(costs.min()), float(costs.max()) - TOLERANCE
     require(least < budget < most,
             f"{budget} bits a weight cannot be reached: use {least:.2f} to {most:.2f}")
-    low, high = -40.0, 40.0  # of t, by bisection
-    for _ in range(80):
-        share = ((middle := (low + high) / 2) * costs).softmax(0)
-        low, high = (middle, high) if share @ costs < budget else (low, middle)
-    weights = share.tolist()
+    t = brentq(lambda t: float((t * costs).softmax(0) @ costs) - budget, -40, 40, xtol=1e-15)
+    weights = (t * costs).softmax(0).tolist()
     formats = rng.choices(FORMATS, weights, k=len(layers.sizes))
     total = sum(layers.sizes)
     spent = sum(x.bits_per_parameter * n for x, n in zip(formats, layers.sizes, strict=True))
@@ -294,15 +291,6 @@ def sensitivities(base: Switchable, records: Sequence[Record], *, more: Sequence
     return total / len(records)
 
 
-def error_table(base: Switchable, felt: Tensor | None = None) -> tuple[tuple[Format, ...], Tensor]:
-    """Formats worth choosing from, and each layer's squared error in each, (layers, formats).
-
-    With `felt`, (layers,) from `sensitivities`, the error is weighed by its effect on the loss.
-    """
-    errors = format_errors(base, best_formats())
-    return best_formats(), errors if felt is None else errors * felt[:, None]
-
-
 def format_errors(base: Switchable, formats: Sequence[Format]) -> Tensor:
     """(layers, formats): squared error of each layer in each format, from a sample of blocks."""
     # Samples of all layers, each divided by its root mean square, are quantised together.
@@ -321,7 +309,7 @@ def format_errors(base: Switchable, formats: Sequence[Format]) -> Tensor:
 
 def greedy_configuration(layers: Layers, budget: float, formats: Sequence[Format],
                          errors: Tensor) -> Configuration:
-    """Spend bits where one saves most squared error, with formats and errors of `error_table`."""
+    """Spend bits where one saves most squared error; the formats' cost ascends."""
     costs = torch.tensor([fmt.bits_per_parameter for fmt in formats])
     require(budget >= costs[0],
             f"{budget} bits a weight are below the cheapest format, {costs[0]:.2f}")

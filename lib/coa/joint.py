@@ -4,7 +4,7 @@ One configuration makes a dedicated adapter (QLoRA), many a shared one, with a n
 """
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -83,7 +83,7 @@ def train_over(base: Switchable, records: Sequence[Record],
         trainer.args.save_strategy = "no"
         coa = None
         if method != "lora":
-            network = MixingNetwork(base.layers, settings.rank, owned=OWNED if roots else {})
+            network = MixingNetwork(base.layers, settings.rank, owned=OWNED if roots else 0)
             coa = CoaLora(trainer.model, base, network)
             start_owned(coa, roots)
         if len(configurations) > 1:
@@ -97,29 +97,25 @@ def train_over(base: Switchable, records: Sequence[Record],
         return run_trainer(trainer, settings), coa
 
 
-def set_components(layer: torch.nn.Module, rows: Iterable[int], b: Tensor, a: Tensor) -> None:
+def set_components(layer: torch.nn.Module, rows: range, b: Tensor, a: Tensor) -> None:
     """Make some components of (alpha / r) B A the product of the given B and A."""
-    rows, part = list(rows), layer.scaling[NAME] ** -0.5
-    mixed = hasattr(layer.lora_A[NAME], "parametrizations")
-    weight = learned_a(layer) if mixed else layer.lora_A[NAME].weight
+    part, factor = layer.scaling[NAME] ** -0.5, layer.lora_A[NAME]
+    weight = learned_a(layer) if hasattr(factor, "parametrizations") else factor.weight
     weight.data[rows] = (part * a).to(weight)
     layer.lora_B[NAME].weight.data[:, rows] = (part * b).to(weight)
 
 
 @torch.no_grad()
 def start_owned(coa: CoaLora, roots: Sequence[Tensor]) -> None:
-    """Each component owned by layers of b bits starts from their mean error in `best_formats`.
+    """The components owned by layers of 2 bits start from their mean error in `best_formats`.
 
     The rows of A without an owner grow by sqrt(r / their number): a step moves B A by the sum
     of |a|^2 over them, so they learn as fast as all r would.
     """
     base, rank, owned = coa.base, coa.network.rank, coa.network.owned
-    shared = [i for i in range(rank) if not any(i in rows for rows in owned.values())]
-    for layer in coa.lora_layers.values():
-        learned_a(layer).data[shared] *= (rank / len(shared)) ** 0.5
-    for bits, rows in owned.items():
-        formats = [fmt for fmt in best_formats() if fmt.bits == bits]
-        for index, layer in enumerate(coa.lora_layers.values()):
-            mean = sum(base.weight(index, fmt) for fmt in formats) / len(formats)
-            factors = low_rank(base.weight(index) - mean, roots[index], len(rows))
-            set_components(layer, rows, *factors)
+    formats, shared = [fmt for fmt in best_formats() if fmt.bits == 2], rank - owned
+    for index, layer in enumerate(coa.lora_layers.values() if owned else ()):
+        learned_a(layer).data[:shared] *= (rank / shared) ** 0.5
+        mean = sum(base.weight(index, fmt) for fmt in formats) / len(formats)
+        factors = low_rank(base.weight(index) - mean, roots[index], owned)
+        set_components(layer, range(shared, rank), *factors)

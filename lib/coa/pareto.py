@@ -21,7 +21,7 @@ from lib.coa.configuration import Switchable, best_formats, block_and_kind, form
 from lib.errors import require
 from lib.quantize.formats import FORMATS, GRID
 
-SEGMENTS, LOW, HIGH = 40, 2.25, 7.25
+SEGMENTS, LOW, HIGH = 40, 2.25, 7.25  # the paper's, bits a weight
 DEPTHS = 6
 # A format's number is built from the positions of its fields, as itertools.product counts.
 FIELDS = tuple(len(values) for values in GRID.values())

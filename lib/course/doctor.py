@@ -21,8 +21,8 @@ def examine() -> Iterator[tuple[str, str, str]]:
 
     The state is "ok", "note" (it works) or "problem", and then the text ends with the remedy.
     """
-    newer = sys.version_info[:2] > (3, 13)  # lib/__init__.py refuses an older one than 3.11
-    yield "note" if newer else "ok", "python", f"{platform.python_version()}, tried: 3.11 to 3.13"
+    yield ("ok" if sys.version_info[:2] <= (3, 13) else "note", "python",
+           f"{platform.python_version()}, tried: 3.11 to 3.13")
 
     requirements = (ROOT / "requirements.txt").read_text(encoding="utf-8")
     pins, wrong = re.findall(r"(?m)^([\w.-]+)==([\w.]+)", requirements), []

@@ -5,8 +5,6 @@ from collections.abc import Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 
-from lib.base.model import MODULE_KINDS
-
 # Okabe and Ito's palette, without its yellow, which a projector loses.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 
@@ -26,12 +24,3 @@ def smoothed(values: Sequence[float], window: int = 9) -> np.ndarray:
     # As many values on the left as on the right, so that a falling curve is not shifted.
     half = np.minimum(window // 2, np.minimum(at, len(values) - 1 - at))
     return (sums[at + half + 1] - sums[at - half]) / (2 * half + 1)
-
-
-def heat_map(bits: Sequence[Sequence[float]]) -> None:
-    """Bits per weight of each layer, as `Configuration.grid()`: blocks to the right."""
-    image = plt.imshow(np.array(bits).T, aspect="auto", cmap="cividis", vmin=2, vmax=8.6)
-    plt.yticks(range(len(MODULE_KINDS)), [kind.removesuffix("_proj") for kind in MODULE_KINDS])
-    plt.grid(False)
-    plt.xlabel("block")
-    plt.colorbar(image, label="bits a weight")

@@ -124,15 +124,6 @@ def dequantize_blocks(codes: Tensor, absmax: Tensor, codebook: Tensor, block: in
     return values
 
 
-def bits_per_parameter(bits: int, block: int, *, scale_bits: int = 32, scale_block: int = 0
-                       ) -> float:
-    """Storage of one weight: bits + scale_bits / block, + 32 / (block * scale_block) if not 0.
-
-    NF4 with blocks of 64, 8-bit scales in groups of 256: 4 + 8/64 + 32/(64 * 256) = 4.127 bits.
-    """
-    return bits + scale_bits / block + (32 / (block * scale_block) if scale_block else 0.0)
-
-
 @dataclass(frozen=True)
 class Quantized:
     """A weight as codes and two levels of scales."""

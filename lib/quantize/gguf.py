@@ -284,10 +284,9 @@ def card(name: str, base: str, kinds: Mapping[str, set[str]], sources: Sequence[
     lines += [f"- {kind}: {', '.join(sorted(names))}" for kind, names in kinds.items()]
     for source in sources:
         manifest = read_json(source / MANIFEST) if (source / MANIFEST).is_file() else {}
+        facts = {key: manifest.get(key) for key in ("base", "data")} | manifest.get("settings", {})
         lines += ["", f"## Adapter {source.name}", ""]
-        lines += [f"- {key}: {manifest[key]}" for key in ("base", "data") if manifest.get(key)]
-        if settings := manifest.get("settings"):
-            lines.append(f"- settings: {', '.join(f'{k} {v}' for k, v in settings.items())}")
+        lines += [f"- {key}: {value}" for key, value in facts.items() if value is not None]
         if (source / "validation.json").is_file():
             best = min(read_json(source / "validation.json").values())
             lines.append(f"- held-out loss: {best:.4f} nats a token")

@@ -74,19 +74,13 @@ def load_dynamic_int8(directory: Path | str) -> PreTrainedModel:
         return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
 
 
-def save_int8(merged: Path, out: Path) -> None:
-    """LLM.int8 of a merged model, saved: int8, a scale a row (Dettmers et al. 2022)."""
-    save_quantized(merged, out, BitsAndBytesConfig(
-        load_in_8bit=True, llm_int8_threshold=INT8_THRESHOLD))
+def save_quantized(merged: Path, out: Path, bits: int) -> None:
+    """A merged model as bitsandbytes quantises it, saved: LLM.int8 (8 bits) or NF4 (4).
 
-
-def save_nf4(merged: Path, out: Path) -> None:
-    """NF4 with double quantisation of a merged model, saved."""
-    save_quantized(merged, out, quantized_config())
-
-
-def save_quantized(merged: Path, out: Path, config: BitsAndBytesConfig) -> None:
-    """A merged model as bitsandbytes quantises it, saved."""
+    LLM.int8: int8 weights, a scale a row (Dettmers et al. 2022). NF4: with double quantisation.
+    """
+    config = quantized_config() if bits == 4 else BitsAndBytesConfig(
+        load_in_8bit=True, llm_int8_threshold=INT8_THRESHOLD)
     # From the file's own float16: bfloat16 would drop three of its bits first.
     model = load_saved(merged, quantization_config=config, dtype=torch.float16)
     save_model(model, out, tokenizer_of=str(merged), dtype=None)

@@ -224,9 +224,9 @@ def application(bundle: Bundle, url: str, key: str, settings: ServeSettings) -> 
             (HTTPException, ClientDisconnect, httpx.HTTPError, ValueError), error_reply))
 
 
-async def engine_json(answer: httpx.Response, status: int = 0) -> dict[str, Any]:
-    """llama.cpp's answer; refused, with its status or this one, if it is an error."""
-    reply = json.loads(await answer.aread())
+async def engine_json(answer: httpx.Response, fault: int = 500) -> dict[str, Any]:
+    """llama.cpp's answer; an error is refused with its status, or with `fault` instead of 500."""
+    reply, status = json.loads(await answer.aread()), answer.status_code
     if error := reply.get("error"):
-        insist(False, None, error["message"], status or answer.status_code, error.get("type"))
+        insist(False, None, error["message"], fault if status == 500 else status, error.get("type"))
     return reply

@@ -14,41 +14,17 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import uvicorn
-import xllamacpp
 
 from lib.errors import UserError
 from lib.files import ROOT
-from lib.host import cores
-from lib.serve.bundle import Bundle, open_bundle
+from lib.serve.bundle import open_bundle
+from lib.serve.engine import HOST, running_engine
 from lib.serve.front import application
 from lib.settings import ServeSettings
 
-HOST = "127.0.0.1"
 GRACE = 20  # seconds that running requests get to finish when the server stops
-
-
-def start_engine(bundle: Bundle, settings: ServeSettings, key: str) -> Any:
-    """llama.cpp's own server on a free loopback port, for holders of the key only."""
-    params = xllamacpp.CommonParams()
-    params.model.path, params.model_alias = str(bundle.model), {bundle.name}
-    params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(file), scale)
-                            for file, scale in bundle.adapters.values()]
-    with socket.create_server((HOST, 0)) as probe:  # the engine does not take port 0
-        params.port = probe.getsockname()[1]
-    params.hostnames, params.api_keys = [HOST], [key]
-    params.n_ctx = settings.context * settings.slots
-    params.n_parallel, threads = settings.slots, settings.threads or cores()
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-    params.endpoint_metrics, params.ui, params.verbosity = True, False, 0
-    params.cache_ram_mib = 0  # prompts kept beside the slots would grow to 8 GB
-    try:
-        return xllamacpp.Server(params)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"llama.cpp could not load {bundle.model} ({error}): "
-                        "make it again, or lower --context or --slots") from None
 
 
 @dataclass(frozen=True)
@@ -72,12 +48,11 @@ def serve(path: Path, settings: ServeSettings, loras: Sequence[str] = (), *,
     except OSError:
         raise UserError(f"port {settings.port} is taken or not allowed: "
                         "choose another with --port, or 0 for a free one") from None
-    with listener:
+    key = secrets.token_urlsafe()
+    with listener, running_engine(bundle, settings, key) as engine:
         # Connections inherit this; Nagle's algorithm would delay each part of a stream by 40 ms.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        key = secrets.token_urlsafe()
-        engine = start_engine(bundle, settings, key)
-        app = application(bundle, engine.listening_address, key, settings)
+        app = application(bundle, engine, key, settings)
         served = Served(f"http://{HOST}:{listener.getsockname()[1]}/v1", os.getpid())
         names = ", ".join((bundle.name, *bundle.adapters))
         print(json.dumps(vars(served)) if until_eof else f"serving {names} at {served.url}",

@@ -292,17 +292,15 @@ def test_an_adapter_of_another_base_or_grid(
 
 
 def test_owned_components_serve_their_own_bits(base: Switchable) -> None:
-    network = MixingNetwork(base.layers, 16, owned={2: 1 / 4, 3: 1 / 8})
-    assert network.owned == {2: [12, 13, 14, 15], 3: [10, 11]}
+    network = MixingNetwork(base.layers, 16, owned=OWNED)
+    assert network.owned == 4
     for bits in GRID["bits"]:
         configuration = Configuration.uniform(base.layers, Format(bits))
         diagonal = (torch.eye(16) + network(configuration)).diagonal(dim1=1, dim2=2)
-        shut = [i for other, rows in network.owned.items() if other != bits for i in rows]
-        assert diagonal[0].nonzero()[:, 0].tolist() == [i for i in range(16) if i not in shut]
+        assert diagonal[0].nonzero()[:, 0].tolist() == [*range(16 if bits == 2 else 12)]
     plain = torch.eye(16) + network(None)
-    assert plain.diagonal(dim1=1, dim2=2).sum() == 10 * len(base.layers.names)
-    # A rank too small to share has no owners.
-    assert not MixingNetwork(base.layers, 2, owned={3: 1 / 8}).owned
+    assert plain.diagonal(dim1=1, dim2=2).sum() == 12 * len(base.layers.names)
+    assert (MixingNetwork(base.layers, 16).gates == 1).all()  # the paper's has no owners
 
 
 # Training over configurations

@@ -5,7 +5,6 @@ import json
 import random
 from typing import Any
 
-import matplotlib.pyplot as plt
 import pytest
 import torch
 from hypothesis import given
@@ -21,7 +20,7 @@ from lib.coa.configuration import (
     Switchable,
     best_formats,
     block_and_kind,
-    error_table,
+    format_errors,
     greedy_configuration,
     numbers,
     random_configuration,
@@ -29,7 +28,6 @@ from lib.coa.configuration import (
     spend,
 )
 from lib.errors import UserError
-from lib.evaluate.figures import heat_map
 from lib.evaluate.scores import answer_loss
 from lib.quantize.formats import FORMATS, GRID, Format
 
@@ -148,7 +146,8 @@ def test_greedy_gives_bits_where_the_error_is() -> None:
 
 def test_greedy_beats_random_at_equal_bits(tiny: PreTrainedModel) -> None:
     base = Switchable(tiny, dtype=torch.float32)
-    formats, errors = error_table(base)
+    formats = best_formats()
+    errors = format_errors(base, formats)
     assert errors.shape == (14, len(formats))
     assert (errors.diff(dim=1) < errors[:, :1] * 0.05).all()
 
@@ -159,15 +158,6 @@ def test_greedy_beats_random_at_equal_bits(tiny: PreTrainedModel) -> None:
     greedy = greedy_configuration(base.layers, 4.0, formats, errors)
     for seed in range(3):
         assert error(greedy) < error(random_configuration(base.layers, 4.0, random.Random(seed)))
-
-
-def test_the_heat_map_shows_every_layer() -> None:
-    configuration = random_configuration(LAYERS, 4.0, random.Random(2))
-    heat_map(configuration.grid())
-    shown = plt.gca().get_images()[0].get_array()
-    assert shown.T.tolist() == configuration.grid()
-    assert [label.get_text() for label in plt.gca().get_yticklabels()][3] == "o"
-    plt.close("all")
 
 
 def test_sensitivity_is_what_noise_does_to_the_loss(
@@ -201,11 +191,11 @@ def test_bits_go_where_they_are_felt(tiny: PreTrainedModel) -> None:
     tiny.model.layers[0].mlp.up_proj.weight.data.zero_()
     base, felt = Switchable(tiny, dtype=torch.float32), torch.ones(14)
     felt[9] = 1e6
-    plain, weighed = (greedy_configuration(base.layers, 3.0, *error_table(base, f))
-                      for f in (None, felt))
+    errors = format_errors(base, best_formats())
+    plain, weighed = (greedy_configuration(base.layers, 3.0, best_formats(), weight * errors)
+                      for weight in (torch.ones(14, 1), felt[:, None]))
     assert weighed.formats[9].bits == 8 > plain.formats[9].bits
     # A layer of zeros has no error.
-    errors = error_table(base)[1]
     assert not errors[base.layers.names.index("model.layers.0.mlp.up_proj")].any()
     assert errors.isfinite().all()
 

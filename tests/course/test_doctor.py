@@ -9,13 +9,14 @@ import sys
 import types
 from pathlib import Path
 
+import nbformat
 import psutil
 import pytest
 from conftest import ROOT
 
 from lib.__main__ import main
 from lib.course import doctor
-from lib.course.run import notebooks, read_notebook
+from lib.course.run import notebooks
 
 PINS = dict(re.findall(r"(?m)^([\w.-]+)==([\w.]+)",
                        (ROOT / "requirements.txt").read_text(encoding="utf-8")))
@@ -97,7 +98,7 @@ def test_memory(total: float, free: float, limit: str, state: str, text: str,
 
 
 def test_what_is_needed_is_what_the_notebooks_took() -> None:
-    peaks = [read_notebook(path).metadata.course.peak_mb for path in notebooks()]
+    peaks = [nbformat.read(path, as_version=4).metadata.course.peak_mb for path in notebooks()]
     assert round(max(peaks) / 1e3, 1) == doctor.MEMORY_GB
 
 

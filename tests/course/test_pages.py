@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from data.evidence.notebooks import costs_table, plan, plan_table
-from lib.course.run import notebooks, read_notebook
+from lib.course.run import notebooks
 
 FOLDER = ROOT / "notebooks"
 PAGES = {name: (FOLDER / f"{name}.md").read_text(encoding="utf-8")
@@ -130,7 +130,7 @@ def numbers_after(word: str, text: str) -> list[int]:
 
 def test_the_guide_gives_each_line_the_minutes_of_its_sections() -> None:
     guide = (FOLDER / "INSTRUCTORS.md").read_text(encoding="utf-8")
-    plans = {path.name[:2]: plan(read_notebook(path)) for path in notebooks()}
+    plans = {path.name[:2]: plan(nbformat.read(path, as_version=4)) for path in notebooks()}
     lines = re.findall(r"(?m)^\| (\d+) \| .+ \| (\d\d)(, .+) \|$", guide)
     assert len(lines) >= 14
     for minutes, name, rest in lines:

@@ -18,7 +18,6 @@ from lib.course import notebook as opening
 from lib.course import run as course
 from lib.errors import UserError
 from lib.evaluate.figures import COLOURS
-from lib.files import read_json
 
 FAST = "import os\nPROFILE = os.environ.get('COURSE_PROFILE', 'laptop')"
 SAVE = ("import json, pathlib; pathlib.Path('../build/course/smoke/01.json').write_text("
@@ -55,10 +54,8 @@ def test_a_run_and_what_it_stores(folders: tuple[Path, Path]) -> None:
         (books / f"{name}.md").write_text(PAGE)
     out.mkdir(parents=True)
     assert course.run("smoke", store=True) == out / "site"
-    cost = read_json(out / "01.json")["whole_run"]
     one, two = (nbformat.read(books / f"{name}.ipynb", 4) for name in ("01_one", "02_two"))
-    assert {key: one.metadata.course[key] for key in cost} == cost
-    assert cost["peak_mb"] > 300 and one.metadata.course.cell_seconds[2] >= 1.5
+    assert one.metadata.course.peak_mb > 300 and one.metadata.course.cell_seconds[2] >= 1.5
     assert one.cells[0].source == f"# One\n\n{stored.takes(one.metadata.course)}\n\nThe end."
     assert two.cells[2].outputs[0].data["text/plain"] == "42" and len(two.cells) == 3
     assert two.metadata.course.source_sha256 == stored.source_hash(two)

@@ -245,7 +245,7 @@ ROWS: dict[str, tuple[Call, str, str]] = {
     "serve: adapter's file missing": (["serve", "SHELF/edge", "--lora", "x=none.gguf:1"],
                                       "none.gguf does not exist", "check the path"),
     "serve: a model as adapter": (["serve", "SHELF/edge", "--lora", "x=SHELF/edge/model.gguf"],
-                                  "LoRA", "export"),
+                                  "expect general.type to be 'adapter'", "make the files"),
 
     "slides: place in use": (["slides", "--out", "folder"], "thesis.txt would be lost", "choose"),
     "site: not mine": (["site", "--out", "locked/site"], "Permission denied", "check the path"),

@@ -356,14 +356,8 @@ def test_files_that_are_refused(tmp_path: Path, lora: Path, tiny_gguf: Path,
         open_bundle(tmp_path / "text.gguf")
     with pytest.raises(UserError, match="is an adapter: name a model"):
         open_bundle(good)
-    foreign = whole.replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0gptjj", 1)
-    (tmp_path / "foreign.gguf").write_bytes(foreign)
-    with pytest.raises(UserError, match="holds a gptjj model"):
-        open_bundle(tmp_path / "foreign.gguf")
     with pytest.raises(UserError, match="is not NAME=FILE"):
         open_bundle(f32, ["adapter"])
-    with pytest.raises(UserError, match="adapter x is not a LoRA file"):
-        open_bundle(f32, [f"x={f32}"])
     with pytest.raises(UserError, match="has the model's name"):
         open_bundle(f32, [f"tiny={good}"])
     assert open_bundle(f32, [f"x={good}:-0.5"]).adapters == {"x": (good, -0.5)}
@@ -377,20 +371,6 @@ def test_adapters_that_do_not_fit(tmp_path: Path, tiny: LlamaForCausalLM,
     other = tmp_path / "other.gguf"
     write_adapter(adapter, other, tiny_gguf, tiny, base="another model")
     with pytest.raises(UserError, match="made for 'another model', the model is 'embedded'"):
-        open_bundle(f32, [f"x={other}"])
-    # Another rank is no fault; two ranks in one layer are.
-    write_adapter(saved_adapter(tiny, tmp_path / "c", r=7), other, tiny_gguf, tiny)
-    assert "x" in open_bundle(f32, [f"x={other}"]).adapters
-    a, b = values(other)["blk.0.attn_q.weight.lora_a"], np.zeros((64, 5), np.float32)
-    writer = gguf.GGUFWriter(other, "llama")
-    writer.add_string("adapter.type", "lora")
-    writer.add_tensor("blk.0.attn_q.weight.lora_a", a)
-    writer.add_tensor("blk.0.attn_q.weight.lora_b", b)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with pytest.raises(UserError, match=r"A takes 64 to rank 7, B rank 5 to 64"):
         open_bundle(f32, [f"x={other}"])
 
 

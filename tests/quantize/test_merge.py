@@ -2,7 +2,6 @@
 
 import copy
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from lib.base.model import (
 )
 from lib.errors import UserError
 from lib.files import size_mb, writing
-from lib.quantize.merging import load_saved, merge, save_int8, save_model, save_nf4
+from lib.quantize.merging import load_saved, merge, save_model, save_quantized
 from lib.train.lora import adapter_factors, load_adapter
 
 pytestmark = pytest.mark.usefixtures("float32", "cheap_tokenizer")
@@ -154,10 +153,10 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[PreTrainedModel]:
     return kept
 
 
-def saved_and_reloaded(save: Callable[[Path, Path], None], merged: Path, out: Path,
-                       loaded: list[PreTrainedModel]) -> PreTrainedModel:
-    """The model from the file that `save` wrote; its logits are those before."""
-    save(merged, out)
+def saved_and_reloaded(merged: Path, out: Path, bits: int, loaded: list[PreTrainedModel]
+                       ) -> PreTrainedModel:
+    """The model from the file that `save_quantized` wrote; its logits are those before."""
+    save_quantized(merged, out, bits)
     in_memory = loaded[-1]
     again = load_saved(out, dtype=in_memory.dtype)
     assert again is not in_memory
@@ -167,7 +166,7 @@ def saved_and_reloaded(save: Callable[[Path, Path], None], merged: Path, out: Pa
 
 def test_int8_reloads_identical(merged: Path, tmp_path: Path,
                                 loaded: list[PreTrainedModel]) -> None:
-    again = saved_and_reloaded(save_int8, merged, tmp_path / "int8", loaded)
+    again = saved_and_reloaded(merged, tmp_path / "int8", 8, loaded)
     kinds = {type(m).__name__ for n, m in again.named_modules() if "proj" in n}
     assert kinds == {"Linear8bitLt"}
     assert {m.state.threshold for m in again.modules()
@@ -179,14 +178,14 @@ def test_int8_reloads_identical(merged: Path, tmp_path: Path,
 
 def test_nf4_reloads_identical(merged: Path, tmp_path: Path,
                                loaded: list[PreTrainedModel]) -> None:
-    again = saved_and_reloaded(save_nf4, merged, tmp_path / "nf4", loaded)
+    again = saved_and_reloaded(merged, tmp_path / "nf4", 4, loaded)
     layers = [m for m in again.modules() if isinstance(m, bnb.nn.Linear4bit)]
     assert len(layers) == 14 and all(m.weight.quant_state.nested for m in layers)
 
 
 def test_int8_and_nf4_are_near_and_smaller(merged: Path, tmp_path: Path) -> None:
-    save_int8(merged, tmp_path / "int8")
-    save_nf4(merged, tmp_path / "nf4")
+    save_quantized(merged, tmp_path / "int8", 8)
+    save_quantized(merged, tmp_path / "nf4", 4)
     exact = logits(load_saved(merged, dtype=torch.float32))
     scale = exact.abs().max().item()
     gaps = [distance(logits(load_saved(tmp_path / name)), exact) / scale

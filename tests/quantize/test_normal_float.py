@@ -12,7 +12,6 @@ from lib.quantize.formats import (
     DTYPES,
     FORMATS,
     Format,
-    bits_per_parameter,
     dequantize,
     dequantize_blocks,
     normal_float,
@@ -127,17 +126,6 @@ def test_what_is_refused() -> None:
         round_trip(torch.ones(1, 32), "Q9")
 
 
-@pytest.mark.parametrize(("bits", "block", "options", "expected"), [
-    (4, 64, {}, 4.5),
-    (4, 64, {"scale_bits": 8, "scale_block": 256}, 4 + 8 / 64 + 32 / (64 * 256)),
-    (8, 32, {"scale_bits": 16}, 8.5),
-    (3, 128, {"scale_bits": 16}, 3.125),
-])
-def test_bits_per_parameter(bits: int, block: int, options: dict[str, int],
-                            expected: float) -> None:
-    assert bits_per_parameter(bits, block, **options) == pytest.approx(expected, rel=1e-12)
-
-
 def test_bits_per_parameter_is_what_bitsandbytes_stores() -> None:
     """Bytes of a double-quantised 1024 x 1024 matrix, counted in its tensors."""
     weight = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
@@ -145,8 +133,7 @@ def test_bits_per_parameter_is_what_bitsandbytes_stores() -> None:
         weight, blocksize=64, quant_type="nf4", compress_statistics=True)
     stored = [packed, state.absmax, state.state2.absmax]
     bits = 8 * sum(t.numel() * t.element_size() for t in stored) / weight.numel()
-    assert bits == pytest.approx(
-        bits_per_parameter(4, 64, scale_bits=8, scale_block=256), rel=1e-6)
+    assert bits == pytest.approx(Format(4, 8, "fp32", 64, 256).bits_per_parameter, rel=1e-6)
 
 
 levels = st.sampled_from(FORMATS)

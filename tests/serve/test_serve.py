@@ -111,10 +111,15 @@ def test_listing_health_and_metrics(client: httpx.Client, server: Served) -> Non
     refusal(client.get(CHAT), 405)
 
 
+def listening(server: Served) -> list[tuple[str, int]]:
+    """Addresses where the front or its engine listens."""
+    front = psutil.Process(server.pid)
+    return [c.laddr for process in (front, *front.children(recursive=True))
+            for c in process.net_connections() if c.status == psutil.CONN_LISTEN]
+
+
 def test_only_loopback_listens(server: Served) -> None:
-    listening = [c.laddr.ip for c in psutil.Process(server.pid).net_connections()
-                 if c.status == psutil.CONN_LISTEN]
-    assert set(listening) == {"127.0.0.1"}
+    assert {ip for ip, _ in listening(server)} == {"127.0.0.1"}
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost:8080", "evil.example",
@@ -160,9 +165,7 @@ def test_pages_are_not_answered_by_default(client: httpx.Client) -> None:
 
 def test_engine_needs_the_key(server: Served) -> None:
     """The engine's own port would serve unchecked requests."""
-    ports = {c.laddr.port for c in psutil.Process(server.pid).net_connections()
-             if c.status == psutil.CONN_LISTEN}
-    inner = ports - {httpx.URL(server.url).port}
+    inner = {port for _, port in listening(server)} - {httpx.URL(server.url).port}
     assert len(inner) == 1
     reply = httpx.post(f"http://127.0.0.1:{inner.pop()}/v1/chat/completions", json=body())
     assert reply.status_code == 401
@@ -422,15 +425,80 @@ def test_a_signal_lets_running_requests_finish(folder: Path, number: int) -> Non
         assert process.stderr.read() == ""
 
 
+# A program with the options of `llama-server`, around the wheel's engine.
+OWN = """#!{python}
+import json, os, sys, threading
+if sys.argv[1:] == ["--version"]:
+    sys.exit({version!r})
+sys.path.insert(0, {root!r})
+from lib.serve import engine
+words = [word for word in sys.argv[1:] if word not in ("--metrics", "--no-webui", "--jinja")]
+pairs = [*zip(words[::2], words[1::2], strict=True)]
+options = {{name[2:]: int(text) if text.isdigit() else text for name, text in pairs}}
+files = [text for name, text in pairs if name == "--lora"]
+class Given:
+    readline = lambda self: json.dumps(["", options, files, os.environ["LLAMA_API_KEY"]])
+    read = lambda self: threading.Event().wait()
+sys.stdin = Given()
+engine.main()
+"""
+
+
+def own_engine(folder: Path, version: str) -> str:
+    path = folder / f"llama-server-{len(version)}"
+    path.write_text(OWN.format(python=sys.executable, root=str(ROOT), version=version))
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a script is no program there")
+@pytest.mark.parametrize("version", ["", "version: 0.6.0-dev (build 11434, commit unknown)",
+                                     "version: 6700 (0123abcd)"])
+def test_an_engine_that_dies_is_started_again(folder: Path, version: str) -> None:
+    """The wheel's, and a program of one's own."""
+    options = ["--engine", own_engine(folder, version)] if version else []
+    with running(folder / "tiny.gguf", *OPTIONS, *loras(folder), *options) as served, httpx.Client(
+            base_url=served.url, timeout=60) as client, ThreadPoolExecutor(1) as pool:
+        wanted = [content(client.post(CHAT, json=body(model=m))) for m in ("tiny", *NAMES)]
+        assert len({*wanted}) == 3
+        engine = psutil.Process(served.pid).children(recursive=True)[-1]
+        engine.suspend()
+        pending = pool.submit(client.post, CHAT, json=body())
+        time.sleep(0.3)  # by now it waits for the engine
+        engine.kill()
+        assert "try again" in refusal(pending.result(), 502)["message"]
+        deadline = time.monotonic() + 60
+        while (reply := client.post(CHAT, json=body())).status_code in (502, 503):  # loading
+            assert time.monotonic() < deadline, reply.text
+            time.sleep(0.1)
+        assert [content(client.post(CHAT, json=body(model=m))) for m in ("tiny", *NAMES)] == wanted
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a script is no program there")
+@pytest.mark.parametrize(("version", "message"), [
+    ("version: 4421 (0123abcd)", "is not a llama-server of build 6700 or newer.*version is 4421"),
+    ("hello", "version is None"), (None, "No such file")])
+def test_engines_that_cannot_serve(folder: Path, version: str | None, message: str) -> None:
+    program = own_engine(folder, version) if version else str(folder / "none")
+    with pytest.raises(UserError, match=message), running(
+            folder / "tiny.gguf", *OPTIONS, "--engine", program):
+        pass
+
+
 def test_a_server_ends_with_the_program_that_started_it(folder: Path) -> None:
-    program = ("import os, sys; from pathlib import Path; from lib.serve import running\n"
+    program = ("import os, psutil; from pathlib import Path; from lib.serve import running\n"
                f"with running(Path({str(folder / 'tiny.gguf')!r})) as served:\n"
-               "    print(served.pid, flush=True); os._exit(9)")
+               "    front = psutil.Process(served.pid)\n"
+               "    engines = front.children(recursive=True)\n"
+               "    print(front.pid, *(one.pid for one in engines), flush=True)\n"
+               "    os._exit(9)")
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, text=True,
                           capture_output=True, timeout=120)
     assert done.returncode == 9, done.stderr
-    with contextlib.suppress(psutil.NoSuchProcess):
-        psutil.Process(int(done.stdout)).wait(20)
+    assert len(done.stdout.split()) == 2
+    for number in map(int, done.stdout.split()):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            psutil.Process(number).wait(20)
 
 
 def test_a_proxy_sees_no_local_traffic(
