@@ -118,6 +118,7 @@ def killed(folder: Path, bodies: list[dict[str, Any]], alone: list[str]) -> dict
 
     def one(body: dict[str, Any]) -> str:
         while True:
+            begun = time.monotonic()
             try:
                 with connect(served.url) as client:
                     answer = ask(client, body)
@@ -127,7 +128,7 @@ def killed(folder: Path, bodies: list[dict[str, Any]], alone: list[str]) -> dict
             with lock:
                 counts[kind] = counts.get(kind, 0) + 1
                 if kind == "answered":
-                    if times["dead"] and not times["again"]:
+                    if begun > times["dead"] > 0 and not times["again"]:
                         times["again"] = time.monotonic()
                     return answer.text
             time.sleep(0.1)

@@ -331,7 +331,10 @@ def test_texts_may_come_in_parts_and_from_developers(client: httpx.Client) -> No
 @pytest.mark.parametrize(("schema", "shape"), [
     ({"enum": ["yes", "no"]}, '"(yes|no)"'),
     ({"type": "integer", "minimum": 3, "maximum": 4}, "[34]"),
-    ({"type": "string", "pattern": "^[ab]{2}$"}, '"[ab]{2}"')])
+    ({"type": "string", "pattern": "^[ab]{2}$"}, '"[ab]{2}"'),
+    # No spaces between tokens: a small model would write them to the end.
+    ({"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"],
+      "additionalProperties": False}, r'\{"a":[12]\}')])
 @pytest.mark.parametrize("path", ["/chat/completions", "/completions"])
 def test_answers_obey_a_schema(client: httpx.Client, path: str, schema: dict, shape: str) -> None:
     asked = {"messages": HELLO} if path == CHAT else {"prompt": "Hello"}
