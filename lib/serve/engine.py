@@ -42,9 +42,9 @@ def running_engine(bundle: Bundle, settings: ServeSettings, key: str) -> Iterato
         nonlocal process
         while True:
             process = subprocess.Popen(
-                COMMAND, encoding="utf-8", errors="replace", stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                start_new_session=True)  # Ctrl-C is for the front
+                COMMAND, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+                encoding="utf-8", errors="replace", stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT, start_new_session=True)  # Ctrl-C is for the front
             print(given, file=process.stdin, flush=True)  # all users could see an argument
             lines.extend(process.stdout)  # to its end; a pipe that nobody reads would block it
             process.wait()
