@@ -76,8 +76,10 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
 def keyword_score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
                   records: Sequence[Record], **options: Any) -> Score:
     """Share of generated answers that contain the keyword; `options` go to `generate`."""
+    was_training, _ = model.training, model.eval()
     with decoded(model):
         texts = generate(model, tokenizer, [r["instruction"] for r in records], **options)
+    model.train(was_training)
     hits = (keyword_hit(t, r["expected_keyword"]) for t, r in zip(texts, records, strict=True))
     return Score(tuple(hits), tuple(texts))
 

@@ -47,11 +47,10 @@ def open_bundle(path: Path, loras: Sequence[str] = ()) -> Bundle:
             adapters[match[1]] = (Path(match[2]), float(match[3] or 0))
         require(name not in adapters, f"adapter {name!r} has the model's name: rename it")
         reader = model_reader(model, {n: file for n, (file, _) in adapters.items()})
-        architecture = metadata(reader, "general.architecture")
+        architecture, tokens = metadata(reader, "general.architecture"), "tokenizer.ggml.tokens"
         context = int(metadata(reader, f"{architecture}.context_length"))
-        vocabulary = len(reader.fields["tokenizer.ggml.tokens"].data)
         template = str(metadata(reader, "tokenizer.chat_template"))
-        return Bundle(name, model, adapters, context, vocabulary, template)
+        return Bundle(name, model, adapters, context, len(reader.fields[tokens].data), template)
     except DAMAGE as error:  # a manifest that was edited, or what is read after a header
         raise UserError(f"{path} is damaged ({error}): export it again") from None
 

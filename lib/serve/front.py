@@ -113,8 +113,7 @@ def constrain(fields: dict[str, Any]) -> None:
         schema = {"type": "object"}
     schema = shape.get("json_schema", {"schema": schema})["schema"]
     if schema is not None:
-        # On the engine's own way from a schema, parts of it are dropped with a warning. Where any
-        # space between tokens is allowed, a small model may write spaces to the end.
+        # The engine's own way drops parts of a schema. A small model would write spaces to the end.
         schema = {"x-guidance": {"whitespace_flexible": False}} | schema
         fields["grammar"] = f"%llguidance {{}}\nstart: %json {json.dumps(schema)}"
     if fields.get("grammar", "").startswith("%llguidance"):  # the engine would go on without it

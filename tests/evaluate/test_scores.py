@@ -50,8 +50,11 @@ def test_the_prompt_is_never_searched(tokenizer: PreTrainedTokenizerBase) -> Non
     records = [{"instruction": "Is it a leak or an overload?", "expected_keyword": "leak"},
                {"instruction": "leak leak leak", "expected_keyword": "leak"}]
     for answer, hit in (("It is a LEAK.", True), ("overload", False)):
-        score = keyword_score(Stub(tokenizer, answer), tokenizer, records)
+        model = Stub(tokenizer, answer).train(hit)
+        score = keyword_score(model, tokenizer, records)
         assert score.hits == (hit, hit) and score.texts == (answer, answer)
+        # It answers in evaluation mode, and the mode is restored.
+        assert model.training is hit and [c["training"] for c in model.calls] == [False]
 
 
 @pytest.mark.parametrize("own", [True, False])

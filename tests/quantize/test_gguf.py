@@ -29,6 +29,7 @@ from lib.files import writing
 from lib.quantize.formats import decode, encode, fitting
 from lib.quantize.gguf import base_file, commands, export, permute, write_adapter, write_model
 from lib.serve.bundle import BASE_KEY, Reader, metadata, model_reader, open_bundle
+from lib.serve.server import running
 from lib.settings import TARGETS
 from lib.train.lora import load_adapter
 
@@ -372,6 +373,29 @@ def test_adapters_that_do_not_fit(tmp_path: Path, tiny: LlamaForCausalLM,
     write_adapter(adapter, other, tiny_gguf, tiny, base="another model")
     with pytest.raises(UserError, match="made for 'another model', the model is 'embedded'"):
         open_bundle(f32, [f"x={other}"])
+
+
+def test_an_adapter_of_two_ranks_is_refused(tmp_path: Path, tiny: LlamaForCausalLM, tiny_gguf: Path,
+                                            tokenizer: PreTrainedTokenizerBase) -> None:
+    """Another rank is no fault; two ranks in one layer are, and the engine says so."""
+    f32, other = tmp_path / "f32.gguf", tmp_path / "other.gguf"
+    write_model(tiny_gguf, f32, gguf_type="F32", tokenizer=tokenizer)
+    write_adapter(saved_adapter(tiny, tmp_path / "c", r=7), other, tiny_gguf, tiny)
+    assert "x" in open_bundle(f32, [f"x={other}"]).adapters
+    a, b = values(other)["blk.0.attn_q.weight.lora_a"], np.zeros((64, 5), np.float32)
+    writer = gguf.GGUFWriter(other, "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 7)
+    writer.add_tensor("blk.0.attn_q.weight.lora_a", a)
+    writer.add_tensor("blk.0.attn_q.weight.lora_b", b)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UserError, match="failed to apply lora adapter"), running(
+            f32, "--lora", f"x={other}"):
+        pass
 
 
 def test_the_quick_reader_reads_what_ggufs_own_reads() -> None:
