@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lib.errors import UserError, require
-from lib.files import size_mb, write_json
+from lib.files import MANIFEST, read_json, size_mb, write_json
 from lib.host import is_main_process, process_count
 from lib.settings import MODES, PROFILES, ServeSettings, TrainSettings
 
@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
     """argparse with one-line errors."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see `python -m lib --help`)")
+        raise UserError(f"{message.replace('<lambda>', 'number')} (see `python -m lib --help`)")
 
 
 def parser() -> Parser:
@@ -50,7 +50,7 @@ def parser() -> Parser:
     add("--eval-data", default="", metavar="FILE", help="records for validation along the way")
     add("--out", required=True, **DIR)
     add("--model", default="embedded", help="hub id or directory")
-    add("--mode", default="qlora", choices=MODES)
+    add("--mode", choices=MODES, help="default qlora, or lora over configurations")
     add_fields(train, TrainSettings, omit=("mode", "plain"))
 
     add = commands.add_parser("evaluate", help="score one or two systems on records").add_argument
@@ -78,10 +78,15 @@ def parser() -> Parser:
     add("--model", default="", help="hub id or directory; default the adapter's base")
 
     add = commands.add_parser("deploy", help="from a budget to files that run").add_argument
-    add("--task", default="sensors", help="sensors (default); for gguf movies, too")
-    add("--format", default="packed", choices=("packed", "gguf"))
-    add("--budget-mb", type=float, required=True, metavar="MB",
-        help="size of all files, MB (10^6 bytes)")
+    add("--adapter", help="any adapter; with --data", **DIR)
+    add("--data", default="", metavar="FILE", help="records (the first 256) that choose and "
+        "score; default those that the adapter was trained on")
+    add("--ignore", **FIELDS)
+    add("--task", default="", help="a shipped adapter and its records: sensors, movies")
+    add("--format", default="", choices=("", "packed", "gguf"), help="default by the adapter")
+    add("--route", default="", choices=("", "original", "dequantized"), help="as for export")
+    add("--budget-mb", "--budgets", required=True, metavar="MB", action="extend", type=lambda t: [
+        *map(float, t.split(","))], help="size of all files, MB (10^6 bytes); or several: 75,90")
     add("--memory-mb", metavar="MB", help="limit, measured here", **LIMIT)
     add("--token-ms", metavar="MS", help="limit, measured here", **LIMIT)
     add("--out", required=True, **DIR)
@@ -113,6 +118,13 @@ def from_fields(settings: type, args: argparse.Namespace) -> Any:
     return settings(**{name: getattr(args, name) for name in names})
 
 
+def first_records(source: str, ignore: list[str]) -> list[Any]:
+    """The first 256 records of a source."""
+    from lib.base.records import Records
+
+    return [*itertools.islice(Records(source, ignore=ignore), 256)]
+
+
 def dispatch(args: argparse.Namespace) -> None:
     """Run the chosen command."""
     match args.command:
@@ -132,19 +144,23 @@ def dispatch(args: argparse.Namespace) -> None:
         case "train":
             from lib.base.records import Records
 
+            args.mode = args.mode or ("qlora" if args.method == "plain" else "lora")
             settings, ignore = from_fields(TrainSettings, args), args.ignore
             records = Records(args.data, ignore=ignore)
             held = Records(args.eval_data, ignore=ignore) if args.eval_data else None
             for source in filter(None, (records, held)):
                 next(iter(source))  # a wrong file is reported before torch is loaded
-            from lib.train.training import train
+            if args.method == "plain":
+                from lib.train.training import train
+            else:
+                from lib.coa.adapter import train_joint as train
 
             result = train(records, settings, model=args.model, out=args.out, say_every=10,
                            held=held)
             if is_main_process():
-                processes = f", {process_count()} processes" if process_count() > 1 else ""
                 print(f"{args.out}: {result.trainable:,} of {result.parameters:,} parameters "
-                      f"trained, {result.seconds:.0f} s, peak {result.peak_mb:.0f} MB{processes}")
+                      f"trained, {result.seconds:.0f} s, peak {result.peak_mb:.0f} MB"
+                      + f", {process_count()} processes" * (process_count() > 1))
         case "evaluate":
             from lib.base.records import Records
 
@@ -179,14 +195,11 @@ def dispatch(args: argparse.Namespace) -> None:
                 require(name and directory and name not in adapters,
                         f"--adapter {text}: use NAME=DIR, and each name once")
                 adapters[name] = Path(directory)
-            from lib.base.records import Records
-
-            records = args.importance and [
-                *itertools.islice(Records(args.importance, ignore=args.ignore), 256)]
+            records = first_records(args.importance, args.ignore) if args.importance else ()
             from lib.quantize.gguf import commands, export
 
             kinds = export(args.out, gguf_type=args.type, route=args.route, merged=args.merge,
-                           adapters=adapters, model=args.model, records=records or (),
+                           adapters=adapters, model=args.model, records=records,
                            converter=args.converter)
             sizes = [f"{f.name} {size_mb(f):.1f} MB" for f in sorted(args.out.glob("*.gguf"))]
             print(f"{args.out}: {', '.join(sizes)}")
@@ -195,16 +208,23 @@ def dispatch(args: argparse.Namespace) -> None:
                       f"{', '.join(sorted(kinds[kind]))}")
             print("serve it with one of", *commands(args.out), sep="\n  ")
         case "deploy":
-            from lib.deploy.cost import Cost, deploy_within
-            from lib.deploy.gguf import deploy_gguf
-            from lib.deploy.packed import deploy_packed
+            adapter, source = args.adapter, args.data
+            require(not args.task if adapter else not (source or args.route or args.ignore), "name "
+                    "--adapter DIR, perhaps with --data, --ignore and --route, or --task alone")
+            if adapter and not source and (adapter / MANIFEST).is_file():
+                source = read_json(adapter / MANIFEST).get("data")
+            require(source or not adapter, f"{adapter} does not say its records: name --data FILE")
+            records = first_records(source, args.ignore) if adapter else ()
+            from lib.deploy.deployment import HELD, Cost, deploy, shipped
 
-            deploy = deploy_gguf if args.format == "gguf" else deploy_packed
-            deployed, cost = deploy_within(deploy, args.task, args.budget_mb, args.out,
-                                           Cost(args.memory_mb, args.token_ms))
-            print(f"{args.out}: {deployed.actual_mb:.1f} MB ({deployed.predicted_mb:.1f} predicted,"
-                  f" {args.budget_mb:g} allowed)\n{deployed}\nmeasured here: {cost}")
-            if args.format == "gguf":
+            what = {"adapter": adapter, "form": args.format, "route": args.route,
+                    "records": records, "held": records[-HELD:]} if adapter else shipped(
+                        args.task or "sensors", args.format or "packed")
+            done = deploy(**what, budgets=args.budget_mb, out=args.out,
+                          limits=Cost(args.memory_mb, args.token_ms))
+            for budget, deployed in done.items():
+                print(f"{args.out}, {budget:g} MB, by {len(what['held'])} records: {deployed}")
+            if any(args.out.rglob("model.gguf")):
                 print(f"start it with `python -m lib serve {args.out}`")
         case "serve":
             from lib.serve.server import serve

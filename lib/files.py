@@ -4,14 +4,12 @@
 """
 
 import contextlib
-import glob
 import hashlib
 import importlib.metadata
 import json
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,6 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = Path(os.environ.get("COURSE_BUILD", ROOT / "build"))
 MANIFEST = "manifest.json"
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "gguf", "xllamacpp")
-DAY = 86_400  # seconds
 
 
 def sha256(path: Path) -> str:
@@ -63,10 +60,6 @@ def scratch(target: Path | None = None) -> Iterator[Path]:
     """A private folder for one block, beside `target` or among the system's temporary ones."""
     place = target or Path(tempfile.gettempdir(), "course")
     place.parent.mkdir(parents=True, exist_ok=True)
-    for stale in place.parent.glob(f".{glob.escape(place.name)}.*.part"):
-        with contextlib.suppress(FileNotFoundError):  # another process was faster
-            if stale.stat().st_mtime < time.time() - DAY:  # a younger one may be in use
-                shutil.rmtree(stale, ignore_errors=True)
     part = Path(tempfile.mkdtemp(".part", f".{place.name}.", place.parent))
     try:
         yield part

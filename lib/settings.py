@@ -16,6 +16,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "aggressive": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
 }
 MODES = ("lora", "qlora", "full")
+METHODS = ("plain", "coa", "paper", "shared", "dedicated")
 
 
 def check_bounds(settings: Any, **bounds: tuple[float, float]) -> None:
@@ -49,13 +50,21 @@ class TrainSettings:
     eval_every: int = 0  # steps between two validations; 0 is a tenth of the run
     patience: int = 0  # validations without gain after which the run stops; 0 is never
     report_to: str = "none"  # or tensorboard, trackio, ...: where losses go as well
+    method: str = "plain"  # or over quantised configurations: coa, paper, shared, dedicated
+    formats: str = "nf"  # of the configurations, or gguf: the types of llama.cpp
+    configuration: str = ""  # file of the one that method dedicated trains for
     plain: bool = False  # TRL's own step instead of ours
 
     def __post_init__(self) -> None:
         for name, choices in (("mode", MODES), ("learn", ("all", "last")),
-                              ("template", ("auto", "own", "course"))):
+                              ("template", ("auto", "own", "course")),
+                              ("method", METHODS), ("formats", ("nf", "gguf"))):
             value = getattr(self, name)
             require(value in choices, f"{name} {value!r}: use one of {', '.join(choices)}")
+        require(bool(self.configuration) == (self.method == "dedicated"),
+                "--configuration FILE and --method dedicated go together: give both, or neither")
+        require(self.formats == "nf" or self.method in METHODS[1:4], f"formats {self.formats}: use "
+                f"it with --method {', '.join(METHODS[1:4])}")
         for name in ("targets", "rank", "alpha", "dropout", "rslora"):
             require(self.mode != "full" or getattr(self, name) == getattr(TrainSettings, name),
                     f"{name} {getattr(self, name)}: leave it out, mode full trains no adapter")
@@ -127,7 +136,6 @@ def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch: the one place where seeds are set."""
     import numpy as np  # here, because the server reads this module and needs no torch
     import torch
-
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

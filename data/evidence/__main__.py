@@ -22,7 +22,8 @@ TABLES = {"claims": "write data/claims.json from the stored results",
           "picture": "draw data/results/picture.png",
           "front": "store the best configurations of all searches for `python -m lib deploy`"}
 # The pieces of a group that have no file yet: a run that was cut off goes on where it stopped.
-MISSING = {"missing": "make", "missing-coa": "coa", "missing-search": "search"}
+MISSING = {"missing": "make", "missing-coa": "coa", "missing-search": "search",
+           "missing-edge": "edge"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,9 +35,10 @@ class Parser(argparse.ArgumentParser):
 
 def groups() -> dict[str, dict[str, "Piece"]]:
     """{group: {name: piece}}; imports torch and the trainer."""
-    from data.evidence import coa, make, search
+    from data.evidence import coa, edge_coa, make, search
 
-    return {"make": make.PIECES, "coa": coa.PIECES, "search": search.PIECES}
+    return {"make": make.PIECES, "coa": coa.PIECES, "search": search.PIECES,
+            "edge": edge_coa.PIECES}
 
 
 def pieces() -> dict[str, "Piece"]:

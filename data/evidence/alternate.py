@@ -1,11 +1,11 @@
-"""Training variants that plug into `lib.coa.joint.train_over` as callbacks.
+"""Training variants that plug into `lib.coa.adapter.train_over` as callbacks.
 
 `Renewing` searches between the steps (Ye, Tang, Ngai, arXiv 2509.25214, section 4).
 `StartFromError` starts a plain adapter from the quantisation error (as LQ-LoRA does, Guo et al.
 2023, but without its alternation).
 """
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,18 +16,11 @@ from transformers import TrainerCallback
 
 from lib.base.model import load_tokenizer
 from lib.base.records import Record
-from lib.coa.adapter import NAME, CoaLora
-from lib.coa.configuration import Configuration, Layers, Switchable, numbers
-from lib.coa.joint import Switching, set_components
+from lib.coa.adapter import NAME, CoaLora, Switching, set_components
+from lib.coa.configuration import Configuration, Switchable, from_numbers
 from lib.coa.pareto import Evaluate, Evaluated, Features, Journal, front_by_segment, search
 from lib.evaluate.scores import held_out_loss
 from lib.quantize.correction import WEIGHED_BY, input_roots, low_rank
-from lib.quantize.formats import FORMATS
-
-
-def from_numbers(layers: Layers, positions: Iterable[int]) -> Configuration:
-    """The configuration that has these `numbers`."""
-    return Configuration(layers, tuple(FORMATS[i] for i in positions))
 
 
 @dataclass(frozen=True)
@@ -38,12 +31,12 @@ class InTraining:
     model: PeftModel
 
 
-def loss_with(adapter: CoaLora | InTraining, held: Sequence[Record]) -> Evaluate:
-    """The held-out loss of a configuration (format numbers) with the adapter as it is."""
-    tokenizer = load_tokenizer(adapter.base.name)
+def loss_with(adapter: Any, held: Sequence[Record]) -> Evaluate:
+    """The held-out loss of a configuration's numbers with an adapter (`base`, `model`) as it is."""
+    tokenizer, base = load_tokenizer(adapter.base.name), adapter.base
 
     def evaluate(positions: Tensor) -> float:
-        adapter.base.switch(from_numbers(adapter.base.layers, positions.tolist()))
+        base.switch(from_numbers(base.layers, positions.tolist()))
         return held_out_loss(adapter.model, tokenizer, held)
 
     return evaluate
@@ -62,7 +55,7 @@ def renewed(adapter: CoaLora | InTraining, configurations: Sequence[Configuratio
     """
     evaluate, training = loss_with(adapter, held), adapter.model.training
     adapter.model.eval()
-    start = Evaluated.at(torch.stack([numbers(c) for c in configurations]), features, evaluate,
+    start = Evaluated.at(torch.stack([c.numbers for c in configurations]), features, evaluate,
                          Journal())
     evaluated = search(start, features, evaluate, evaluations=evaluations, seed=seed)
     adapter.model.train(training)
@@ -84,7 +77,7 @@ class Renewing(Switching):
             adapter = InTraining(self.base, objects["model"])
             self.configurations = renewed(adapter, self.configurations, **self.options)
             self.left = []
-        self.switch_to_next()
+        self.base.switch(self.next())
 
 
 class StartFromError(TrainerCallback):
@@ -99,7 +92,7 @@ class StartFromError(TrainerCallback):
         self.base, self.configuration = base, configuration
         # Before training, so that they belong to the original weights.
         self.roots = input_roots(base.model, base.layers.names, records[:WEIGHED_BY],
-                                 name=base.name)
+                                 tokenizer=load_tokenizer(base.name))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         """Write the adapter's first values."""

@@ -11,7 +11,7 @@ from lib.base.embedded import quiet
 from lib.base.model import load_tokenizer
 from lib.base.records import sensors
 from lib.coa.adapter import CoaLora
-from lib.coa.configuration import Switchable, numbers, random_configuration, sensitivities
+from lib.coa.configuration import Switchable, random_configuration, sensitivities
 from lib.coa.pareto import HIGH, LOW, Evaluated, Features, Surrogate, propose, reference_point
 from lib.evaluate.scores import held_out_loss
 from lib.files import ROOT, read_json
@@ -28,7 +28,7 @@ def search() -> dict[str, Any]:
     base, rng = Switchable.load(), random.Random(0)
     features = Features.of(base, sensitivities(base, sensors("train", 8)))
     configurations = torch.stack([
-        numbers(random_configuration(base.layers, rng.uniform(LOW, HIGH), rng))
+        random_configuration(base.layers, rng.uniform(LOW, HIGH), rng).numbers
         for _ in range(EVALUATED)])
     sums = features.sums(configurations)
     # A round's time does not depend on where the losses come from.

@@ -16,11 +16,10 @@ from data.evidence.bench_training import StepClock
 from lib.base.embedded import quiet
 from lib.base.model import load_model
 from lib.base.records import sensors
-from lib.coa.adapter import CoaLora
+from lib.coa.adapter import CoaLora, train_over
 from lib.coa.configuration import Configuration, Switchable, random_configuration
-from lib.coa.joint import train_over
-from lib.deploy.packed import load_packed, save_packed
 from lib.files import scratch
+from lib.quantize.formats import Format, dequantize, pack_weight, quantize, unpack_weight
 from lib.settings import TrainSettings, seed_everything
 from lib.train.lora import lora_config
 
@@ -55,7 +54,7 @@ def switching() -> dict[str, Any]:
             for configuration in unseen]
         coa.save_pretrained(folder / "plain")
         rows["latency_overhead"] = _latency(folder, unseen[-1])
-        rows["packed_over_plain"] = _packed(folder, configurations[0])
+        rows["packed_over_plain"] = _packed(configurations[0])
     rows["step_ratio"] = _step_ratios(configurations)
     theta = sum(p.numel() for p in coa.network.parameters())
     return {"theta_parameters": theta} | median_and_range(rows)
@@ -86,13 +85,28 @@ def _latency(folder: Path, configuration: Configuration) -> list[float]:
     return [ratio() - 1 for _ in range(REPEATS)]
 
 
+class Packed(torch.nn.Module):
+    """A linear layer without a bias that decodes its packed weights in each call."""
+
+    def __init__(self, parts: dict[str, torch.Tensor], fmt: Format, plain: torch.nn.Linear
+                 ) -> None:
+        super().__init__()
+        self.parts, self.format, self.shape = parts, fmt, plain.weight.shape
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = dequantize(unpack_weight(self.parts, self.format, self.shape.numel()))
+        return torch.nn.functional.linear(x, weight.view(self.shape).to(x))
+
+
 @torch.inference_mode()
-def _packed(folder: Path, configuration: Configuration) -> list[float]:
+def _packed(configuration: Configuration) -> list[float]:
     """A token's forward pass from packed weights over one from plain weights."""
     base, other = Switchable.load(), load_model()
     base.switch(configuration)
-    save_packed(base, configuration, folder / "packed.safetensors")
-    load_packed(other, folder / "packed.safetensors")
+    for i, (name, fmt) in enumerate(
+            zip(base.layers.names, configuration.formats, strict=True)):
+        parts = pack_weight(quantize(base.weight(i), fmt))
+        other.set_submodule(name, Packed(parts, fmt, other.get_submodule(name)))
     ids = torch.tensor([[5]])
     return [_seconds(lambda: other(input_ids=ids))
             / _seconds(lambda: base.model(input_ids=ids)) for _ in range(REPEATS)]

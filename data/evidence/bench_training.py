@@ -18,8 +18,7 @@ from lib.base.records import encode, sensors
 from lib.evaluate.scores import answer_loss
 from lib.files import scratch
 from lib.settings import TARGETS, TrainSettings, seed_everything
-from lib.train.fused_step import fused
-from lib.train.lora import lora_config
+from lib.train.lora import fused, lora_config
 from lib.train.training import make_trainer, run_trainer
 
 STEPS, REPEATS = 3, 3

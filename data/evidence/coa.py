@@ -23,6 +23,7 @@ from data.evidence.compare import MAIN
 from data.evidence.ledger import SEEDS
 from data.evidence.pieces import ADAPTERS, RESULTS, Piece, score_row, training_row
 from lib.base.model import load_tokenizer
+from lib.coa.adapter import train_over
 from lib.coa.configuration import (
     Configuration,
     Layers,
@@ -30,13 +31,11 @@ from lib.coa.configuration import (
     best_formats,
     format_errors,
     greedy_configuration,
-    numbers,
     random_configuration,
     sensitivities,
 )
-from lib.coa.joint import train_over
 from lib.coa.pareto import HIGH, LOW, Features
-from lib.deploy.packed import TASKS
+from lib.deploy.deployment import TASKS
 from lib.errors import require
 from lib.evaluate.scores import held_out_loss, keyword_score
 from lib.files import BUILD, read_json, replacing
@@ -118,7 +117,7 @@ def make_plans(task: str) -> dict[str, Any]:
     formats = best_formats()
     errors = format_errors(base, formats) * felt[:, None]
     starting, rng = starting_set(base, errors), random.Random(1000)
-    noise = Features.of(base, felt).sums(torch.stack([numbers(c) for c in starting]))[:, 0]
+    noise = Features.of(base, felt).sums(torch.stack([c.numbers for c in starting]))[:, 0]
     # Greedy configurations at near budgets share most of their layers, so none may be near a
     # main budget.
     training = [configuration for i, configuration in enumerate(starting)

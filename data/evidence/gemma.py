@@ -11,10 +11,9 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from data.evidence.pieces import WORK, score_row
+from data.evidence.pieces import WORK, score_row, served_score
 from lib.base.embedded import fetch, quiet, save_dequantized
 from lib.base.records import sensors
-from lib.deploy.gguf import served_score
 from lib.errors import require
 from lib.files import ROOT, read_json, scratch, size_mb
 

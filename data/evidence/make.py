@@ -23,14 +23,13 @@ from data.evidence.outliers import outliers
 from data.evidence.packed import packed
 from data.evidence.page import page
 from data.evidence.parity import compare
-from data.evidence.pieces import ADAPTERS, WORK, Piece, score_row, score_tests
+from data.evidence.pieces import ADAPTERS, WORK, Piece, score_row, score_tests, served_score
 from data.evidence.sevenb import sizes
 from data.evidence.training_runs import alpha, mode, sweeps, trained, variants
 from data.evidence.types import types, types_speed
 from data.evidence.vllm import compared
 from lib.base.model import load_model, load_tokenizer
 from lib.base.records import movies, sensors
-from lib.deploy.gguf import served_score
 from lib.files import size_mb
 from lib.quantize.gguf import export
 from lib.quantize.merging import (

@@ -3,16 +3,16 @@
 import shutil
 import statistics
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from data.evidence.bench import median_and_range
-from data.evidence.pieces import score_row
+from data.evidence.pieces import score_row, served_score
 from lib.base.records import sensors
-from lib.deploy.gguf import deploy_gguf, served_score
-from lib.deploy.packed import folder_size
+from lib.deploy.deployment import deploy, shipped
 from lib.files import size_mb
 from lib.serve.client import ask, question
 from lib.serve.server import running
@@ -33,17 +33,19 @@ def mixed(work: Path, q8: Path) -> dict[str, Any]:
         out = work / f"mixed_{budget:g}"
         shutil.rmtree(out, ignore_errors=True)
         start = time.monotonic()
-        deployed = deploy_gguf("sensors", budget, out)
+        deployed = deploy(budgets=[budget], out=out, **shipped("sensors", "gguf"))[budget]
         with running(out) as served:
             ready = time.monotonic() - start
             with running(q8) as other:
                 speeds = in_turn((served.url, ""), (other.url, ""))
         rows[f"{budget:g}"] = {
-            "types": deployed.types, "bits": deployed.bits, "ready_s": round(ready, 1),
-            "mb": folder_size(out) / 1e6, "model_mb": size_mb(out / "model.gguf"),
+            "types": dict(Counter(map(str, deployed.configuration.formats))),
+            "table": str(deployed.table), "bits": deployed.configuration.bits,
+            "ready_s": round(ready, 1),
+            "mb": deployed.actual_mb, "model_mb": size_mb(out / "model.gguf"),
             "test": score_row(served_score(out, sensors("test")))} | speeds
         row = rows[f"{budget:g}"]
-        print(f"  {budget:g} MB: {deployed.bits:.2f} bits, {row['ratio']:.2f} times Q8_0, "
+        print(f"  {budget:g} MB: {row['ratio']:.2f} times Q8_0, "
               f"{row['test']['share']:.1%}", flush=True)
     return rows
 

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from data.evidence.pieces import score_tests
-from lib.deploy.packed import deploy_packed, load_deployed
+from lib.deploy.deployment import deploy, shipped
+from lib.deploy.packed import load_deployed
 
 # MB, all files counted: as for GGUF of mixed types, and near the smallest useful size.
 BUDGETS = (80, 65)
@@ -17,10 +18,11 @@ def packed(work: Path) -> dict[str, Any]:
     for budget in BUDGETS:
         out = work / f"packed_{budget}"
         shutil.rmtree(out, ignore_errors=True)
-        deployed = deploy_packed("sensors", budget, out, examples=1)
-        row = score_tests(load_deployed(out, packed_layers=False))
-        rows[str(budget)] = {"mb": deployed.actual_mb, "bits": deployed.configuration.bits,
-                             "embedding": deployed.embedding, "loss": deployed.loss} | row
+        deployed = deploy(budgets=[budget], out=out, **shipped("sensors"))[budget]
+        row = score_tests(load_deployed(out))
+        rows[str(budget)] = row | {
+            "mb": deployed.actual_mb, "bits": deployed.configuration.bits,
+            "embedding": str(deployed.table), "loss": deployed.loss}
         print(f"  {budget} MB: {deployed.configuration.bits:.2f} bits, {row['test']['share']:.1%}",
               flush=True)
     return rows

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from data.evidence.compare import rows
-from lib.evaluate.figures import COLOURS, use_style
+from lib.evaluate.scores import COLOURS, use_style
 from lib.files import ROOT, read_json, replacing
 
 PICTURE = ROOT / "data" / "results" / "picture.png"

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,10 @@ import torch
 
 from lib.base.model import load_tokenizer, machine
 from lib.base.records import Record, sensors
-from lib.evaluate.scores import Score, keyword_score
+from lib.evaluate.scores import Score, keyword_hit, keyword_score
 from lib.files import BUILD, ROOT, versions, write_json
+from lib.serve.client import ask_all, question
+from lib.serve.server import running
 from lib.settings import TrainSettings
 from lib.train.training import TrainResult
 
@@ -57,6 +59,15 @@ def score_tests(model: Any, splits: tuple[str, ...] = ("test", "test_phrasings")
     tokenizer = load_tokenizer()
     return {split: score_row(keyword_score(model, tokenizer, task(split), **options))
             for split in splits}
+
+
+def served_score(path: Path, records: Sequence[Record], name: str = "") -> Score:
+    """Keyword score of a server's answers, by the adapter of this name if any."""
+    with running(path) as served:
+        answers = ask_all(served.url, [question(r["instruction"], model=name) for r in records])
+    texts = tuple(answer.text for answer in answers)
+    return Score(tuple(keyword_hit(text, record["expected_keyword"])
+                       for text, record in zip(texts, records, strict=True)), texts)
 
 
 def training_row(result: TrainResult, settings: TrainSettings) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The search's rivals with as many evaluations: random configurations, and NSGA-II."""
 
+import math
 import random
 from collections.abc import Callable
 
@@ -12,8 +13,13 @@ from pymoo.operators.mutation.pm import PM
 from pymoo.operators.repair.rounding import RoundingRepair
 from pymoo.optimize import minimize
 
-from lib.coa.configuration import Layers, numbers, random_configuration
-from lib.coa.pareto import FIELDS, HIGH, LOW, STRIDES, Evaluate, Evaluated, Features, Journal
+from lib.coa.configuration import Layers, random_configuration
+from lib.coa.pareto import HIGH, LOW, Evaluate, Evaluated, Features, Journal
+from lib.quantize.formats import GRID
+
+# A format's number is built from the positions of its fields, as itertools.product counts.
+FIELDS = tuple(len(values) for values in GRID.values())
+STRIDES = tuple(math.prod(FIELDS[i + 1:]) for i in range(len(FIELDS)))
 
 
 def at_random(start: Evaluated, features: Features, evaluate: Evaluate, layers: Layers, *,
@@ -21,7 +27,7 @@ def at_random(start: Evaluated, features: Features, evaluate: Evaluate, layers: 
     """Random configurations at budgets drawn evenly."""
     rng = random.Random(seed)
     candidates = torch.stack([
-        numbers(random_configuration(layers, rng.uniform(LOW, HIGH), rng))
+        random_configuration(layers, rng.uniform(LOW, HIGH), rng).numbers
         for _ in range(evaluations)])
     return start + Evaluated.at(candidates, features, evaluate, journal)
 

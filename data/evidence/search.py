@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from data.evidence.alternate import from_numbers, loss_with
+from data.evidence.alternate import loss_with
 from data.evidence.bench_search import HELD
 from data.evidence.coa import COA, plans_of
 from data.evidence.ledger import SEEDS
@@ -20,7 +20,7 @@ from data.evidence.pieces import ADAPTERS, RESULTS, Piece
 from data.evidence.rivals import at_random, nsga2
 from lib.base.records import sensors
 from lib.coa.adapter import CoaLora
-from lib.coa.configuration import Configuration, Layers, Switchable, numbers
+from lib.coa.configuration import Switchable, from_numbers, known_configurations
 from lib.coa.pareto import (
     Evaluate,
     Evaluated,
@@ -35,8 +35,7 @@ from lib.coa.pareto import (
 from lib.errors import UserError, require
 from lib.files import BUILD, read_json, replacing, sha256
 
-OUT, FRONT = RESULTS / "search", RESULTS.parent / "fronts" / "sensors.json"
-ADAPTER = ADAPTERS / "sensors_coa"
+OUT, ADAPTER = RESULTS / "search", ADAPTERS / "sensors_coa"
 METHODS, ALL_SEEDS, EVALUATIONS = ("ours", "random", "nsga2"), (*SEEDS, 3, 4), 60
 JOURNALS = BUILD / "search"
 
@@ -55,22 +54,19 @@ def problem() -> tuple[Switchable, Features, Callable[[torch.Tensor], float], st
 class JournalFile(Journal):
     """A journal as lines of JSON, so that a search that was cut off goes on where it stopped.
 
-    The first line's key says what the evaluations belong to.
+    The first line is the key that says what the evaluations belong to.
     """
 
-    def __init__(self, path: Path, key: str, layers: Layers) -> None:
+    def __init__(self, path: Path, key: str) -> None:
         super().__init__()
-        self.path, self.layers = path, layers
-        lines = [json.dumps({"key": key})]
+        self.path, lines = path, [json.dumps(key)]
         try:
             if path.is_file():
                 lines = path.read_text("utf-8").split("\n")[:-1]  # a line cut short has no end
             header, *rows = map(json.loads, lines)
-            require(header["key"] == key, f"it belongs to another search, {header['key']}")
-            for row in rows:
-                configuration = Configuration.from_json(row["configuration"], layers)
-                self.known[tuple(numbers(configuration).tolist())] = float(row["loss"])
-        except (UserError, ValueError, LookupError, TypeError) as error:
+            require(header == key, f"it belongs to another search, {header}")
+            self.known = {tuple(positions): float(loss) for loss, positions in rows}
+        except (UserError, ValueError, TypeError) as error:
             raise UserError(f"{path} is not the journal of this search ({error}): remove it "
                             "or name another") from None
         with replacing(path) as part:
@@ -78,24 +74,22 @@ class JournalFile(Journal):
 
     def __call__(self, configuration: torch.Tensor, bits: float, evaluate: Evaluate) -> float:
         """As in a `Journal`; what is new goes into the file as well."""
-        positions, count = configuration.tolist(), len(self.known)
+        count = len(self.known)
         loss = super().__call__(configuration, bits, evaluate)
         if len(self.known) > count:
-            row = {"loss": loss, "configuration": from_numbers(self.layers, positions).to_json()}
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps([loss, configuration.tolist()]) + "\n")
         return loss
 
 
 def journal(name: str) -> JournalFile:
     """A journal for each search, so that two can run side by side."""
-    base, _, _, key = problem()
-    return JournalFile(JOURNALS / f"{name}.jsonl", key, base.layers)
+    return JournalFile(JOURNALS / f"{name}.jsonl", problem()[-1])
 
 
 def first_configurations(base: Switchable) -> torch.Tensor:
     """(n, layers) format numbers of the training set."""
-    return torch.stack([*map(numbers, plans_of("sensors", base.layers)[0])])
+    return torch.stack([c.numbers for c in plans_of("sensors", base.layers)[0]])
 
 
 def starting() -> dict[str, Any]:
@@ -152,37 +146,24 @@ def _raw(evaluated: Evaluated, reference: torch.Tensor) -> float:
     return hypervolume(points, torch.stack([reference[0], reference[1].exp()]))
 
 
-def stored_front(base: Switchable, adapter: str) -> dict[tuple[int, ...], float]:
-    """{format numbers: loss} of the stored front, if it is of this adapter."""
-    stored = read_json(FRONT) if FRONT.is_file() else {}
-    rows = stored["front"] if stored.get("adapter") == adapter else []
-    known = {}
-    for row in rows:
-        configuration = Configuration.from_json(row["configuration"], base.layers)
-        known[tuple(numbers(configuration).tolist())] = row["loss"]
-    return known
-
-
 def store_front() -> None:
     """Store the best configurations of each segment among all that were evaluated."""
     base, features, _, key = problem()
-    adapter = sha256(ADAPTER / "manifest.json")
-    known = stored_front(base, adapter)
+    known = {tuple(c.numbers.tolist()): loss for c, loss in known_configurations(ADAPTER, base)}
     for file in sorted(JOURNALS.glob("*.jsonl")):
-        known |= JournalFile(file, key, base.layers).known
-    evaluated = torch.tensor([*known])
-    losses = torch.tensor([*known.values()], dtype=torch.float64)
+        known |= JournalFile(file, key).known
+    evaluated, losses = torch.tensor([*known]), torch.tensor([*known.values()]).double()
     points = torch.stack([features.bits(evaluated), losses], 1)
     rows = sorted(front_by_segment(points), key=lambda i: float(points[i, 0]))
     header = {"command": "python -m data.evidence front", "base_hash": base.fingerprint,
-              "adapter": adapter, "evaluated": len(evaluated)}
+              "adapter": sha256(ADAPTER / "manifest.json"), "evaluated": len(evaluated)}
     lines = [json.dumps({"loss": float(losses[i]), "configuration":
                          from_numbers(base.layers, evaluated[i].tolist()).to_json()},
                         separators=(",", ":")) for i in rows]
-    with replacing(FRONT) as part:  # one configuration a line
+    with replacing(ADAPTER / "front.json") as part:  # one configuration a line
         part.write_text(json.dumps(header)[:-1] + ', "front": [\n' + ",\n".join(lines) + "\n]}\n",
                         encoding="utf-8", newline="\n")
-    print(f"{FRONT.name}: {len(rows)} of {len(evaluated)} configurations")
+    print(f"{ADAPTER.name}: {len(rows)} of {len(evaluated)} configurations")
 
 
 PIECES = {"search-start": Piece("search/start", starting)} | {

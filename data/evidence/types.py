@@ -7,10 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from data.evidence.mixed import in_turn
-from data.evidence.pieces import ADAPTERS, score_row
+from data.evidence.pieces import ADAPTERS, score_row, served_score
 from lib.base.model import load_tokenizer
 from lib.base.records import sensors
-from lib.deploy.gguf import served_score
 from lib.evaluate.scores import held_out_loss
 from lib.files import size_mb, verified
 from lib.quantize.gguf import export

@@ -27,11 +27,10 @@ from data.evidence.pieces import ADAPTERS, WORK, score_row
 from lib.base.model import dequantized_base
 from lib.base.records import Record, movies, sensors
 from lib.coa.adapter import CoaLora
-from lib.coa.configuration import Switchable
-from lib.deploy.packed import known_configurations
+from lib.coa.configuration import Switchable, known_configurations
 from lib.errors import require
 from lib.evaluate.scores import Score, keyword_hit
-from lib.files import BUILD, ROOT
+from lib.files import BUILD
 from lib.quantize.gguf import export
 from lib.quantize.merging import save_model
 from lib.serve.client import ask_all, question
@@ -115,7 +114,7 @@ def compared(count: int = 100) -> dict[str, Any]:
     save_model(dequantized_base(), base)
     switchable = Switchable.load()
     source = ADAPTERS / "sensors_coa"
-    known = known_configurations(ROOT / "data" / "fronts" / "sensors.json", switchable, source)
+    known = known_configurations(source, switchable)
     configuration = max((c for c, _ in known), key=lambda c: c.bits)
     CoaLora.from_pretrained(switchable, source).materialise(configuration, coa)
     adapters = {"sensors": ADAPTERS / "sensors_qlora", "movies": ADAPTERS / "movies_qlora",

@@ -1,10 +1,14 @@
 """CoA-LoRA: one adapter for every configuration (Ye, Tang, Ngai, arXiv 2509.25214).
 
 A small network U_theta reads a layer's format and gives an r x r matrix:
-dW = (alpha / r) B (I + U) A. With U = 0 this is LoRA.
+dW = (alpha / r) B (I + U) A. With U = 0 this is LoRA. It is trained over many configurations, and
+so are its baselines: over one it is a dedicated adapter (QLoRA), without a network a shared one.
 """
 
+import itertools
+import random
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,40 +17,52 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from transformers import TrainerCallback
 
-from lib.base.model import MODULE_KINDS
-from lib.coa.configuration import Configuration, Layers, Switchable, block_and_kind
+from lib.base.embedded import EMBEDDED
+from lib.base.model import MODULE_KINDS, load_tokenizer, release_memory
+from lib.base.records import Record, Records
+from lib.coa.configuration import Configuration, Layers, Switchable, best_formats, block_and_kind
 from lib.errors import UserError, require
-from lib.files import verified, writing
-from lib.quantize.formats import GRID
+from lib.files import read_json, verified, writing
+from lib.host import process_count
+from lib.quantize.correction import WEIGHED_BY, input_roots, low_rank
+from lib.quantize.formats import GRIDS
+from lib.settings import TrainSettings
 from lib.train.lora import adapter_files, load_adapter, make_portable
+from lib.train.training import TrainResult, train
 
 NAME = "default"
 # U is a tenth of the network's output: Adam moves each weight by about the learning rate
 # regardless of its gradient, and U should move at a pace that suits A and B.
 PACE = 0.1
+FELT_BY = 16  # examples whose gradients weigh the errors of layers
 WIDTH, HIDDEN = 8, 128  # of an embedding, and between the two linear layers
 OWNED = 1 / 4  # the share of the rank that only layers of 2 bits use
+METHODS = ("lora", "coa", "paper")
+LEAST_LOSS = 0.02  # nats; below it a step follows the gradient of the loss itself again
 
 
 class MixingNetwork(nn.Module):
-    """U_theta: seven embeddings, LayerNorm, two linear layers, the last one zero at the start.
+    """U_theta: embeddings, LayerNorm, two linear layers, the last one zero at the start.
 
-    U = pace * network(five fields of a format, block, kind) + diag(gates(bits) - 1), for all
-    layers at once, (layers, 7) to (layers, r, r). The gates are ours and not learned: 1, and 0 for
-    the last components, an `owned` share of the rank, in layers that do not have 2 bits.
+    U = pace * network(fields of a format, block, kind) + diag(gates(bits) - 1), for all layers at
+    once, to (layers, r, r). A NormalFloat format has five fields, a GGUF format one, its type. The
+    gates are ours and not learned: 1, and 0 for the last components, an `owned` share of the
+    rank, in layers that do not have the first value of the first field (NormalFloat: 2 bits).
     """
 
-    def __init__(self, layers: Layers, rank: int, *, owned: float = 0) -> None:
+    def __init__(self, layers: Layers, rank: int, *, owned: float = 0, family: str = "nf") -> None:
         super().__init__()
+        self.family, fields = family, [len(values) for values in GRIDS[family].values()]
         self.rank, self.owned = rank, round(rank * owned)  # numbers of components
-        gates = torch.ones(1 + len(GRID["bits"]), rank)  # the last row: not quantised
-        gates[1:, rank - self.owned:] = 0  # the first row: 2 bits
+        gates = torch.ones(1 + fields[0], rank)  # the last row: not quantised
+        gates[1:, rank - self.owned:] = 0
         self.register_buffer("gates", gates, persistent=False)
         places = [block_and_kind(name) for name in layers.names]
         blocks = sorted({block for block, _ in places})
         self.places = [[blocks.index(block), MODULE_KINDS.index(kind)] for block, kind in places]
-        sizes = [*(len(values) for values in GRID.values()), len(blocks), len(MODULE_KINDS)]
+        sizes = [*fields, len(blocks), len(MODULE_KINDS)]
         self.embeddings = nn.ModuleList(nn.Embedding(size, WIDTH) for size in sizes)
         self.network = nn.Sequential(
             nn.LayerNorm(WIDTH * len(sizes)), nn.Linear(WIDTH * len(sizes), HIDDEN),
@@ -58,6 +74,8 @@ class MixingNetwork(nn.Module):
         """(layers, r, r), float32. Without a configuration only the gates act."""
         if configuration is None:
             return torch.diag(self.gates[-1] - 1).expand(len(self.places), -1, -1)
+        require(configuration.family == self.family, f"the adapter knows formats of the family "
+                f"{self.family}, the configuration has {configuration.family}: use one of those")
         index = torch.cat([torch.tensor(configuration.indices), torch.tensor(self.places)], 1)
         index = index.to(self.gates.device)
         embedded = torch.cat([e(index[:, i]) for i, e in enumerate(self.embeddings)], 1)
@@ -107,7 +125,7 @@ class CoaLora:
             layer.merge = _refuse_merge
         model.coa_network = self.network
         # peft's own method would write the parametrised A, and not theta.
-        model.save_pretrained = self.save_pretrained
+        model.save_pretrained = self.write
         # On the model below peft's, because generate does not call peft's forward.
         model.get_base_model().register_forward_pre_hook(self._refresh)
 
@@ -134,19 +152,35 @@ class CoaLora:
                 tensors[key] = tensor.to(dtype).contiguous()
         return tensors
 
-    def _write(self, part: Path, tensors: dict[str, Tensor]) -> None:
-        save_file(tensors, part / "adapter_model.safetensors")
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a manifest says of it."""
+        owned = {"2": self.network.owned / self.network.rank}
+        return {"base": self.base.name, "base_hash": self.base.fingerprint,
+                "grid": self.network.family, "owned": owned}
+
+    def write(self, part: Path | str, configuration: Configuration | None = None, *,
+              dtype: torch.dtype = torch.float32, **_: Any) -> None:
+        """Files of A, B and theta, or of a plain adapter for one configuration, into a folder."""
+        part = Path(part)
+        part.mkdir(parents=True, exist_ok=True)  # as peft does
+        save_file(self.factors(configuration, dtype=dtype), part / "adapter_model.safetensors")
         self.config.save_pretrained(str(part))
         make_portable(part, self.base.name)
-
-    def save_pretrained(self, out: Path | str, *, dtype: torch.dtype = torch.float32,
-                        **_: Any) -> None:
-        """Write one artifact: A and B as peft saves them, and theta beside them."""
-        owned = {"2": self.network.owned / self.network.rank}
-        with writing(Path(out), base=self.base.name, base_hash=self.base.fingerprint, grid="nf",
-                     width=WIDTH, hidden=HIDDEN, owned=owned) as part:
-            self._write(part, self.factors(dtype=dtype))
+        if configuration is None:
             save_file(self.network.state_dict(), part / "coa.safetensors")
+
+    def save_pretrained(self, out: Path | str, *, dtype: torch.dtype = torch.float32) -> None:
+        """Write one artifact: A and B as peft saves them, and theta beside them."""
+        with writing(Path(out), **self.facts) as part:
+            self.write(part, dtype=dtype)
+
+    def materialise(self, configuration: Configuration, out: Path | str, *,
+                    dtype: torch.dtype = torch.float32) -> None:
+        """Write an ordinary peft adapter for one configuration, with U folded into A."""
+        self.base.layers.require_same(configuration.layers)
+        with writing(Path(out), **self.facts, configuration=configuration.to_json()) as part:
+            self.write(part, configuration, dtype=dtype)
 
     @classmethod
     def from_pretrained(cls, base: Switchable, directory: Path | str) -> "CoaLora":
@@ -156,24 +190,146 @@ class CoaLora:
         manifest, theta = verified(directory), directory / "coa.safetensors"
         require(theta.is_file(),
                 f"{directory} has no coa.safetensors: it is not a configuration-aware adapter")
-        for key, ours in (("base_hash", base.fingerprint), ("grid", "nf")):
-            theirs = str(manifest.get(key))
-            require(theirs == ours, f"{directory} was trained on another {key.split('_')[0]}: "
-                    f"{key} is {theirs[:8]}, this one has {ours[:8]}")
-        owned = manifest.get("owned", {}).get("2", 0)
-        network = MixingNetwork(base.layers, adapter_files(directory)[0]["r"], owned=owned)
-        network.load_state_dict(load_file(theta))
+        theirs, family, owned = (manifest.get(key) for key in ("base_hash", "grid", "owned"))
+        require(theirs == base.fingerprint, f"{directory} was trained on another base, with hash "
+                f"{str(theirs)[:8]}, this one has {base.fingerprint[:8]}: name that one")
+        require(family in GRIDS and {*(owned or {"2": 0})} == {"2"}, f"{directory} has formats "
+                f"that are unknown here, {family} with {owned}: train it again")
+        network = MixingNetwork(base.layers, adapter_files(directory)[0]["r"], family=family,
+                                owned=(owned or {"2": 0})["2"])
+        stored, own = load_file(theta), network.state_dict()
+        require({k: t.shape for k, t in stored.items()} == {k: t.shape for k, t in own.items()},
+                f"{theta} is of another version, with other formats: train it again")
+        network.load_state_dict(stored)
         return cls(load_adapter(base.model, directory), base, network)
-
-    def materialise(self, configuration: Configuration, out: Path | str, *,
-                    dtype: torch.dtype = torch.float32) -> None:
-        """Write an ordinary peft adapter for one configuration, with U folded into A."""
-        self.base.layers.require_same(configuration.layers)
-        with writing(Path(out), base=self.base.name, base_hash=self.base.fingerprint,
-                     grid="nf", configuration=configuration.to_json()) as part:
-            self._write(part, self.factors(configuration, dtype=dtype))
 
 
 def _refuse_merge(*_: Any, **__: Any) -> None:
     raise UserError("the base's weights are shared by its configurations: materialise "
                     "the adapter and merge it into a separate model")
+
+
+class Switching(TrainerCallback):
+    """Another configuration for each part of an optimizer step, in shuffled rounds."""
+
+    def __init__(self, base: Switchable, configurations: Sequence[Configuration],
+                 seed: int) -> None:
+        self.base, self.configurations = base, list(configurations)
+        self.rng = random.Random(seed)
+        self.left: list[Configuration] = []  # of this round
+
+    def next(self) -> Configuration:
+        """The next configuration of this round, or the first of a new one."""
+        self.left = self.left or self.rng.sample(self.configurations, len(self.configurations))
+        return self.left.pop(0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None,
+                       **_: Any) -> None:  # if resumed; an epoch's last step may have fewer parts
+        parts, batches = args.gradient_accumulation_steps, len(train_dataloader)
+        epochs, steps = divmod(state.global_step, -(-batches // parts))
+        for _part in range(epochs * batches + steps * parts):
+            self.next()
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.base.switch(self.next())
+
+    on_substep_end = on_step_begin  # several in a step: a steadier gradient at no cost
+
+
+def _descend_on_logarithm(trainer: Any, parts: int) -> None:
+    """Divide each part's gradient by its loss, or one of too few bits would drown the others."""
+    plain = trainer.compute_loss
+
+    def compute(*args: Any, **options: Any) -> Tensor:
+        loss = plain(*args, **options)
+        value = loss.detach()  # this part's share of the step's loss
+        # The logged value stays; the gradient is that of the loss's logarithm.
+        return value + (loss - value) / (parts * value).clamp(min=LEAST_LOSS)
+
+    trainer.compute_loss = compute
+
+
+def train_over(base: Switchable, records: Iterable[Record],
+               configurations: Sequence[Configuration], settings: TrainSettings, *,
+               method: str = "coa", callbacks: Sequence[TrainerCallback] = (), **options: Any
+               ) -> tuple[TrainResult, CoaLora | None]:
+    """Train one adapter on a base that changes its configuration in each part of a step.
+
+    `base` is fresh and gets the adapter, which is also returned if it has a network. `method`:
+    "lora", plain; "paper", with the paper's network; "coa", also with owned components, which
+    start from the quantisation error (NormalFloat's 2 bits). A `Switching` in `callbacks`
+    replaces the default one; `options` are those of `train`.
+    """
+    require(process_count() == 1, "it takes one process: start it without `accelerate launch`")
+    require(method in METHODS, f"unknown method {method!r}: use one of {', '.join(METHODS)}")
+    require(settings.mode == "lora" and set(settings.modules) == set(MODULE_KINDS),
+            "train over configurations with mode lora and targets aggressive")
+    require(len(configurations) == 1 or not (settings.eval_share or options.get("held")),
+            "a held-out loss would be that of one configuration among many: leave out "
+            "--eval-data and --eval-share")
+    family, made, roots = configurations[0].family, list[CoaLora](), []
+    one = {"configuration": configurations[0].to_json()} if len(configurations) == 1 else {}
+    if method == "coa" and family == "nf":  # on the model as it is, before it gets the adapter
+        roots = input_roots(base.model, base.layers.names, [*itertools.islice(
+            records, WEIGHED_BY)], tokenizer=load_tokenizer(base.name, template=settings.template))
+
+    def adapt(trainer: Any) -> None:
+        if method != "lora":
+            network = MixingNetwork(base.layers, settings.rank, family=family,
+                                    owned=OWNED if roots else 0)
+            made.append(CoaLora(trainer.model, base, network))
+            start_owned(made[0], roots)
+        if len(configurations) > 1:
+            _descend_on_logarithm(trainer, settings.accumulate)
+        own = any(isinstance(callback, Switching) for callback in callbacks)
+        for callback in (*callbacks, *[Switching(base, configurations, settings.seed)] * (not own)):
+            trainer.add_callback(callback)
+        roots.clear()  # 400 MB for the embedded model
+        release_memory()
+
+    result = train(records, settings, model=base.name, base=base.model, adapt=adapt,
+                   identity=[method, *(c.to_json() for c in configurations)],
+                   facts=lambda: made[0].facts if made else one | {"grid": family}, **options)
+    return result, made[0] if made else None
+
+
+def train_joint(records: Sequence[Record] | Records, settings: TrainSettings, *,
+                model: str = EMBEDDED, **options: Any) -> TrainResult:
+    """The methods of `python -m lib train --method`: coa, paper, shared, dedicated.
+
+    The first three train over a `training_set`, the last over the file `settings.configuration`.
+    """
+    base = Switchable.load(model, cache_mb=1500)  # to round to some types takes seconds
+    if settings.method == "dedicated":
+        configurations = [Configuration.from_json(
+            read_json(Path(settings.configuration)), base.layers)]
+    else:
+        configurations = base.training_set(
+            [*itertools.islice(records, FELT_BY)], settings.formats, seed=settings.seed,
+            learn=settings.learn, tokenizer=load_tokenizer(model, template=settings.template))
+    method = {"shared": "lora", "dedicated": "lora"}.get(settings.method, settings.method)
+    return train_over(base, records, configurations, settings, method=method, **options)[0]
+
+
+def set_components(layer: torch.nn.Module, rows: range, b: Tensor, a: Tensor) -> None:
+    """Make some components of (alpha / r) B A the product of the given B and A."""
+    part, factor = layer.scaling[NAME] ** -0.5, layer.lora_A[NAME]
+    weight = learned_a(layer) if hasattr(factor, "parametrizations") else factor.weight
+    weight.data[rows] = (part * a).to(weight)
+    layer.lora_B[NAME].weight.data[:, rows] = (part * b).to(weight)
+
+
+@torch.no_grad()
+def start_owned(coa: CoaLora, roots: Sequence[Tensor]) -> None:
+    """The components owned by layers of 2 bits start from their mean error in `best_formats`.
+
+    The rows of A without an owner grow by sqrt(r / their number): a step moves B A by the sum
+    of |a|^2 over them, so they learn as fast as all r would.
+    """
+    base, rank, owned = coa.base, coa.network.rank, coa.network.owned
+    formats, shared = [fmt for fmt in best_formats() if fmt.bits == 2], rank - owned
+    for index, layer in enumerate(coa.lora_layers.values() if owned else ()):
+        learned_a(layer).data[:shared] *= (rank / shared) ** 0.5
+        mean = sum(base.weight(index, fmt) for fmt in formats) / len(formats)
+        factors = low_rank(base.weight(index) - mean, roots[index], owned)
+        set_components(layer, range(shared, rank), *factors)

@@ -4,16 +4,17 @@ mixtures of formats for a budget of bits, at random or greedily by quantisation 
 import functools
 import hashlib
 import itertools
+import math
 import random
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.optimize import brentq
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -22,11 +23,12 @@ from lib.base.model import MODULE_KINDS, best_dtype, load_model, load_tokenizer,
 from lib.base.records import Record, encode
 from lib.errors import UserError, require
 from lib.evaluate.scores import answer_loss
-from lib.quantize.formats import FORMATS, GRID, Format, round_trip
+from lib.files import MANIFEST, read_json, sha256
+from lib.quantize.formats import FAMILIES, GRID, GRIDS, Format, GgufFormat, round_trip
 
-TOLERANCE = 0.05
-SAMPLE = 1 << 12  # weights of a layer from which its error is estimated
-FORMAT_NUMBERS = {fmt: number for number, fmt in enumerate(FORMATS)}
+SPANS = {"nf": (2.25, 7.25), "gguf": (4.4, 8.4)}  # bits of training sets; of nf the paper's
+AnyFormat = Format | GgufFormat
+FORMAT_NUMBERS = {fmt: i for formats in FAMILIES.values() for i, fmt in enumerate(formats)}
 
 
 def block_and_kind(name: str) -> tuple[int, str]:
@@ -58,85 +60,91 @@ class Layers:
 
     def require_same(self, other: "Layers") -> None:
         """UserError unless `other` has the same layers."""
-        require(self == other, f"the configuration is for another model: it has "
-                f"{len(other.names)} layers of {sum(other.sizes)} weights, this one has "
-                f"{len(self.names)} of {sum(self.sizes)}, or their names differ")
+        require(self == other, f"the configuration is for another model, with other layers "
+                f"({len(other.names)} instead of {len(self.names)}), sizes or names")
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """One format for each layer."""
+    """One format for each layer, all of one family."""
 
     layers: Layers
-    formats: tuple[Format, ...]
+    formats: tuple[AnyFormat, ...]
 
     def __post_init__(self) -> None:
         require(len(self.formats) == len(self.layers.names),
                 f"{len(self.formats)} formats for {len(self.layers.names)} layers: give one each")
+        require(len({*map(type, self.formats)}) == 1, "NormalFloat and GGUF types in one "
+                "configuration, which no file holds: use one of them")
+
+    @property
+    def family(self) -> str:
+        """"nf", NormalFloat, or "gguf", llama.cpp's types."""
+        return "nf" if isinstance(self.formats[0], Format) else "gguf"
 
     @classmethod
-    def uniform(cls, layers: Layers, fmt: Format) -> "Configuration":
+    def uniform(cls, layers: Layers, fmt: AnyFormat) -> "Configuration":
         """The same format for every layer."""
         return cls(layers, (fmt,) * len(layers.names))
 
     @cached_property
     def bits(self) -> float:
         """Bits per parameter of the layers, by the formula."""
-        total = sum(fmt.bits_per_parameter * size
-                    for fmt, size in zip(self.formats, self.layers.sizes, strict=True))
-        return total / sum(self.layers.sizes)
+        pairs = zip(self.formats, self.layers.sizes, strict=True)
+        return sum(fmt.bits_per_parameter * n for fmt, n in pairs) / sum(self.layers.sizes)
 
     @cached_property
     def indices(self) -> list[list[int]]:
-        """For each layer, the positions of its format's five fields in the grid."""
+        """For each layer, the positions of its format's fields in the family's grid."""
+        fields = ([fmt] if isinstance(fmt, str) else fmt.as_list() for fmt in self.formats)
         return [[values.index(value) for values, value in zip(
-            GRID.values(), fmt.as_list(), strict=True)] for fmt in self.formats]
+            GRIDS[self.family].values(), row, strict=True)] for row in fields]
 
     @property
     def bytes(self) -> int:
         """Bytes of the packed codes and scales of all layers."""
-        return sum(-(-fmt.storage_bits(size) // 8)
-                   for fmt, size in zip(self.formats, self.layers.sizes, strict=True))
+        pairs = zip(self.formats, self.layers.sizes, strict=True)
+        return sum(-(-fmt.storage_bits(size) // 8) for fmt, size in pairs)
 
     def __str__(self) -> str:
-        counts = Counter(fmt.bits for fmt in self.formats)
-        spread = ", ".join(f"{counts[b]} in {b} bits" for b in GRID["bits"] if counts[b])
+        counts = sorted(Counter(map(str, self.formats)).items())
+        spread = ", ".join(f"{count} in {kind}" for kind, count in counts)
         return f"{self.bits:.2f} bits a weight, {self.bytes / 1e6:.1f} MB: {spread}"
 
-    def grid(self) -> list[list[float]]:
-        """Bits per parameter by block (rows) and module kind (columns), for a heat map."""
-        cells = {block_and_kind(name): fmt.bits_per_parameter
-                 for name, fmt in zip(self.layers.names, self.formats, strict=True)}
-        return [[cells[block, kind] for kind in MODULE_KINDS]
-                for block in sorted({block for block, _ in cells})]
+    @property
+    def numbers(self) -> Tensor:
+        """(layers,): each format's position in its family, as the search handles it."""
+        return torch.tensor([FORMAT_NUMBERS[fmt] for fmt in self.formats])
 
     def to_json(self) -> dict[str, Any]:
-        """{"bits": ..., "layers": {name: [b, b0, b1, B0, B1]}}."""
-        pairs = zip(self.layers.names, self.formats, strict=True)
-        return {"bits": round(self.bits, 4), "layers": {name: fmt.as_list() for name, fmt in pairs}}
+        """{"bits": ..., "layers": {name: [b, b0, b1, B0, B1], or a GGUF type}}."""
+        values = (fmt.as_list() if isinstance(fmt, Format) else fmt for fmt in self.formats)
+        return {"bits": round(self.bits, 4),
+                "layers": dict(zip(self.layers.names, values, strict=True))}
 
     @classmethod
     def from_json(cls, data: Any, layers: Layers) -> "Configuration":
         """The configuration that `to_json` wrote; UserError unless it fits these layers."""
         values = data.get("layers") if isinstance(data, Mapping) else None
         require(isinstance(values, Mapping),
-                'a configuration is {"layers": {name: [b, b0, b1, B0, B1]}}')
+                'a configuration is {"layers": {name: [b, b0, b1, B0, B1] or a GGUF type}}')
         for name in (*layers.names, *values):
             require(name in values, f"the configuration lacks {name}: it is for another model")
             require(name in layers.names, f"this model has no layer {name}: it is for another one")
-        formats = []
+        formats: list[AnyFormat] = []
         for name in layers.names:
             try:
-                formats.append(Format(**dict(zip(GRID, values[name], strict=True))))
+                formats.append(GgufFormat(values[name]) if values[name] in FAMILIES["gguf"] else
+                               Format(**dict(zip(GRID, values[name], strict=True))))
             except (UserError, TypeError, ValueError) as error:
-                raise UserError(f"{name}: {values[name]!r} is not [b, b0, b1, B0, B1] ({error})"
-                                ) from None
+                raise UserError(f"{name}: {values[name]!r} is not [b, b0, b1, B0, B1] ({error}), "
+                                f"nor one of {', '.join(FAMILIES['gguf'])}") from None
         return cls(layers, tuple(formats))
 
 
-def numbers(configuration: Configuration) -> Tensor:
-    """(layers,): the position in FORMATS of each layer's format, as the search handles it."""
-    return torch.tensor([FORMAT_NUMBERS[fmt] for fmt in configuration.formats])
+def from_numbers(layers: Layers, positions: Iterable[int], family: str = "nf") -> Configuration:
+    """The configuration of a family that has these `numbers`."""
+    return Configuration(layers, tuple(FAMILIES[family][i] for i in positions))
 
 
 class Switchable:
@@ -170,18 +178,20 @@ class Switchable:
         self.layers.require_same(configuration.layers)
         try:
             # All are built before the first is set: a failure leaves the model as it was.
-            weights = [self._cached(i, fmt) for i, fmt in enumerate(configuration.formats)]
-            for linear, weight in zip(self._linears, weights, strict=True):
-                linear.weight.data = weight
+            self.point([self._cached(i, fmt) for i, fmt in enumerate(configuration.formats)])
             self.configuration = configuration
         finally:
             while self.cached_mb > self.cache_mb and self._cache:
                 self._cache.popitem(last=False)
 
+    def point(self, weights: Sequence[Tensor]) -> None:
+        """Point every layer to a weight, in the model's dtype."""
+        for linear, weight in zip(self._linears, weights, strict=True):
+            linear.weight.data = weight.to(linear.weight)
+
     def restore(self) -> None:
-        """Point every layer to its original weight, in the model's dtype."""
-        for linear, original in zip(self._linears, self._originals, strict=True):
-            linear.weight.data = original.to(linear.weight, copy=True)
+        """Point every layer to a copy of its original weight."""
+        self.point([weight.clone() for weight in self._originals])
         self.configuration = None
 
     def weight(self, index: int, fmt: Format | None = None) -> Tensor:
@@ -194,8 +204,7 @@ class Switchable:
             raise UserError(f"{self.layers.names[index]}: {error}") from None
 
     def _cached(self, index: int, fmt: Format) -> Tensor:
-        key = index, fmt
-        if key not in self._cache:
+        if (key := (index, fmt)) not in self._cache:
             self._cache[key] = self._build(index, fmt)
         self._cache.move_to_end(key)
         return self._cache[key]
@@ -217,42 +226,55 @@ class Switchable:
             digest.update(f"{name} {tuple(weight.shape)}".encode() + sample.numpy().tobytes())
         return digest.hexdigest()
 
+    def training_set(self, records: Sequence[Record], family: str = "nf", *, count: int = 50,
+                     seed: int = 0, **options: Any) -> list[Configuration]:
+        """Configurations spread over the budgets, random and greedy ones in turn.
 
-def random_configuration(layers: Layers, budget: float, rng: random.Random) -> Configuration:
-    """Random formats whose bits a weight are within 0.05 of the budget.
+        Those with more noise than the cheapest greedy one, which has fewer bits, are left out:
+        they are useless, and steps on them do harm. `options` are those of `sensitivities`.
+        """
+        formats, best = FAMILIES[family], best_formats(family)
+        noise = format_errors(self, formats) * sensitivities(self, records, **options)[:, None]
+        columns, every = [FORMAT_NUMBERS[fmt] for fmt in best], list[Configuration]()
+        rng, (low, high) = random.Random(seed), SPANS[family]
+        for i in range(count // 2):
+            budget = low + (high - low) * (i + 0.5) / (count // 2)
+            every += [random_configuration(self.layers, budget, rng, family),
+                      greedy_configuration(self.layers, budget, best, noise[:, columns])]
+        sums = [float(noise[range(len(noise)), c.numbers].sum()) for c in every]
+        return [c for c, own in zip(every, sums, strict=True) if own <= sums[1]]
 
-    They are drawn in proportion to exp(t * bits), where t makes their mean the budget. Then
-    single layers are redrawn until the sum fits as well.
+
+def random_configuration(layers: Layers, budget: float, rng: random.Random,
+                         family: str = "nf") -> Configuration:
+    """Random formats of a family whose bits a weight are within 0.05 of the budget.
+
+    They are drawn in proportion to exp(t * bits), where t moves until the sum fits.
     """
-    costs = torch.tensor([fmt.bits_per_parameter for fmt in FORMATS], dtype=torch.float64)
-    least, most = float(costs.min()), float(costs.max()) - TOLERANCE
-    require(least < budget < most,
-            f"{budget} bits a weight cannot be reached: use {least:.2f} to {most:.2f}")
-    t = brentq(lambda t: float((t * costs).softmax(0) @ costs) - budget, -40, 40, xtol=1e-15)
-    weights = (t * costs).softmax(0).tolist()
-    formats = rng.choices(FORMATS, weights, k=len(layers.sizes))
-    total = sum(layers.sizes)
-    spent = sum(x.bits_per_parameter * n for x, n in zip(formats, layers.sizes, strict=True))
-    for _ in range(10_000):
-        if abs(spent / total - budget) <= TOLERANCE:
-            return Configuration(layers, tuple(formats))
-        index = rng.randrange(len(formats))
-        new = rng.choices(FORMATS, weights)[0]
-        change = (new.bits_per_parameter - formats[index].bits_per_parameter) * layers.sizes[index]
-        if abs(spent + change - budget * total) < abs(spent - budget * total):
-            formats[index], spent = new, spent + change
+    formats, t = FAMILIES[family], 0.0
+    costs = [fmt.bits_per_parameter for fmt in formats]
+    require(min(costs) < budget < max(costs), f"{budget} bits a weight cannot be reached: use "
+            f"{min(costs):.2f} to {max(costs):.2f}")
+    for _ in range(2000):
+        weights = [math.exp(t * (cost - budget)) for cost in costs]
+        found = Configuration(layers, tuple(rng.choices(formats, weights, k=len(layers.names))))
+        if abs(found.bits - budget) <= 0.05:
+            return found
+        t = min(20.0, max(-20.0, t + (budget - found.bits) / 4))
     raise UserError(f"found no mixture of formats at {budget} bits a weight: choose another budget")
 
 
 @functools.cache
-def best_formats() -> tuple[Format, ...]:
-    """The formats on the lower convex hull of squared error over bits, for normal numbers."""
+def best_formats(family: str = "nf") -> tuple[AnyFormat, ...]:
+    """All GGUF types; of NormalFloat the lower convex hull of error over bits. Costs ascend."""
+    if family == "gguf":
+        return FAMILIES[family]
     weight = torch.randn(1 << 16, generator=torch.Generator().manual_seed(0))
     rows = sorted((fmt.bits_per_parameter,
                    float((round_trip(weight, fmt) - weight).square().sum()), number)
-                  for number, fmt in enumerate(FORMATS))
+                  for number, fmt in enumerate(FAMILIES[family]))
     costs, errors, positions = zip(*rows, strict=True)
-    return tuple(FORMATS[positions[i]] for i in _lower_hull(errors, costs))
+    return tuple(FAMILIES[family][positions[i]] for i in _lower_hull(errors, costs))
 
 
 def _lower_hull(errors: Sequence[float], costs: Sequence[float]) -> list[int]:
@@ -267,21 +289,21 @@ def _lower_hull(errors: Sequence[float], costs: Sequence[float]) -> list[int]:
     return hull
 
 
-def sensitivities(base: Switchable, records: Sequence[Record], *, more: Sequence[str] = ()
-                  ) -> Tensor:
+def sensitivities(base: Switchable, records: Sequence[Record], *, tokenizer: Any = None,
+                  learn: str = "all") -> Tensor:
     """(layers,): mean squared gradient of an example's loss by a layer's weights, per weight.
 
     Noise of energy e, spread evenly over n weights, moves the loss by about |g| sqrt(e / n);
-    the square of that is sensitivity times energy. Those of further modules, `more`, follow.
+    the square of that is sensitivity times energy.
     """
-    tokenizer = load_tokenizer(base.name)
-    weights = [base.model.get_submodule(name).weight for name in (*base.layers.names, *more)]
+    tokenizer = tokenizer or load_tokenizer(base.name)
+    weights = [base.model.get_submodule(name).weight for name in base.layers.names]
     total = torch.zeros(len(weights))
     for weight in weights:
         weight.requires_grad_(True)
     try:
         for record in records:
-            pair = pad_right([encode(tokenizer, record)], 0)
+            pair = pad_right([encode(tokenizer, record, learn=learn)], 0)
             loss, tokens = answer_loss(base.model, *(part.to(base.model.device) for part in pair))
             grads = torch.autograd.grad(loss / tokens, weights)
             total += torch.stack([g.float().square().mean() for g in grads]).cpu()
@@ -291,10 +313,10 @@ def sensitivities(base: Switchable, records: Sequence[Record], *, more: Sequence
     return total / len(records)
 
 
-def format_errors(base: Switchable, formats: Sequence[Format]) -> Tensor:
+def format_errors(base: Switchable, formats: Sequence[AnyFormat]) -> Tensor:
     """(layers, formats): squared error of each layer in each format, from a sample of blocks."""
     # Samples of all layers, each divided by its root mean square, are quantised together.
-    samples, energy, count = [], [], min(SAMPLE, *(n // 64 * 64 for n in base.layers.sizes))
+    samples, energy, count = [], [], min(4096, *(n // 64 * 64 for n in base.layers.sizes))
     for index in range(len(base.layers.sizes)):
         weight = base.weight(index).reshape(-1)
         energy.append(weight.square().sum())
@@ -307,7 +329,7 @@ def format_errors(base: Switchable, formats: Sequence[Format]) -> Tensor:
     return torch.stack(relative, 1) * torch.stack(energy)[:, None]
 
 
-def greedy_configuration(layers: Layers, budget: float, formats: Sequence[Format],
+def greedy_configuration(layers: Layers, budget: float, formats: Sequence[AnyFormat],
                          errors: Tensor) -> Configuration:
     """Spend bits where one saves most squared error; the formats' cost ascends."""
     costs = torch.tensor([fmt.bits_per_parameter for fmt in formats])
@@ -336,3 +358,18 @@ def spend(errors: Tensor, costs: Tensor, budget: float) -> list[int]:
         elif row not in stuck:
             chosen[row], left = to, left - price
     return chosen
+
+
+def known_configurations(adapter: Path, base: Switchable) -> list[tuple[Configuration, float]]:
+    """The front of an adapter on its base: (configuration, held-out loss); empty without one."""
+    file = adapter / "front.json"
+    if not file.is_file():
+        return []
+    stored = read_json(file)
+    try:
+        for key, ours in (("base_hash", base.fingerprint), ("adapter", sha256(adapter / MANIFEST))):
+            require(stored[key] == ours, f"another {key.removesuffix('_hash')}")
+        return [(Configuration.from_json(row["configuration"], base.layers), float(row["loss"]))
+                for row in stored["front"]]
+    except (UserError, LookupError, TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{file} is not this adapter's front ({error}): search again") from None

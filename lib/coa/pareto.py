@@ -19,15 +19,11 @@ from torch import Tensor
 from lib.base.model import MODULE_KINDS
 from lib.coa.configuration import Switchable, best_formats, block_and_kind, format_errors, spend
 from lib.errors import require
-from lib.quantize.formats import FORMATS, GRID
+from lib.quantize.formats import FAMILIES, GRIDS
 
 SEGMENTS, LOW, HIGH = 40, 2.25, 7.25  # the paper's, bits a weight
 DEPTHS = 6
-# A format's number is built from the positions of its fields, as itertools.product counts.
-FIELDS = tuple(len(values) for values in GRID.values())
-STRIDES = tuple(math.prod(FIELDS[i + 1:]) for i in range(len(FIELDS)))
-# Climbs a round, steps a climb, and the most layers that one step changes.
-STARTS, STEPS, TOGETHER = 5, 6, 32
+STARTS, STEPS, TOGETHER = 5, 6, 32  # climbs a round, steps a climb, most layers changed in a step
 COVER = 2  # candidates of a round that go to segments without a point
 Evaluate = Callable[[Tensor], float]  # the loss of a configuration, (layers,) format numbers
 
@@ -91,12 +87,13 @@ def expected_improvement(bits: Tensor, mean: Tensor, spread: Tensor, points: Ten
 class Features:
     """Inputs of the surrogate: noise in all, by module kind, and by depth, summed over layers."""
 
-    noise: Tensor  # (layers, 432) float64: sensitivity * squared error of a layer in a format
-    cost: Tensor  # (layers, 432) float64: a layer's bits in a format over the weights of all
+    noise: Tensor  # (layers, formats) float64: sensitivity * squared error of a layer in a format
+    cost: Tensor  # (layers, formats) float64: a layer's bits in a format over the weights of all
     groups: Tensor  # (layers, features) 0 or 1: the sums that a layer belongs to
+    family: str = "nf"
 
     @classmethod
-    def of(cls, base: Switchable, sensitivity: Tensor) -> "Features":
+    def of(cls, base: Switchable, sensitivity: Tensor, family: str = "nf") -> "Features":
         """Features of a model, given the sensitivity of each of its layers."""
         places = [block_and_kind(name) for name in base.layers.names]
         blocks, kinds = 1 + max(block for block, _ in places), len(MODULE_KINDS)
@@ -105,9 +102,10 @@ class Features:
             depth = block * DEPTHS // blocks
             row[[0, 1 + MODULE_KINDS.index(kind), 1 + kinds + depth]] = 1
         sizes = torch.tensor(base.layers.sizes, dtype=torch.float64)
-        bits = torch.tensor([fmt.bits_per_parameter for fmt in FORMATS], dtype=torch.float64)
-        return cls((sensitivity[:, None] * format_errors(base, FORMATS)).double(),
-                   bits * (sizes / sizes.sum())[:, None], groups[:, groups.any(0)].double())
+        formats = FAMILIES[family]
+        bits = torch.tensor([fmt.bits_per_parameter for fmt in formats], dtype=torch.float64)
+        return cls((sensitivity[:, None] * format_errors(base, formats)).double(),
+                   bits * (sizes / sizes.sum())[:, None], groups[:, groups.any(0)].double(), family)
 
     def sums(self, configurations: Tensor) -> Tensor:
         """(n, layers) format numbers to (n, features) sums of noise."""
@@ -239,7 +237,8 @@ def propose(evaluated: Evaluated, features: Features, surrogate: Surrogate, refe
 
 def fillers(features: Features, points: Tensor) -> list[Tensor]:
     """For each segment without a point, the configuration that greedy spending gives."""
-    columns = torch.tensor([FORMATS.index(fmt) for fmt in best_formats()])
+    columns = torch.tensor([FAMILIES[features.family].index(fmt)
+                            for fmt in best_formats(features.family)])
     empty = set(range(SEGMENTS)) - set(segment(points[:, 0]).tolist())
     noise, cost = features.noise[:, columns], features.cost[:, columns]
     middles = (LOW + (i + 0.5) * (HIGH - LOW) / SEGMENTS for i in sorted(empty))
@@ -258,7 +257,7 @@ def climb(configuration: Tensor, features: Features, acquire: Callable[[Tensor, 
     bits, sums = features.bits(configuration[None]), features.sums(configuration[None])
     value = acquire(bits, sums)
     for _ in range(steps):
-        layer, new = neighbours(configuration)
+        layer, new = neighbours(configuration, features)
         old = configuration[layer]
         noise = features.noise[layer, new] - features.noise[layer, old]
         gain = acquire(bits + features.cost[layer, new] - features.cost[layer, old],
@@ -285,14 +284,20 @@ def climb(configuration: Tensor, features: Features, acquire: Callable[[Tensor, 
     return passed
 
 
-def neighbours(configuration: Tensor) -> tuple[Tensor, Tensor]:
-    """(layer, new format number) of every change of one field by one place up or down its list."""
-    layers, positions = [], []
-    for name, count, stride in zip(GRID, FIELDS, STRIDES, strict=True):
+def neighbours(configuration: Tensor, features: Features) -> tuple[Tensor, Tensor]:
+    """(layer, new format number) of every change of one field by one place up or down its list.
+
+    A category goes to every other one. A format's number is built from the positions of its
+    fields, as itertools.product counts.
+    """
+    layers, numbers, stride = [], [], features.noise.shape[1]
+    for name, values in GRIDS[features.family].items():
+        count = len(values)
+        stride //= count
         at = configuration // stride % count
-        # The scales' dtype is a category and goes to every other one.
-        for move in (-2, -1, 1, 2) if name == "scale_dtype" else (-1, 1):
+        reach = count - 1 if name in ("scale_dtype", "type") else 1
+        for move in (*range(-reach, 0), *range(1, reach + 1)):
             fits = ((at + move >= 0) & (at + move < count)).nonzero()[:, 0]
             layers.append(fits)
-            positions.append(configuration[fits] + move * stride)
-    return torch.cat(layers), torch.cat(positions)
+            numbers.append(configuration[fits] + move * stride)
+    return torch.cat(layers), torch.cat(numbers)

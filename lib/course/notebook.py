@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from lib.base.model import machine
-from lib.evaluate.figures import use_style
+from lib.evaluate.scores import use_style
 from lib.files import BUILD, versions, write_json
 from lib.settings import Profile, get_profile, seed_everything
 

@@ -3,5 +3,5 @@
 from lib import exports
 
 __getattr__, __all__ = exports(__name__, {
-    "packed": "deploy_packed known_configurations load_deployed save_packed", "gguf": "deploy_gguf"
+    "packed": "load_deployed save_packed", "deployment": "deploy shipped"
 })

@@ -11,7 +11,7 @@ import torch
 
 from lib.base.model import load_model, load_tokenizer, require_rows
 from lib.base.records import LABEL, Record, encode
-from lib.deploy.packed import load_deployed
+from lib.deploy.packed import WEIGHTS, load_deployed
 from lib.errors import UserError, require
 from lib.evaluate.scores import Score, batch_losses, generate, keyword_hit, paired_interval
 from lib.serve.client import ask_all, question
@@ -39,8 +39,8 @@ class Evaluation:
 def open_system(system: str, route: str = "") -> tuple[Any, Any]:
     """Model and tokenizer of a packed deployment, a model, or an adapter of its or this route."""
     path = Path(system)
-    if (path / "deployed.json").is_file():
-        return load_deployed(path, packed_layers=False), load_tokenizer(system)
+    if (path / WEIGHTS).is_file():
+        return load_deployed(path), load_tokenizer(system)
     if not (path / "adapter_config.json").is_file():
         return load_model(system), load_tokenizer(system)
     base, route = settled(path, route=route)

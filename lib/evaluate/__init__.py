@@ -3,6 +3,5 @@
 from lib import exports
 
 __getattr__, __all__ = exports(__name__, {
-    "scores": "Score answer_loss generate held_out_loss keyword_hit keyword_score "
-              "paired_interval peak_memory wilson",
-    "figures": "COLOURS smoothed use_style"})
+    "scores": "COLOURS Score answer_loss generate held_out_loss keyword_hit keyword_score "
+              "paired_interval peak_memory smoothed use_style wilson"})

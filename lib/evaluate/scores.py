@@ -1,4 +1,4 @@
-"""Scores of generated answers, the loss of the true ones, and confidence intervals."""
+"""Scores of generated answers, the loss of the true ones, intervals, and the look of figures."""
 
 import contextlib
 import itertools
@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from scipy.special import stdtrit
@@ -18,6 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lib.base.model import decoded, pad_right
 from lib.base.records import IGNORED, Record, encode, prompt_ids
 from lib.errors import UserError, require
+
+# Okabe and Ito's palette, without its yellow, which a projector loses.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 
 
 @dataclass(frozen=True)
@@ -178,3 +182,21 @@ def peak_memory(interval: float = 0.05, *, children: bool = False) -> Iterator[d
             stop.set()
     if on_gpu:
         peak["mb"] = torch.cuda.max_memory_allocated() / 1e6
+
+
+def use_style() -> None:
+    """Set matplotlib's defaults for the course: one look, legible on a projector."""
+    import matplotlib.pyplot as plt  # here, because it takes a second
+    plt.rcParams.update({
+        "axes.prop_cycle": plt.cycler(color=COLOURS), "figure.figsize": (7.0, 3.6), "font.size": 11,
+        "figure.dpi": 80, "figure.constrained_layout.use": True, "axes.grid": True,
+        "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False})
+
+
+def smoothed(values: Sequence[float], window: int = 9) -> np.ndarray:
+    """Running mean over `window` values around each, fewer at the ends."""
+    sums = np.cumsum([0.0, *values])
+    at = np.arange(len(values))
+    # As many values on the left as on the right, so that a falling curve is not shifted.
+    half = np.minimum(window // 2, np.minimum(at, len(values) - 1 - at))
+    return (sums[at + half + 1] - sums[at - half]) / (2 * half + 1)

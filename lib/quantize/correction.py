@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib.base.embedded import EMBEDDED
-from lib.base.model import load_tokenizer
 from lib.base.records import Record, encode
 
 DAMPING = 1e-3  # share of the mean variance that every direction of the inputs gets at least
@@ -37,7 +35,8 @@ def input_sums(model: torch.nn.Module, names: Sequence[str], records: Sequence[R
         lambda _, inputs, __, layer=layer: add(layer, inputs[0])) for layer in names]
     try:
         for record in records:
-            model.model(input_ids=torch.tensor([encode(tokenizer, record)[0]], device=device))
+            ids = torch.tensor([encode(tokenizer, record, learn="last")[0]], device=device)
+            model(input_ids=ids, logits_to_keep=1)
     finally:
         for hook in hooks:
             hook.remove()
@@ -45,12 +44,12 @@ def input_sums(model: torch.nn.Module, names: Sequence[str], records: Sequence[R
 
 
 def input_roots(model: torch.nn.Module, names: Sequence[str], records: Sequence[Record], *,
-                name: str = EMBEDDED) -> list[Tensor]:
-    """L of each layer over its inputs on the records, (in, in) float32; `name`: the tokenizer's."""
+                tokenizer: Any) -> list[Tensor]:
+    """L of each layer over its inputs on the records, (in, in) float32."""
     places = (layer.rpartition(".") for layer in names)
     read_by = [f"{block}.{SHARED.get(kind, kind)}" for block, _, kind in places]
     roots, moments = {}, input_sums(
-        model, [*dict.fromkeys(read_by)], records, tokenizer=load_tokenizer(name),
+        model, [*dict.fromkeys(read_by)], records, tokenizer=tokenizer,
         statistic=lambda x: x.T @ x / len(x))
     for layer, moment in moments.items():
         floor = DAMPING * moment.diagonal().mean().cpu() + 1e-12

@@ -1,7 +1,7 @@
 """Formats of one matrix, rounding to them, and packing codes in exactly their bits.
 
 A format is the tuple (b, b0, b1, B0, B1) of CoA-LoRA, NormalFloat with two levels of scales
-(QLoRA, section 3), or the name of one of GGUF's types.
+(QLoRA, section 3), or one of GGUF's types.
 """
 
 import ctypes
@@ -70,8 +70,29 @@ class Format:
         """[b, b0, b1, B0, B1], as in JSON."""
         return [*astuple(self)]
 
+    def __str__(self) -> str:
+        return f"{self.bits} bits"
 
+
+class GgufFormat(str):
+    """How one layer is stored: the name of one of llama.cpp's types, rounded by its own code."""
+
+    @property
+    def bits_per_parameter(self) -> float:
+        """Bits of a block over its weights."""
+        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self]]
+        return 8 * size / block
+
+    def storage_bits(self, count: int) -> int:
+        """Bits of `count` weights, whole blocks."""
+        return int(count * self.bits_per_parameter)
+
+
+# The two families, GGUF's types in the order of their cost, and the fields of each.
 FORMATS = tuple(Format(*values) for values in itertools.product(*GRID.values()))
+FAMILIES = {"nf": FORMATS, "gguf": tuple(map(GgufFormat, (
+    "MXFP4", "IQ4_NL", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")))}  # of blocks of 32, for all rows
+GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {"nf": GRID, "gguf": {"type": FAMILIES["gguf"]}}
 
 
 @functools.cache
@@ -184,8 +205,9 @@ def encode(weight: Tensor, gguf_type: str, *, name: str = "the matrix",
 
     `importance` (in,) weighs each column's squared error, in the types that take it.
     """
-    require(fitting(gguf_type, weight.shape[-1]) == gguf_type, f"{name} cannot be {gguf_type}, "
-            f"whose blocks do not divide rows of {weight.shape[-1]}: use F16")
+    fits = fitting(gguf_type, weight.shape[-1])
+    require(fits == gguf_type, f"{name} cannot be {gguf_type}, whose blocks do not divide rows of "
+            f"{weight.shape[-1]}: use {fits}")
     rows = np.ascontiguousarray(weight.detach().float().cpu().numpy())
     stored, largest = gguf.GGMLQuantizationType[gguf_type], np.abs(rows).max(initial=0)
     # Floats and the scales of blocks are float16.
@@ -252,29 +274,3 @@ def unpack_weight(parts: dict[str, Tensor], fmt: Format, count: int) -> Quantize
     return Quantized(fmt, unpack_bits(parts["codes"], fmt.bits, count),
                      unpack_bits(parts["scale_codes"], fmt.scale_bits, blocks),
                      parts["group_scales"].view(dtype), parts["mean"].view(torch.float32)[0])
-
-
-def unpack(parts: dict[str, Tensor], fmt: Format, shape: torch.Size) -> Tensor:
-    """The weights that `pack_weight` packed, decoded, float32."""
-    return dequantize(unpack_weight(parts, fmt, shape.numel())).view(shape)
-
-
-class PackedLinear(nn.Linear):
-    """A linear layer of packed weights, decoded in each call; peft takes it for an nn.Linear."""
-
-    def __init__(self, parts: dict[str, Tensor], fmt: Format, plain: nn.Linear) -> None:
-        nn.Module.__init__(self)  # nn.Linear's own would allocate the weight
-        for name in PARTS:
-            self.register_buffer(name, parts[name])
-        self.format, self.bias = fmt, plain.bias
-        self.out_features, self.in_features = plain.out_features, plain.in_features
-
-    @property
-    def weight(self) -> Tensor:
-        """The decoded weight (d_out, d_in), float32."""
-        shape = torch.Size((self.out_features, self.in_features))
-        return unpack(dict(self.named_buffers()), self.format, shape)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., d_in) to (..., d_out), in x's dtype."""
-        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)

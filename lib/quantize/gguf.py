@@ -126,16 +126,12 @@ def write_model(source: Path, out: Path, *, weights: PreTrainedModel | None = No
                 tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, set[str]]:
     """Write a GGUF file like `source` with other weights and types; vectors stay F32.
 
-    Args:
-        weights: the model whose weights take the place of the file's.
-        gguf_type, encoded: the type of all matrices, one of `GGUF_TYPES`, and those that have a
-            type of their own already, by module.
-        importance: weight of each column's error, by module (`encode`).
-        base: names these weights; an adapter must carry the same name.
-        tokenizer: its chat template and whether it begins with BOS replace the file's.
+    `weights` take the place of the file's, all matrices in `gguf_type`, but for those that are
+    `encoded` already, by module; `importance` weighs each column's error, by module (`encode`).
+    `base` names these weights: an adapter must carry the same name. The chat template of the
+    `tokenizer`, and whether it begins with BOS, replace the file's.
 
-    Returns:
-        {type: the kinds of matrices that have it}; rows may not suit `gguf_type` (`fitting`).
+    Returns {type: the kinds of matrices that have it}; rows may not suit `gguf_type` (`fitting`).
     """
     reader, kinds = Reader(source), dict[str, set[str]]()
     state, found = (weights.state_dict(), places(reader, weights)) if weights else ({}, {})
@@ -209,18 +205,14 @@ def export(out: Path, *, gguf_type: str = "Q8_0", route: str = "", merged: Path 
            adapters: Mapping[str, Path] | None = None, model: str = "",
            weights: PreTrainedModel | None = None,
            encoded: Mapping[str, Encoded] | None = None, records: Sequence[Record] = (),
-           converter: Path | None = None) -> dict[str, set[str]]:
+           converter: Path | None = None, source: Path | None = None) -> dict[str, set[str]]:
     """Write the folder that `python -m lib serve` serves: a model file, adapters beside it.
 
-    Args:
-        gguf_type, encoded: as in `write_model`, which says what is returned.
-        route: the base as in `merge`, "original" or "dequantized" (for QLoRA adapters); by
-            default the one that the adapters were trained on.
-        merged, adapters: one to fold in before quantising, or several to keep, by name.
-        model: by default the adapters' base, or the embedded one without adapters.
-        weights: what `merge` returned for `merged` and this route, or the base.
-        records: examples that say how much each column's error matters.
-        converter: as in `base_file`.
+    `merged` is an adapter to fold in before quantising, `adapters` are some to keep, by name.
+    `model` and `route` ("original" or "dequantized", as in `merge`) are by default those that
+    they were trained on; `weights` is what `merge` gave for them. `gguf_type` and `encoded`: as in
+    `write_model`, which says what is returned. `records` say how much each column's error
+    matters. `converter`: as in `base_file`, which made `source` if it is given.
     """
     adapters = adapters or {}
     require(route in ("", "original", "dequantized"),
@@ -245,7 +237,8 @@ def export(out: Path, *, gguf_type: str = "Q8_0", route: str = "", merged: Path 
     base = f"{model} {route}" + (f" + {merged.name}" if merged else "")
     files = {name: f"{name}.gguf" for name in adapters}
     name = merged.name if merged else "base"
-    with base_file(model, out, converter) as source:  # first, because it may refuse the model
+    # First, because it may refuse the model.
+    with contextlib.nullcontext(source) if source else base_file(model, out, converter) as source:
         # Otherwise the converter's file has the base's own weights already.
         swapped = merged or encoded or records or route != "original" or model == EMBEDDED
         if weights is None and (swapped or adapters):

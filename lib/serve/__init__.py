@@ -3,4 +3,5 @@
 from lib import exports
 
 __getattr__, __all__ = exports(__name__, {
-    "server": "running serve", "client": "ask ask_all connect question", "bundle": "open_bundle"})
+    "server": "running serve", "client": "ask ask_all connect question",
+    "bundle": "Reader open_bundle"})

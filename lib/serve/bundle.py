@@ -3,7 +3,7 @@
 import re
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 
 from lib.errors import UserError, require
-from lib.files import verified
+from lib.files import MANIFEST, verified
 
 BASE_KEY = "general.base_model.0.name"
 NAME_KEY = "general.name"
@@ -38,7 +38,7 @@ def open_bundle(path: Path, loras: Sequence[str] = ()) -> Bundle:
         model, name, adapters = path, path.stem, {}
         if path.is_dir():
             manifest = verified(path)
-            require("adapters" in manifest, f"{path} is not from `python -m lib export`: make one")
+            require("adapters" in manifest, f"{path} has no GGUF model: make one with `export`")
             model, name = path / manifest["model"], str(manifest["name"])
             adapters = {n: (path / file, 0.0) for n, file in manifest["adapters"].items()}
         for text in loras:
@@ -53,6 +53,16 @@ def open_bundle(path: Path, loras: Sequence[str] = ()) -> Bundle:
         return Bundle(name, model, adapters, context, len(reader.fields[tokens].data), template)
     except DAMAGE as error:  # a manifest that was edited, or what is read after a header
         raise UserError(f"{path} is damaged ({error}): export it again") from None
+
+
+def open_bundles(path: Path, loras: Sequence[str] = ()) -> list[Bundle]:
+    """The bundle of an export, or of each budget that `deploy` wrote, named NAME@BUDGET."""
+    manifest = verified(path) if (path / MANIFEST).is_file() else {}
+    if "deployments" not in manifest:
+        return [open_bundle(path, loras)]
+    require(not loras, f"{path} has several models: name one of its folders for --lora")
+    bundles = {name: open_bundle(path / name) for name in manifest["deployments"]}
+    return [replace(bundle, name=f"{bundle.name}@{name}") for name, bundle in bundles.items()]
 
 
 class Reader(gguf.GGUFReader):

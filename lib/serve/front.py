@@ -5,7 +5,7 @@ import contextlib
 import json
 import re
 import secrets
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -58,9 +58,9 @@ async def error_reply(_: Any, error: Exception) -> Response:
     return JSONResponse({"error": said | {"type": kind}}, status)
 
 
-def engine_request(body: bytes, path: str, bundle: Bundle, settings: ServeSettings
-                   ) -> tuple[dict[str, Any], list[str]]:
-    """The request for llama.cpp, and the names of the fields that it leaves out."""
+def engine_request(body: bytes, path: str, bundles: Mapping[str, Bundle], settings: ServeSettings
+                   ) -> tuple[str, dict[str, Any], list[str]]:
+    """The engine's address, the request for it, and the names of the fields that it leaves out."""
     insist(len(body) <= 4_000_000, None, "over 4 MB: send less", 413, "request_too_large")
     try:
         fields = json.loads(body, parse_constant=int)  # which refuses NaN
@@ -72,6 +72,10 @@ def engine_request(body: bytes, path: str, bundle: Bundle, settings: ServeSettin
                 if "description" in e.schema]
         insist(False, ".".join(map(str, error.absolute_path)) or None,
                said[0] if said else error.message[:200])
+    homes = {name: url for url, b in bundles.items() for name in (b.name, *b.adapters)}
+    model = fields.get("model") or next(iter(homes))
+    insist_known("model", model, homes)
+    bundle = bundles[homes[model]]
     ignored = sorted(fields.keys() - KNOWN[path])
     for name in (*ignored, "n", "echo", "best_of", "suffix", "modalities"):
         fields.pop(name, None)  # those of the known ones have their default values
@@ -84,8 +88,6 @@ def engine_request(body: bytes, path: str, bundle: Bundle, settings: ServeSettin
     limits = [fields.pop(name) for name in ("max_tokens", "max_completion_tokens", "n_predict")
               if name in fields]
     insist(max(limits, default=0) <= settings.context, "max_tokens", f"at most {settings.context}")
-    model = fields.get("model") or bundle.name
-    insist_known("model", model, (bundle.name, *bundle.adapters))
     scales = {name: float(name == model) if model in bundle.adapters else scale
               for name, (_, scale) in bundle.adapters.items()}
     for entry in fields.get("lora", ()):
@@ -101,7 +103,7 @@ def engine_request(body: bytes, path: str, bundle: Bundle, settings: ServeSettin
     constrain(fields)
     fields["lora"] = [{"id": i, "scale": scale} for i, scale in enumerate(scales.values())]
     fields["max_tokens"] = min(limits, default=settings.max_tokens)
-    return fields | {"model": bundle.name}, ignored
+    return homes[model], fields | {"model": bundle.name}, ignored
 
 
 def constrain(fields: dict[str, Any]) -> None:
@@ -152,26 +154,27 @@ def admit(request: Request, settings: ServeSettings) -> None:
            "the API key is wrong or missing", 401, "invalid_api_key")
 
 
-def application(bundle: Bundle, url: str, key: str, settings: ServeSettings) -> Starlette:
-    """The app that checks requests and passes them to llama.cpp at `url`."""
-    # At most `slots` requests reach the engine; the others wait here, in order.
-    gate = asyncio.Semaphore(settings.slots)
+def application(bundles: Mapping[str, Bundle], key: str, settings: ServeSettings) -> Starlette:
+    """The app that checks requests and passes them to llama.cpp at the address of their model."""
+    # At most `slots` requests reach an engine, or one of several; the others wait, in order.
+    gate = asyncio.Semaphore(settings.slots if len(bundles) == 1 else 1)
     # No connection is kept: the engine drops one now and then.
     engine = httpx.AsyncClient(
-        base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=None, trust_env=False,
+        headers={"Authorization": f"Bearer {key}"}, timeout=None, trust_env=False,
         limits=httpx.Limits(max_connections=None, max_keepalive_connections=0))
 
     async def complete(request: Request) -> ASGIApp:
         admit(request, settings)
         path = request.url.path
-        fields, ignored = engine_request(await request.body(), path, bundle, settings)
+        url, fields, ignored = engine_request(await request.body(), path, bundles, settings)
         insist(not (ignored and settings.strict), ", ".join(ignored), "unknown: leave it out")
         if "messages" in fields:
-            rendered = await engine_json(await engine.post("/apply-template", json=fields), 400)
+            rendered = await engine_json(
+                await engine.post(f"{url}/apply-template", json=fields), 400)
             lost = [*left_out([fields["messages"], fields.get("tools")], rendered["prompt"])]
             insist(not lost, "messages", "the model's chat template leaves out "
                    f"{', '.join(map(repr, lost))[:200]}: do without, or use another model")
-        call = engine.build_request("POST", path, json=fields)
+        call = engine.build_request("POST", url + path, json=fields)
 
         async def forward(scope: Scope, receive: Receive, send: Send) -> None:
             async def watch() -> None:
@@ -204,14 +207,17 @@ def application(bundle: Bundle, url: str, key: str, settings: ServeSettings) -> 
     async def models(request: Request) -> Response:
         admit(request, settings)
         rows = {name: {"id": name, "object": "model", "created": 0, "owned_by": "lib"}
-                for name in (bundle.name, *bundle.adapters)}
+                for bundle in bundles.values() for name in (bundle.name, *bundle.adapters)}
         name = request.path_params.get("name")
-        insist_known("model", name or bundle.name, rows)
+        insist_known("model", name or next(iter(rows)), rows)
         return JSONResponse(rows[name] if name else {"object": "list", "data": [*rows.values()]})
 
     async def status(request: Request) -> Response:
         admit(request, settings)
-        said = await engine.get(request.url.path)
+        for url in bundles:  # of several engines the first that is not well
+            said = await engine.get(url + request.url.path)
+            if not said.is_success:
+                break
         return Response(said.content, said.status_code, media_type=said.headers["content-type"])
 
     pages = [Middleware(CORSMiddleware, allow_origins=settings.cors.split(","),
@@ -220,7 +226,7 @@ def application(bundle: Bundle, url: str, key: str, settings: ServeSettings) -> 
     return Starlette(
         routes=[*(Route(path, complete, methods=["POST"]) for path in VALIDATORS),
                 Route("/v1/models", models), Route("/v1/models/{name:path}", models),
-                Route("/health", status), Route("/metrics", status)],
+                Route("/health", status), *[Route("/metrics", status)] * (len(bundles) == 1)],
         middleware=pages, exception_handlers=dict.fromkeys(
             (HTTPException, ClientDisconnect, httpx.HTTPError, ValueError), error_reply))
 

@@ -19,7 +19,7 @@ import uvicorn
 
 from lib.errors import UserError
 from lib.files import ROOT
-from lib.serve.bundle import open_bundle
+from lib.serve.bundle import open_bundles
 from lib.serve.engine import HOST, running_engine
 from lib.serve.front import application
 from lib.settings import ServeSettings
@@ -41,20 +41,21 @@ def serve(path: Path, settings: ServeSettings, loras: Sequence[str] = (), *,
 
     With `until_eof`, the address is printed as JSON, and the end of standard input also stops it.
     """
-    bundle = open_bundle(path, loras)
-    settings = replace(settings, context=min(settings.context, bundle.context))
+    bundles = open_bundles(path, loras)
+    settings = replace(settings, context=min(settings.context, *(b.context for b in bundles)))
     try:
         listener = socket.create_server((HOST, settings.port))
     except OSError:
         raise UserError(f"port {settings.port} is taken or not allowed: "
                         "choose another with --port, or 0 for a free one") from None
     key = secrets.token_urlsafe()
-    with listener, running_engine(bundle, settings, key) as engine:
+    with listener, contextlib.ExitStack() as engines:
+        urls = [engines.enter_context(running_engine(b, settings, key)) for b in bundles]
         # Connections inherit this; Nagle's algorithm would delay each part of a stream by 40 ms.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        app = application(bundle, engine, key, settings)
+        app = application(dict(zip(urls, bundles, strict=True)), key, settings)
         served = Served(f"http://{HOST}:{listener.getsockname()[1]}/v1", os.getpid())
-        names = ", ".join((bundle.name, *bundle.adapters))
+        names = ", ".join(name for b in bundles for name in (b.name, *b.adapters))
         print(json.dumps(vars(served)) if until_eof else f"serving {names} at {served.url}",
               flush=True)
         # Clients close idle connections sooner, so none is cut while they use it.

@@ -3,6 +3,6 @@
 from lib import exports
 
 __getattr__, __all__ = exports(__name__, {
-    "lora": "adapter_factors count_adapter count_trainable delta_weight linear_shapes "
-            "load_adapter lora_config singular_values",
-    "training": "base_for train", "fused_step": "fused"})
+    "lora": "adapter_factors adapter_files count_adapter count_trainable delta_weight fused "
+            "linear_shapes load_adapter lora_config make_portable settled singular_values",
+    "training": "base_for train"})

@@ -1,17 +1,20 @@
-"""LoRA in formulas (Hu et al. 2021): the update, its size, and adapters on disk."""
+"""LoRA in formulas (Hu et al. 2021): the update, its size, a faster step, adapters on disk."""
 
+import contextlib
+import types
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lib.base.model import MODULE_KINDS
+from lib.base.model import MODULE_KINDS, frozen_weight
 from lib.errors import UserError, require
 from lib.files import MANIFEST, read_json, verified, write_json
 from lib.settings import TrainSettings
@@ -95,6 +98,8 @@ def origin(directory: Path | str) -> tuple[str, str]:
     The route is "dequantized" after QLoRA and "original" after LoRA; "" where files do not say.
     """
     config, file = adapter_files(Path(directory))[0], Path(directory) / MANIFEST
+    require(not Path(directory, "coa.safetensors").is_file(), f"{directory} serves any "
+            "configuration: make files for one of them with `python -m lib deploy --adapter`")
     manifest = read_json(file) if file.is_file() else {}
     require(config.get("revision") in (None, "", "main"), f"{directory} names a revision of its "
             "base, and only main is loaded: download that, and name its folder in its place")
@@ -174,3 +179,85 @@ def singular_values(a: Tensor, b: Tensor, scale: float) -> Tensor:
     """
     right, left = torch.linalg.qr(a.float().T).R, torch.linalg.qr(b.float()).R
     return torch.linalg.svdvals(scale * left @ right.T)
+
+
+class LoraLinear(torch.autograd.Function):
+    """y = x W^T + s (x A^T) B^T with W frozen (Hu et al. 2021, section 4.1).
+
+    Shapes: x (..., d_in), W (d_out, d_in), A (r, d_in), B (d_out, r). It computes in the dtype
+    of x; A and B may be float32 and then get float32 gradients:
+    dA = (dy B s)^T x, dB = s dy^T (x A^T), dx = dy W + (dy B s) A.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, base: nn.Module, a: Tensor, b: Tensor,
+                scale: float, bias: Tensor | None) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        low_a, low_b = a.to(x.dtype), b.to(x.dtype) * scale
+        hidden = flat @ low_a.T
+        weight = frozen_weight(base, x.dtype)
+        y = flat @ weight.T
+        y.addmm_(hidden, low_b.T)
+        if bias is not None:
+            y += bias.to(y.dtype)
+        ctx.save_for_backward(flat, low_a, low_b, hidden)
+        ctx.base, ctx.scale, ctx.shape, ctx.dtypes = base, scale, x.shape, (a.dtype, b.dtype)
+        # The layer may point to another weight by the time of the backward pass. Only a 4-bit
+        # weight is decoded a second time, to save memory.
+        ctx.weight = None if hasattr(base.weight, "quant_state") else weight.detach()
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        flat, low_a, low_b, hidden = ctx.saved_tensors
+        dy = grads[0].reshape(-1, grads[0].shape[-1])
+        d_hidden = dy @ low_b
+        dx = None
+        if ctx.needs_input_grad[0]:
+            weight = frozen_weight(ctx.base, dy.dtype) if ctx.weight is None else ctx.weight
+            dx = (dy @ weight).addmm_(d_hidden, low_a).view(ctx.shape)
+        da = (d_hidden.T @ flat).to(ctx.dtypes[0])
+        db = (dy.T @ hidden).to(ctx.dtypes[1]) * ctx.scale
+        return dx, None, da, db, None, None
+
+
+def _lora_forward(self: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if self.disable_adapters or self.merged or args or kwargs:
+        return type(self).forward(self, x, *args, **kwargs)
+    name, base = self.active_adapters[0], self.get_base_layer()
+    a, b = self.lora_A[name].weight, self.lora_B[name].weight
+    return LoraLinear.apply(x, base, a, b, self.scaling[name], base.bias)
+
+
+def _is_plain(layer: LoraLayer) -> bool:
+    """Whether it is one adapter on a frozen linear, without dropout, bias or variant (DoRA)."""
+    if len(layer.active_adapters) != 1 or layer.merged:
+        return False
+    base, name = layer.get_base_layer(), layer.active_adapters[0]
+    return (type(base).__name__ in ("Linear", "Linear4bit")
+            and not any(p.requires_grad for p in base.parameters())
+            and isinstance(layer.lora_dropout[name], nn.Identity)
+            and name not in layer.lora_variant and not layer.lora_bias.get(name))
+
+
+@contextlib.contextmanager
+def fused(model: nn.Module) -> Iterator[int]:
+    """Run the model's LoRA linears fused in the block; yields their number."""
+    # On a CPU the backward pass of "sdpa" is many times slower on short sequences than eager.
+    fused_modules = []
+    owner = model.get_base_model() if isinstance(model, PeftModel) else model
+    kind = getattr(getattr(owner, "config", None), "_attn_implementation", None)
+    eager = kind == "sdpa" and not torch.cuda.is_available()
+    if eager:
+        owner.set_attn_implementation("eager")
+    for module in model.modules():
+        if "forward" not in vars(module) and isinstance(module, LoraLayer) and _is_plain(module):
+            module.forward = types.MethodType(_lora_forward, module)
+            fused_modules.append(module)
+    try:
+        yield len(fused_modules)
+    finally:
+        for module in fused_modules:
+            del module.forward
+        if eager:
+            owner.set_attn_implementation("sdpa")

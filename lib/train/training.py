@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,7 @@ from lib.evaluate.scores import answer_loss, batch_losses, peak_memory
 from lib.files import read_json, require_free, scratch, sha256, verified, write_json, writing
 from lib.host import is_main_process, is_sharded, process_count
 from lib.settings import TrainSettings, seed_everything
-from lib.train.fused_step import fused
-from lib.train.lora import count_trainable, lora_config, make_portable
+from lib.train.lora import count_trainable, fused, lora_config, make_portable
 
 CHECKPOINT_EVERY = 50  # steps
 RANK = os.environ.get("RANK", "0")  # of this process among those that train together
@@ -266,13 +265,16 @@ def preview(tokenizer: Any, input_ids: Sequence[int], labels: Sequence[int]) -> 
 
 
 def train(records: Iterable[Record], settings: TrainSettings, *, model: str = "embedded",
-          out: Path | None = None, say_every: int = 0, held: Iterable[Record] | None = None
-          ) -> TrainResult:
+          out: Path | None = None, say_every: int = 0, held: Iterable[Record] | None = None,
+          base: PreTrainedModel | None = None, adapt: Callable[[SFTTrainer], Any] = id,
+          identity: Sequence[Any] = (), facts: Callable[[], dict[str, Any]] = dict) -> TrainResult:
     """Train on records; save the adapter ("full": the model) and its losses to `out` if given.
 
     Started again with the same settings and records, a killed run resumes from its checkpoint.
     `model` is "embedded", a hub id, or a local directory; `say_every` the steps between lines of
     progress; `held` is for validation. UserError for records, model or settings that do not fit.
+    Other ways to train give the loaded `base`, change the trainer by `adapt`, say what else
+    determines the result (`identity`), and what else the manifest says (`facts`).
     """
     seed_everything(settings.seed)
     if model != EMBEDDED and Path(model).is_dir():
@@ -285,19 +287,20 @@ def train(records: Iterable[Record], settings: TrainSettings, *, model: str = "e
         locate(model)  # the first process creates the embedded model's files
     tokenizer = load_tokenizer(model, template=settings.template)
     with work_directory(out, processes) as work:
-        trainer = make_trainer(base_for(settings.mode, model), tokenizer, records, settings,
-                               work=work, say_every=say_every, held=held)
+        trainer = make_trainer(base or base_for(settings.mode, model), tokenizer, records,
+                               settings, work=work, say_every=say_every, held=held)
+        adapt(trainer)
         files = [(f.name, f.stat().st_mtime_ns) for f in sorted(Path(model).glob("*.safetensors"))]
-        identity = [dataclasses.asdict(settings), model, files, processes.num_processes,
-                    *map(sha256, sorted(work.rglob(f"tokens-{RANK}.arrow")))]
-        trainer.run = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        every = [dataclasses.asdict(settings), model, files, processes.num_processes, *identity,
+                 *map(sha256, sorted(work.rglob(f"tokens-{RANK}.arrow")))]
+        trainer.run = hashlib.sha256(json.dumps(every).encode()).hexdigest()
         result = run_trainer(trainer, settings, resume=last_checkpoint(work, trainer.run))
         # FSDP leaves each process a part of the weights: all must take part in joining them.
         whole = trainer.accelerator.get_state_dict(trainer.model) if is_sharded() else None
         if out is None or not is_main_process():
             return result
-        with writing(out, settings=dataclasses.asdict(settings), base=model, machine=machine(),
-                     processes=process_count(), seconds=round(result.seconds, 1),
+        with writing(out, **facts() | {"base": model}, settings=dataclasses.asdict(settings),
+                     machine=machine(), processes=process_count(), seconds=round(result.seconds, 1),
                      data=getattr(records, "source", "")) as part:
             if settings.mode == "full":
                 result.model.save_pretrained(part, state_dict=whole)
@@ -306,7 +309,7 @@ def train(records: Iterable[Record], settings: TrainSettings, *, model: str = "e
                 # The vocabulary has its old size, so peft need not look for the base's files.
                 result.model.save_pretrained(part, state_dict=whole, save_embedding_layers=False)
                 make_portable(part, model)
-                (part / "README.md").unlink()
+                (part / "README.md").unlink(missing_ok=True)
                 tokenizer.save_pretrained(part)  # with the template that it was trained in
             write_json(part / "losses.json", list(result.losses))
             if result.validation:

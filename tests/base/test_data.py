@@ -148,8 +148,8 @@ def test_sentiment_splits_are_clean() -> None:
 
 
 def test_the_front_belongs_to_the_shipped_adapter() -> None:
-    front = read_json(DATA / "fronts" / "sensors.json")
     adapter = DATA / "adapters" / "sensors_coa"
+    front = read_json(adapter / "front.json")
     verified(adapter)
     assert front["adapter"] == sha256(adapter / "manifest.json")
     with torch.device("meta"):

@@ -16,9 +16,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data.evidence import alternate
 from lib.base.embedded import EMBEDDED
-from lib.base.model import MODULE_KINDS
+from lib.base.model import MODULE_KINDS, load_tokenizer
 from lib.base.records import sensors
-from lib.coa.adapter import NAME, OWNED, CoaLora, MixingNetwork, learned_a
+from lib.coa.adapter import (
+    LEAST_LOSS,
+    METHODS,
+    NAME,
+    OWNED,
+    CoaLora,
+    MixingNetwork,
+    _descend_on_logarithm,
+    learned_a,
+    start_owned,
+    train_joint,
+    train_over,
+)
 from lib.coa.configuration import (
     Configuration,
     Layers,
@@ -26,14 +38,13 @@ from lib.coa.configuration import (
     best_formats,
     random_configuration,
 )
-from lib.coa.joint import LEAST_LOSS, METHODS, _descend_on_logarithm, start_owned, train_over
 from lib.errors import UserError
-from lib.files import read_json, writing
+from lib.files import read_json, write_json, writing
+from lib.quantize import merging
 from lib.quantize.correction import input_roots, low_rank
-from lib.quantize.formats import FORMATS, GRID, Format, round_trip
+from lib.quantize.formats import FORMATS, GRID, Format, GgufFormat, round_trip
 from lib.settings import TrainSettings
-from lib.train.fused_step import fused
-from lib.train.lora import count_trainable, load_adapter
+from lib.train.lora import count_trainable, fused, load_adapter
 
 IDS = torch.tensor([[5, 900, 17, 3, 42, 7]])
 Make = Callable[[], PreTrainedModel]
@@ -127,8 +138,9 @@ def test_a_refused_configuration_changes_nothing(make_tiny: Make, tmp_path: Path
     with pytest.raises(UserError, match=r"layers\.1\.self_attn\.v_proj: a weight is not a fin"):
         base.switch(Configuration.uniform(base.layers, Format()))
     assert base.cached_mb == 0
-    other = Configuration.uniform(Layers(base.layers.names[:7], base.layers.sizes[:7]), Format())
-    with pytest.raises(UserError, match="for another model: it has 7 layers"):
+    first = Layers(*(part[:7] for part in vars(base.layers).values()))
+    other = Configuration.uniform(first, Format())
+    with pytest.raises(UserError, match="for another model, with other layers .7 instead of 14"):
         base.switch(other)
     with pytest.raises(UserError, match="another model"):
         adapted(Switchable(make_tiny())).materialise(other, tmp_path / "out")
@@ -277,7 +289,7 @@ def test_an_adapter_of_some_layers_is_refused(base: Switchable) -> None:
 
 
 @pytest.mark.parametrize(("fact", "value", "word"), [
-    ("base_hash", "0" * 64, "another base"), ("grid", "int", "another grid: grid is int")])
+    ("base_hash", "0" * 64, "another base"), ("grid", "int", "formats that are unknown here, int")])
 def test_an_adapter_of_another_base_or_grid(
         make_tiny: Make, tmp_path: Path, fact: str, value: str, word: str) -> None:
     adapted(Switchable(make_tiny(), dtype=torch.float32)).save_pretrained(tmp_path / "coa")
@@ -312,12 +324,12 @@ SETTINGS = TrainSettings(steps=6, batch_size=2, rank=4, learning_rate=1e-2, warm
 @pytest.fixture
 def quick(cheap_tokenizer: None, tokenizer: PreTrainedTokenizerBase,
           monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(name: str) -> PreTrainedTokenizerBase:
+    def load(name: str, **_: Any) -> PreTrainedTokenizerBase:
         """The base's own: another model's tokens would train on nonsense."""
         assert name == EMBEDDED
         return tokenizer
 
-    for module in ("lib.coa.joint", "lib.quantize.correction", "data.evidence.alternate"):
+    for module in ("lib.train.training", "lib.coa.adapter", "data.evidence.alternate"):
         monkeypatch.setattr(f"{module}.load_tokenizer", load)
 
 
@@ -423,7 +435,8 @@ def test_input_roots_are_those_of_the_inputs(layer: str, base: Switchable) -> No
     seen, index = [], base.layers.names.index(f"model.layers.1.{layer}")
     hook = base.model.get_submodule(base.layers.names[index]).register_forward_hook(
         lambda _, inputs, __: seen.append(inputs[0].flatten(0, -2)))
-    roots = input_roots(base.model, base.layers.names, sensors("train", 3))
+    roots = input_roots(base.model, base.layers.names, sensors("train", 3),
+                        tokenizer=load_tokenizer(EMBEDDED))
     hook.remove()
     assert len(roots) == len(base.layers.names) and len(seen) == 3
     expected = sum(x.T @ x / len(x) for x in seen)
@@ -446,6 +459,57 @@ def test_started_from_the_error_it_is_nearer(base: Switchable) -> None:
         left = 2.0 * layer.lora_B[NAME].weight @ layer.lora_A[NAME].weight - error
         assert (left @ start.roots[index]).norm() < 0.6 * (error @ start.roots[index]).norm()
     assert (logits(model) - original).square().mean() < 0.5 * before
+
+
+@pytest.mark.parametrize(("family", "count"), [("nf", 12), ("gguf", 5)])
+def test_a_killed_joint_training_goes_on_to_the_same_adapter(
+        tiny_directory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str,
+        count: int) -> None:
+    """Also where the last step of an epoch has fewer parts than the others."""
+    settings = dataclasses.replace(SETTINGS, method="coa", formats=family, accumulate=2, steps=5)
+    records = sensors("train", count)
+    monkeypatch.setattr("lib.train.training.CHECKPOINT_EVERY", 2)
+    whole = train_joint(records, settings, model=tiny_directory, out=tmp_path / "whole")
+    real, calls = Switchable.switch, iter(range(99))
+
+    def dying(self: Switchable, configuration: Configuration) -> None:
+        if next(calls) == 6:  # in the fourth step
+            raise KeyboardInterrupt
+        real(self, configuration)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Switchable, "switch", dying)
+        train_joint(records, settings, model=tiny_directory, out=tmp_path / "cut")
+    assert not (tmp_path / "cut").exists()
+    again = train_joint(records, settings, model=tiny_directory, out=tmp_path / "cut")
+    assert again.losses == whole.losses
+    files = {f.name: f.read_bytes() for f in (tmp_path / "whole").iterdir()
+             if f.suffix == ".safetensors"}
+    assert len(files) == 2
+    assert all((tmp_path / "cut" / name).read_bytes() == data for name, data in files.items())
+    manifest = read_json(tmp_path / "cut" / "manifest.json")
+    assert manifest["grid"] == family and manifest["settings"]["method"] == "coa"
+    loaded = CoaLora.from_pretrained(Switchable.load(tiny_directory), tmp_path / "cut")
+    other = {"nf": GgufFormat("Q4_0"), "gguf": Format()}[family]
+    with pytest.raises(UserError, match="knows formats of the family"):
+        loaded.network(Configuration.uniform(loaded.base.layers, other))
+    with pytest.raises(UserError, match="serves any configuration: .* deploy"):
+        merging.merge(tmp_path / "cut")
+
+
+def test_a_dedicated_adapter_is_trained_on_its_configuration(
+        tiny_directory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = Switchable.load(tiny_directory)
+    configuration = Configuration.uniform(base.layers, GgufFormat("Q5_0"))
+    write_json(tmp_path / "one.json", configuration.to_json())
+    seen = switched(monkeypatch)
+    settings = dataclasses.replace(SETTINGS, method="dedicated", steps=2,
+                                   configuration=str(tmp_path / "one.json"))
+    train_joint(sensors("train", 4), settings, model=tiny_directory, out=tmp_path / "out")
+    assert len(seen) == 2 and {*seen} == {configuration}
+    assert not (tmp_path / "out" / "coa.safetensors").exists()
+    manifest = read_json(tmp_path / "out" / "manifest.json")  # `deploy` takes that one
+    assert manifest["grid"] == "gguf" and manifest["configuration"] == configuration.to_json()
 
 
 def test_refusals(base: Switchable) -> None:

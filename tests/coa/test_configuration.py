@@ -11,32 +11,33 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from data.evidence.alternate import from_numbers
 from lib.base.model import MODULE_KINDS, pad_right
 from lib.base.records import encode, sensors
 from lib.coa.configuration import (
+    SPANS,
     Configuration,
     Layers,
     Switchable,
     best_formats,
     block_and_kind,
     format_errors,
+    from_numbers,
     greedy_configuration,
-    numbers,
     random_configuration,
     sensitivities,
     spend,
 )
 from lib.errors import UserError
 from lib.evaluate.scores import answer_loss
-from lib.quantize.formats import FORMATS, GRID, Format
+from lib.quantize.formats import FAMILIES, FORMATS, GRID, Format, GgufFormat, round_trip
 
 BLOCKS = 3
 NAMES = tuple(f"model.layers.{i}.{'self_attn' if k[0] in 'qkvo' else 'mlp'}.{k}"
               for i in range(BLOCKS) for k in MODULE_KINDS)
 LAYERS = Layers(NAMES, tuple(64 * (10 + i % 7) for i in range(len(NAMES))))
-configurations = st.lists(st.sampled_from(FORMATS), min_size=len(NAMES), max_size=len(NAMES)).map(
-    lambda formats: Configuration(LAYERS, tuple(formats)))
+configurations = st.one_of(*(
+    st.lists(st.sampled_from(formats), min_size=len(NAMES), max_size=len(NAMES)).map(
+        lambda formats: Configuration(LAYERS, tuple(formats))) for formats in FAMILIES.values()))
 
 
 def test_the_grid_has_432_formats() -> None:
@@ -77,19 +78,22 @@ def test_layers_of_a_model(tiny: PreTrainedModel) -> None:
 def test_there_and_back_and_what_it_costs(configuration: Configuration) -> None:
     data = json.loads(json.dumps(configuration.to_json()))
     assert Configuration.from_json(data, LAYERS) == configuration
-    assert from_numbers(LAYERS, numbers(configuration).tolist()) == configuration
+    numbers, family = configuration.numbers.tolist(), configuration.family
+    assert from_numbers(LAYERS, numbers, family) == configuration
     costs = [fmt.bits_per_parameter for fmt in configuration.formats]
     assert min(costs) - 1e-9 <= configuration.bits <= max(costs) + 1e-9
-    assert configuration.bytes * 8 >= configuration.bits * sum(LAYERS.sizes)
-    assert [len(row) for row in configuration.grid()] == [len(MODULE_KINDS)] * BLOCKS
-    assert list(itertools.chain(*configuration.grid())) == costs
+    assert configuration.bytes * 8 >= configuration.bits * sum(LAYERS.sizes) - 1e-6
 
 
 def test_one_line() -> None:
     configuration = Configuration.uniform(LAYERS, Format(bits=3))
     assert str(configuration) == f"{configuration.bits:.2f} bits a weight, 0.0 MB: 21 in 3 bits"
+    some = from_numbers(LAYERS, [0, 1, 2] * 7, "gguf")
+    assert str(some) == "4.42 bits a weight, 0.0 MB: 7 in IQ4_NL, 7 in MXFP4, 7 in Q4_0"
     with pytest.raises(UserError, match="2 formats for 21 layers"):
         Configuration(LAYERS, (Format(), Format()))
+    with pytest.raises(UserError, match="NormalFloat and GGUF types in one"):
+        Configuration(LAYERS, (*some.formats[1:], Format()))
 
 
 def changed(name: str, value: Any) -> dict[str, Any]:
@@ -107,6 +111,8 @@ def changed(name: str, value: Any) -> dict[str, Any]:
     (changed(NAMES[2], [4, 8, "fp64", 64, 256]), "scale_dtype is 'fp64'"),
     (changed(NAMES[2], [4, 8, "fp32", 64]), f"{NAMES[2]}: [4, 8, 'fp32', 64] is not [b,"),
     (changed(NAMES[2], None), f"{NAMES[2]}: None is not"),
+    (changed(NAMES[2], "Q9_0"), f"{NAMES[2]}: 'Q9_0' is not"),
+    (changed(NAMES[2], "Q4_0"), "NormalFloat and GGUF types in one"),
     (changed(NAMES[2], [[4], 8, "fp32", 64, 256]), f"{NAMES[2]}: [[4]")])
 def test_bad_configurations(data: Any, word: str) -> None:
     with pytest.raises(UserError) as caught:
@@ -114,19 +120,43 @@ def test_bad_configurations(data: Any, word: str) -> None:
     assert word in str(caught.value)
 
 
-@given(st.floats(2.2, 8.3), st.integers(0, 99))
-def test_random_configurations_meet_their_budget(budget: float, seed: int) -> None:
-    configuration = random_configuration(LAYERS, budget, random.Random(seed))
-    assert abs(configuration.bits - budget) <= 0.05
-    assert configuration == random_configuration(LAYERS, budget, random.Random(seed))
+@given(st.sampled_from(["nf", "gguf"]), st.floats(0, 1), st.integers(0, 99))
+def test_random_configurations_meet_their_budget(family: str, share: float, seed: int) -> None:
+    low, high = {"nf": (2.2, 8.3), "gguf": (4.3, 8.4)}[family]
+    budget = low + share * (high - low)
+    configuration = random_configuration(LAYERS, budget, random.Random(seed), family)
+    assert abs(configuration.bits - budget) <= 0.05 and configuration.family == family
+    assert configuration == random_configuration(LAYERS, budget, random.Random(seed), family)
 
 
 def test_budgets_out_of_reach() -> None:
-    for budget in (1.0, 2.0, 8.63, float("nan")):
+    for budget in (1.0, 1.9, 8.8, float("nan")):
         with pytest.raises(UserError, match="cannot be reached"):
             random_configuration(LAYERS, budget, random.Random(0))
     with pytest.raises(UserError, match=r"found no mixture of formats at 6.5"):
         random_configuration(Layers(NAMES[:1], (64,)), 6.5, random.Random(0))
+
+
+@pytest.mark.parametrize("gguf_type", FAMILIES["gguf"])
+def test_trained_weights_are_those_of_the_file(tiny: PreTrainedModel, gguf_type: str) -> None:
+    base = Switchable(tiny, dtype=torch.float32)
+    plain = tiny.model.layers[1].mlp.down_proj.weight.data.clone()
+    base.switch(Configuration.uniform(base.layers, GgufFormat(gguf_type)))
+    weight = tiny.model.layers[1].mlp.down_proj.weight.data
+    assert torch.equal(weight, round_trip(plain, gguf_type))
+    assert not torch.equal(weight, plain)
+
+
+@pytest.mark.parametrize("family", ["nf", "gguf"])
+def test_a_training_set_covers_the_budgets(tiny: PreTrainedModel, family: str) -> None:
+    base = Switchable(tiny, dtype=torch.float32)
+    found = base.training_set(sensors("train", 2), family)
+    bits = sorted(configuration.bits for configuration in found)
+    low, high = SPANS[family]
+    assert len(found) > 25 and {c.family for c in found} == {family}
+    assert bits[0] < low + 0.3 and bits[-1] > high - 0.3
+    assert all(b - a < 0.5 for a, b in itertools.pairwise(bits))
+    assert found == base.training_set(sensors("train", 2), family)
 
 
 def test_the_best_formats_are_a_convex_front() -> None:

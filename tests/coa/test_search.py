@@ -7,13 +7,12 @@ import random
 import pytest
 import torch
 
+from data.evidence.rivals import FIELDS, STRIDES
 from data.evidence.search import JournalFile
-from lib.coa.configuration import Configuration, Layers, Switchable, numbers, random_configuration
+from lib.coa.configuration import Switchable, random_configuration
 from lib.coa.pareto import (
     COVER,
-    FIELDS,
     SEGMENTS,
-    STRIDES,
     Evaluated,
     Features,
     Journal,
@@ -28,7 +27,7 @@ from lib.coa.pareto import (
     segment,
 )
 from lib.errors import UserError
-from lib.quantize.formats import FORMATS
+from lib.quantize.formats import FAMILIES, FORMATS
 
 LAYERS = 8
 
@@ -57,8 +56,8 @@ def surrogate_of(evaluated: Evaluated, features: Features, **options: int) -> Su
 
 
 @pytest.mark.parametrize("number", [0, 211, 431])
-def test_neighbours_differ_in_one_field_of_one_layer(number):
-    layer, new = neighbours(torch.full((2,), number))
+def test_neighbours_differ_in_one_field_of_one_layer(features, number):
+    layer, new = neighbours(torch.full((2,), number), features)
     assert len(set(zip(layer.tolist(), new.tolist(), strict=True))) == len(layer)
     expected = set()
     for other in range(len(FORMATS)):
@@ -110,9 +109,6 @@ def test_the_same_seed_searches_the_same_way(features):
     assert not torch.equal(runs[0].configurations, runs[2].configurations)
 
 
-NAMED = Layers(tuple(f"layers.{i}.mlp.up_proj" for i in range(LAYERS)), (64,) * LAYERS)
-
-
 def test_a_search_that_is_cut_goes_on_to_the_same_result(features, tmp_path):
     start, path, calls = start_of(features), tmp_path / "j.jsonl", itertools.count()
 
@@ -123,28 +119,27 @@ def test_a_search_that_is_cut_goes_on_to_the_same_result(features, tmp_path):
 
     # Failures of an evaluation are not swallowed, as the released code does.
     with pytest.raises(RuntimeError, match="power"):
-        search(start, features, failing, evaluations=15, journal=JournalFile(path, "a", NAMED))
+        search(start, features, failing, evaluations=15, journal=JournalFile(path, "a"))
     with path.open("a") as file:
-        file.write('{"loss": 3.1, "conf')  # cut while it wrote
-    again = search(start, features, failing, evaluations=15, journal=JournalFile(path, "a", NAMED))
+        file.write('[3.1, [2,')  # cut while it wrote
+    again = search(start, features, failing, evaluations=15, journal=JournalFile(path, "a"))
     whole = search(start, features, loss_of(features), evaluations=15)
     assert torch.equal(again.configurations, whole.configurations)
     assert torch.equal(again.points, whole.points)
     assert next(calls) == 16  # seven, the failure, and the eight that were missing
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert rows[0] == {"key": "a"} and len(rows) == 16
-    assert all(Configuration.from_json(row["configuration"], NAMED) for row in rows[1:])
+    assert rows[0] == "a" and len(rows) == 16
+    assert all(loss > 0 and len(positions) == LAYERS for loss, positions in rows[1:])
 
 
 @pytest.mark.parametrize("content", [
-    "", '{"key": "b"}\n', '{"key": "a"}\nnonsense\n',
-    '{"key": "a"}\n{"loss": 1.0, "configuration": {"layers": {}}}\n',
-    '{"key": "a"}\n{"bits": 2.1, "loss": 1.0, "levels": [0, 0, 0, 0, 0, 0, 0, 0]}\n'])
+    "", '"b"\n', '"a"\nnonsense\n', '"a"\n{"loss": 1.0, "configuration": {"layers": {}}}\n',
+    '"a"\n[1.0]\n', '"a"\n[[0], 1.0]\n'])
 def test_a_journal_of_something_else_is_refused(tmp_path, content):
     path = tmp_path / "j.jsonl"
     path.write_text(content)
     with pytest.raises(UserError, match="is not the journal of this search .*: remove it"):
-        JournalFile(path, "a", NAMED)
+        JournalFile(path, "a")
     assert path.read_text() == content
 
 
@@ -186,7 +181,7 @@ def test_features_add_up_and_know_the_bits(tiny):
     base = Switchable(tiny, dtype=torch.float32)
     features = Features.of(base, torch.ones(14))
     configuration = random_configuration(base.layers, 4.0, random.Random(0))
-    row = numbers(configuration)
+    row = configuration.numbers
     assert float(features.bits(row[None])) == pytest.approx(configuration.bits)
     sums = features.sums(row[None])[0]
     assert float(sums[1:8].sum()) == pytest.approx(float(sums[0]))  # by module kind
@@ -213,3 +208,11 @@ def test_empty_segments_are_filled_first():
                     reference_point(start.points), count=5, rng=random.Random(0))
     assert len({tuple(row) for row in batch.tolist()}) == 5
     assert len(set(segment(features.bits(batch)[:COVER]).tolist()) - taken) == COVER
+
+
+def test_a_type_may_become_any_other(tiny):
+    base = Switchable(tiny, dtype=torch.float32)
+    features = Features.of(base, torch.ones(14), "gguf")
+    layer, new = neighbours(torch.full((14,), 2), features)
+    expected = {(i, n) for i in range(14) for n in range(len(FAMILIES["gguf"])) if n != 2}
+    assert set(zip(layer.tolist(), new.tolist(), strict=True)) == expected

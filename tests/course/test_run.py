@@ -17,7 +17,7 @@ from data.evidence import site
 from lib.course import notebook as opening
 from lib.course import run as course
 from lib.errors import UserError
-from lib.evaluate.figures import COLOURS
+from lib.evaluate.scores import COLOURS
 
 FAST = "import os\nPROFILE = os.environ.get('COURSE_PROFILE', 'laptop')"
 SAVE = ("import json, pathlib; pathlib.Path('../build/course/smoke/01.json').write_text("

@@ -1,11 +1,10 @@
-"""lib.evaluate.figures and .measure."""
+"""Figures: smoothed curves, and memory that is measured."""
 
 import pytest
 import torch
 
 from lib.base.model import release_memory
-from lib.evaluate.figures import smoothed
-from lib.evaluate.scores import peak_memory
+from lib.evaluate.scores import peak_memory, smoothed
 
 
 def test_smoothing_shifts_no_curve() -> None:

@@ -121,6 +121,9 @@ HELP = "see `python -m lib --help`"
 Call = list[str] | Callable[[Place], Any]
 
 
+JOINT = [*TRAIN, "--method", "coa"]
+
+
 def data(file: str) -> list[str]:
     return ["train", "--data", file, "--out", "out", "--model", "TINY"]
 
@@ -207,6 +210,16 @@ ROWS: dict[str, tuple[Call, str, str]] = {
     "export: adapter twice": ([*EXPORT, "--adapter", "x=a", "--adapter", "x=b"],
                               "--adapter x=b", "each name once"),
     "export: adapter missing": ([*EXPORT, "--adapter", "x=none"], "none", "check the path|name"),
+    "train: joint, held out": ([*JOINT, "--eval-share", "0.5"], "one configuration among many",
+                               "leave out"),
+    "train: joint, some layers": ([*JOINT, "--targets", "minimal"], "targets aggressive", "train"),
+    "train: joint, qlora": ([*JOINT, "--mode", "qlora"], "mode lora", "train"),
+    "train: types of what": ([*TRAIN, "--formats", "gguf"], "formats gguf", "use it with --method"),
+    "train: for no configuration": ([*TRAIN, "--method", "dedicated"], "--configuration FILE",
+                                    "give both"),
+    "train: no such method": ([*TRAIN, "--method", "best"], "'best'", "use one of plain, coa"),
+    "train: no configuration": ([*TRAIN, "--method", "dedicated", "--configuration",
+                                 "good.jsonl"], "JSON", "make it again"),
     "export: not an adapter": ([*EXPORT, "--merge", "SHELF/edge"], "edge is no", "name the folder"),
     "export: adapter damaged": ([*EXPORT, "--merge", "SHELF/flipped"],
                                 "adapter_model.safetensors is missing or damaged", "make it again"),
@@ -221,17 +234,25 @@ ROWS: dict[str, tuple[Call, str, str]] = {
                                    "choose another folder"),
 
     "deploy: no budget": (["deploy", "--out", "small"], "required: --budget-mb", HELP),
-    "deploy: budget 0": ([*DEPLOY, "0"], "budget of 0 MB", "use a number above 0"),
+    "deploy: budget 0": ([*DEPLOY, "0"], "budget of 0 MB", "use numbers above 0"),
     "deploy: unknown task": ([*DEPLOY, "80", "--task", "poems"], "'poems'", "use one of"),
-    "deploy: no search": ([*DEPLOY, "80", "--task", "movies"], "search.* movies",
-                          "use --format gguf"),
+    "deploy: no number": ([*DEPLOY, "80MB"], "budget-mb", HELP),
+    "deploy: twice": ([*DEPLOY, "80,80"], "budget of 80, 80 MB", "each once"),
+    "deploy: several times": ([*DEPLOY, "80", "--budget-mb", "0"], "budget of 80, 0 MB", "above 0"),
+    "deploy: route of a task": ([*DEPLOY, "80", "--route", "original"], "--route", "--task alone"),
+    "deploy: two adapters": ([*DEPLOY, "80", "--task", "movies", "--adapter", "SHELF/adapter"],
+                             "or --task", "name --adapter"),
+    "deploy: no records": ([*DEPLOY, "80", "--adapter", "SHELF/adapter"], "its records",
+                           "name --data FILE"),
+    "deploy: not an adapter": ([*DEPLOY, "80", "--adapter", "SHELF/edge", "--data", "good.jsonl"],
+                               "edge is not a LoRA adapter", "name the folder of one"),
     "deploy: memory 0": ([*DEPLOY, "80", "--memory-mb", "0"], "0 MB", "above 0"),
     "deploy: place in use": ([*DEPLOY, "80", "--out", "folder"], "thesis.txt would be lost",
                              "choose another folder"),
 
     "serve: nothing": (["serve", "nothing"], "nothing does not exist", "check the path"),
     "serve: a folder": (["serve", "folder"], "folder is not an artifact", "check the path"),
-    "serve: an adapter": (["serve", "SHELF/adapter"], "adapter is not from .* export", "make one"),
+    "serve: an adapter": (["serve", "SHELF/adapter"], "adapter has no GGUF model", "make one"),
     "serve: a text": (["serve", "good.jsonl"], "good.jsonl", "make it again"),
     "serve: half a file": (["serve", "SHELF/half.gguf"], "half.gguf", "make it again"),
     "serve: a damaged file": (["serve", "SHELF/edge_flipped"], "model.gguf is missing or damaged",

@@ -16,11 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from lib.errors import UserError
 from lib.files import (
-    DAY,
     read_json,
     replacing,
     require_free,
-    scratch,
     sha256,
     size_mb,
     swap,
@@ -214,20 +212,6 @@ def test_swap_into_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "part" / "file").touch()
     swap(tmp_path / "part", tmp_path / "out")
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "file"]
-
-
-def test_only_old_scratch_folders_are_removed(tmp_path: Path) -> None:
-    """A folder of today may belong to another process that is at work."""
-    stale, running, other = (tmp_path / name for name in (
-        ".[a].killed.part", ".[a].running.part", ".a.killed.part"))
-    for folder in (stale, running, other):
-        folder.mkdir()
-    for folder in (stale, other):
-        os.utime(folder, (folder.stat().st_mtime - DAY - 1,) * 2)
-    with scratch(tmp_path / "[a]") as mine, scratch(tmp_path / "[a]") as second:
-        assert mine != second and mine.is_dir() and second.is_dir()
-        assert mine.stat().st_mode & 0o777 == 0o700
-    assert names(tmp_path) == sorted([running.name, other.name])
 
 
 def damage(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:

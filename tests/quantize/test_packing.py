@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import PreTrainedModel
 
 from lib.coa.adapter import CoaLora
@@ -22,11 +21,10 @@ from lib.errors import UserError
 from lib.quantize.formats import (
     FORMATS,
     Format,
-    PackedLinear,
+    GgufFormat,
     pack_bits,
     pack_weight,
     quantize,
-    round_trip,
     unpack_bits,
     unpack_weight,
 )
@@ -71,21 +69,6 @@ def test_any_level_and_size_is_bit_exact(level: Format, count: int, seed: int) -
     assert level.storage_bits(count) <= 8 * stored < level.storage_bits(count) + 16
 
 
-def test_a_layer_computes_from_its_codes() -> None:
-    torch.manual_seed(0)
-    linear, level = nn.Linear(48, 20), Format(3, 4, "bf16", 32, 16)
-    layer = PackedLinear(pack_weight(quantize(linear.weight, level)), level, linear)
-    x = torch.randn(2, 5, 48)
-    expected = nn.functional.linear(x, round_trip(linear.weight, level), linear.bias)
-    assert torch.equal(layer(x), expected)
-    held = sum(b.numel() * b.element_size() for b in layer.buffers())
-    assert held < 0.25 * linear.weight.numel() * 4
-    # Another dtype of the model leaves codes and scales alone.
-    before = layer.weight
-    low = layer.bfloat16()
-    assert torch.equal(low.weight, before) and low(x.bfloat16()).dtype == torch.bfloat16
-
-
 def test_a_file_there_and_back(make_tiny: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
     base = Switchable(make_tiny(), dtype=torch.float32)
     plan = random_configuration(base.layers, 3.5, random.Random(0))
@@ -94,7 +77,7 @@ def test_a_file_there_and_back(make_tiny: Callable[[], PreTrainedModel], tmp_pat
     stored = sum(t.numel() * t.element_size() for t in load_file(file).values())
     assert plan.bytes <= stored <= plan.bytes + 2 * len(plan.formats)
     other = make_tiny()
-    assert load_packed(other, file) == plan
+    load_packed(other, file)
     base.switch(plan)
     ids = torch.tensor([[1, 5, 900]])
     with torch.inference_mode():
@@ -119,32 +102,32 @@ def test_bad_files(make_tiny: Callable[[], PreTrainedModel], tmp_path: Path) -> 
     plan, file = Configuration.uniform(base.layers, Format()), tmp_path / "packed.safetensors"
     save_packed(base, plan, file)
     tensors = load_file(file)
-    about = {"configuration": plan.to_json(), "grid": "nf"}
-    name = f"{base.layers.names[3]}.codes"
+    about = {name: Format().as_list() for name in base.layers.names}
+    name, last = f"{base.layers.names[3]}.codes", base.layers.names[-1]
     short = tensors | {name: tensors[name][:-1].clone()}
     lacking = {k: v for k, v in tensors.items() if k != name}
-    other = {"layers": {"model.layers.0.mlp.up_proj": [4, 8, "fp32", 64, 256]}}
-    last = base.layers.names[-1]
     scales = tensors | {f"{last}.group_scales": tensors[f"{last}.group_scales"][:2].clone()}
     floats = tensors | {f"{last}.mean": torch.ones(4)}
-    cases = [(tensors, None, "not a packed model"), (tensors, {}, "not a packed model"),
-             (tensors, about | {"grid": "int"}, "not a packed model"),
+    few = {name: about[name] for name in base.layers.names[1:]}
+    cases = [(tensors, None, "'packed'"), (tensors, few, "some layers are not in it"),
              (scales, about, "group_scales has 2 bytes"), (floats, about, "instead of 4"),
-             (short, about, "do not hold"), (lacking, about, "damaged"),
-             (tensors, about | {"configuration": 3}, "configuration"), (tensors, "{", "damaged"),
-             (tensors, about | {"configuration": other}, "lacks model.layers.0.self_attn")]
+             (short, about, "do not hold"), (lacking, about, name), (tensors, "{", "damaged"),
+             (tensors, about | {last: [5, 8, "fp32", 64, 256]}, "bits is 5"),
+             (tensors, about | {"model.layers.9.mlp.up_proj": [4]}, "model.layers.9")]
     for i, (content, metadata, word) in enumerate(cases):
         bad = tmp_path / f"{i}.safetensors"
         save_file(content, bad, metadata and {"packed": (
             metadata if isinstance(metadata, str) else json.dumps(metadata))})
-        model = make_tiny()
         with pytest.raises(UserError) as caught:
-            load_packed(model, bad)
+            load_packed(make_tiny(), bad)
         assert word in str(caught.value) and "\n" not in str(caught.value)
     (tmp_path / "cut").write_bytes(file.read_bytes()[:100])
     for missing in ("cut", "none"):
         with pytest.raises(UserError):
             load_packed(make_tiny(), tmp_path / missing)
+    typed = Configuration.uniform(base.layers, GgufFormat("Q4_0"))
+    with pytest.raises(UserError, match="packed files hold NormalFloat"):
+        save_packed(base, typed, tmp_path / "typed")
 
 
 def test_an_adapter_goes_on_a_packed_base(make_tiny: Callable[[], PreTrainedModel],

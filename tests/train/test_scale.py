@@ -24,8 +24,8 @@ import lib.host
 from lib.__main__ import parser
 from lib.base.embedded import EMBEDDED, locate
 from lib.base.model import best_dtype, frozen_weight, quantized_config
+from lib.coa.adapter import train_over
 from lib.coa.configuration import Switchable
-from lib.coa.joint import train_over
 from lib.errors import UserError
 from lib.files import read_json, sha256, verified
 from lib.settings import TrainSettings
