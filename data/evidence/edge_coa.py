@@ -11,13 +11,11 @@ from typing import Any
 
 from data.evidence.coa import PARTS, RATE, RATE_ALONE, SETTINGS, digest
 from data.evidence.ledger import SEEDS
-from data.evidence.mixed import in_turn
 from data.evidence.pieces import WORK, Piece, score_row, served_score
 from lib.base.embedded import EMBEDDED
 from lib.coa.adapter import train_joint
 from lib.deploy.deployment import TASKS, deploy, shipped
 from lib.files import write_json
-from lib.serve.server import running
 
 BUDGETS = (80.0, 90.0, 105.0, 150.0)  # MB; the last holds all matrices in Q8_0
 FOLDER = WORK / "edge_coa"
@@ -37,7 +35,7 @@ def trained(task: str, method: str, seed: int, **changes: Any) -> Any:
 
 
 def joint(task: str, method: str, seed: int) -> dict[str, Any]:
-    """One adapter at all budgets: its right answers of 500, sizes, time, speed over Q8_0."""
+    """One adapter at all budgets: its right answers of 500, sizes, held-out losses."""
     return _deployed(task, trained(task, method, seed), BUDGETS)
 
 
@@ -60,9 +58,6 @@ def _deployed(task: str, adapter: Any, budgets: tuple[float, ...]) -> dict[str, 
             "configuration": digest([one.configuration]), "held_out_loss": one.loss,
             "test": score_row(score)}
         print(f"  {adapter.name}, {budget:g} MB: {score}", flush=True)
-    if len(budgets) > 1:
-        with running(out / f"{budgets[0]:g}mb") as small, running(out / "150mb") as large:
-            rows |= {"speed": in_turn((small.url, ""), (large.url, ""))}
     return rows
 
 
