@@ -1,7 +1,7 @@
 """One adapter over llama.cpp's types against dedicated ones: files of three budgets, scored.
 
-A dedicated adapter is trained, in as many steps, at the configuration that the budget gives. That
-depends on the base, the records and the budget alone, so both are deployed at the same one.
+A dedicated adapter is trained, in as many steps, at the configuration that the budget gave the
+joint one, and is deployed at that one.
 """
 
 import dataclasses

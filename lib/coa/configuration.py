@@ -191,7 +191,7 @@ class Switchable:
 
     def restore(self) -> None:
         """Point every layer to a copy of its original weight."""
-        self.point([weight.clone() for weight in self._originals])
+        self.point([w.to(self.model.dtype, copy=True) for w in self._originals])
         self.configuration = None
 
     def weight(self, index: int, fmt: Format | None = None) -> Tensor:

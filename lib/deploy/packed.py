@@ -37,9 +37,10 @@ def save_packed(base: Switchable, configuration: Configuration, out: Path, *,
     base.layers.require_same(configuration.layers)
     require(configuration.family == "nf", "packed files hold NormalFloat: use --format gguf")
     formats, tensors = dict(zip(base.layers.names, configuration.formats, strict=True)), {}
+    packed = tables(base.model)
     weights = {name: base.weight(i) for i, name in enumerate(base.layers.names)}
     for key, tensor in (rest or {}).items():
-        if (name := key.removesuffix(".weight")) in tables(base.model):
+        if (name := key.removesuffix(".weight")) in packed:
             formats[name], weights[name] = table_format, tensor
         else:
             tensors[key] = tensor.float()
@@ -47,9 +48,8 @@ def save_packed(base: Switchable, configuration: Configuration, out: Path, *,
         parts = pack_weight(quantize(weights[name], fmt))
         tensors |= {f"{name}.{part}": value for part, value in parts.items()}
     # One entry: safetensors writes several in any order, so equal files would differ.
-    facts = {"packed": json.dumps({name: fmt.as_list() for name, fmt in formats.items()})}
-    with replacing(out) as part:
-        save_file(tensors, part, facts)
+    with replacing(out) as to:
+        save_file(tensors, to, {"packed": json.dumps({n: f.as_list() for n, f in formats.items()})})
 
 
 def load_packed(model: PreTrainedModel, file: Path) -> None:
