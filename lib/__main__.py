@@ -18,8 +18,9 @@ from lib.settings import MODES, PROFILES, ServeSettings, TrainSettings
 
 # Commands import what they need: torch takes seconds, and a mistake should show at once.
 DIR: dict[str, Any] = {"type": Path, "metavar": "DIR"}
-ALIASES = {"bench": "run a benchmark: python -m data.evidence", "slides": "build a deck for each "
-           "notebook", "site": "build the course as a static site"}
+ALIASES = {"search": "find the front of an adapter for all configurations", "bench": "run a "
+           "benchmark: python -m data.evidence", "slides": "build a deck for each notebook",
+           "site": "build the course as a static site"}
 LIMIT: dict[str, Any] = {"type": float, "default": math.inf}
 FIELDS: dict[str, Any] = {"action": "extend", "type": lambda text: text.split(","), "default": [],
                           "metavar": "FIELD", "help": "fields of the records to leave out"}
@@ -254,8 +255,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         words = sys.argv[1:] if argv is None else argv
         if words[:1] and words[0] in ALIASES:  # by name, because `lib` does without `data`
-            evidence = importlib.import_module("data.evidence.__main__")
-            return evidence.main(words[words[0] == "bench":])
+            return importlib.import_module("data.evidence.__main__").aliased(*words)
         dispatch(parser().parse_args(words))
         return 0
     except KeyboardInterrupt:

@@ -23,7 +23,8 @@ TABLES = {"claims": "write data/claims.json from the stored results",
           "front": "store the best configurations of all searches for `python -m lib deploy`"}
 # The pieces of a group that have no file yet: a run that was cut off goes on where it stopped.
 MISSING = {"missing": "make", "missing-coa": "coa", "missing-search": "search",
-           "missing-edge": "edge"}
+           "missing-edge": "edge", "missing-wikitext": "wikitext",
+           "missing-forgetting": "forgetting"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,15 +36,25 @@ class Parser(argparse.ArgumentParser):
 
 def groups() -> dict[str, dict[str, "Piece"]]:
     """{group: {name: piece}}; imports torch and the trainer."""
-    from data.evidence import coa, edge_coa, make, search
+    from data.evidence import coa, edge_coa, forgetting, make, search, wikitext
 
     return {"make": make.PIECES, "coa": coa.PIECES, "search": search.PIECES,
-            "edge": edge_coa.PIECES}
+            "edge": edge_coa.PIECES, "wikitext": wikitext.PIECES,
+            "forgetting": forgetting.PIECES}
 
 
 def pieces() -> dict[str, "Piece"]:
     """Every piece by its name."""
     return {name: piece for group in groups().values() for name, piece in group.items()}
+
+
+def aliased(command: str, *words: str) -> int:
+    """A command of `python -m lib` that is kept here: bench, slides, site, search."""
+    if command == "search":
+        from data.evidence import front
+
+        return front.main(words)
+    return main([*words] if command == "bench" else [command, *words])
 
 
 def main(argv: list[str]) -> int:

@@ -5,7 +5,7 @@
 2023, but without its alternation).
 """
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,11 @@ from transformers import TrainerCallback
 from lib.base.model import load_tokenizer
 from lib.base.records import Record
 from lib.coa.adapter import NAME, CoaLora, Switching, set_components
-from lib.coa.configuration import Configuration, Switchable, from_numbers
+from lib.coa.configuration import Configuration, Layers, Switchable
 from lib.coa.pareto import Evaluate, Evaluated, Features, Journal, front_by_segment, search
 from lib.evaluate.scores import held_out_loss
 from lib.quantize.correction import WEIGHED_BY, input_roots, low_rank
+from lib.quantize.formats import FAMILIES
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ class InTraining:
 
     base: Switchable
     model: PeftModel
+
+
+def from_numbers(layers: Layers, positions: Iterable[int], family: str = "nf") -> Configuration:
+    """The configuration of a family that has these `numbers`."""
+    return Configuration(layers, tuple(FAMILIES[family][i] for i in positions))
 
 
 def loss_with(adapter: Any, held: Sequence[Record]) -> Evaluate:

@@ -4,10 +4,8 @@ Every evaluation goes to a journal, so a search that was cut off goes on where i
 """
 
 import functools
-import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,25 +13,24 @@ import torch
 from data.evidence.alternate import loss_with
 from data.evidence.bench_search import HELD
 from data.evidence.coa import COA, plans_of
+from data.evidence.front import JournalFile, write_front
 from data.evidence.ledger import SEEDS
 from data.evidence.pieces import ADAPTERS, RESULTS, Piece
 from data.evidence.rivals import at_random, nsga2
 from lib.base.records import sensors
 from lib.coa.adapter import CoaLora
-from lib.coa.configuration import Switchable, from_numbers, known_configurations
+from lib.coa.configuration import Switchable, known_configurations
 from lib.coa.pareto import (
-    Evaluate,
     Evaluated,
     Features,
     Journal,
-    front_by_segment,
     hypervolume,
     reference_point,
     search,
     segment,
 )
-from lib.errors import UserError, require
-from lib.files import BUILD, read_json, replacing, sha256
+from lib.errors import require
+from lib.files import BUILD, read_json, sha256
 
 OUT, ADAPTER = RESULTS / "search", ADAPTERS / "sensors_coa"
 METHODS, ALL_SEEDS, EVALUATIONS = ("ours", "random", "nsga2"), (*SEEDS, 3, 4), 60
@@ -49,37 +46,6 @@ def problem() -> tuple[Switchable, Features, Callable[[torch.Tensor], float], st
     evaluate = loss_with(coa, sensors("validation", HELD))
     key = f"{base.fingerprint[:12]} {sha256(ADAPTER / 'manifest.json')[:12]} {HELD}"
     return base, Features.of(base, felt), evaluate, key
-
-
-class JournalFile(Journal):
-    """A journal as lines of JSON, so that a search that was cut off goes on where it stopped.
-
-    The first line is the key that says what the evaluations belong to.
-    """
-
-    def __init__(self, path: Path, key: str) -> None:
-        super().__init__()
-        self.path, lines = path, [json.dumps(key)]
-        try:
-            if path.is_file():
-                lines = path.read_text("utf-8").split("\n")[:-1]  # a line cut short has no end
-            header, *rows = map(json.loads, lines)
-            require(header == key, f"it belongs to another search, {header}")
-            self.known = {tuple(positions): float(loss) for loss, positions in rows}
-        except (UserError, ValueError, TypeError) as error:
-            raise UserError(f"{path} is not the journal of this search ({error}): remove it "
-                            "or name another") from None
-        with replacing(path) as part:
-            part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-
-    def __call__(self, configuration: torch.Tensor, bits: float, evaluate: Evaluate) -> float:
-        """As in a `Journal`; what is new goes into the file as well."""
-        count = len(self.known)
-        loss = super().__call__(configuration, bits, evaluate)
-        if len(self.known) > count:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps([loss, configuration.tolist()]) + "\n")
-        return loss
 
 
 def journal(name: str) -> JournalFile:
@@ -152,18 +118,8 @@ def store_front() -> None:
     known = {tuple(c.numbers.tolist()): loss for c, loss in known_configurations(ADAPTER, base)}
     for file in sorted(JOURNALS.glob("*.jsonl")):
         known |= JournalFile(file, key).known
-    evaluated, losses = torch.tensor([*known]), torch.tensor([*known.values()]).double()
-    points = torch.stack([features.bits(evaluated), losses], 1)
-    rows = sorted(front_by_segment(points), key=lambda i: float(points[i, 0]))
-    header = {"command": "python -m data.evidence front", "base_hash": base.fingerprint,
-              "adapter": sha256(ADAPTER / "manifest.json"), "evaluated": len(evaluated)}
-    lines = [json.dumps({"loss": float(losses[i]), "configuration":
-                         from_numbers(base.layers, evaluated[i].tolist()).to_json()},
-                        separators=(",", ":")) for i in rows]
-    with replacing(ADAPTER / "front.json") as part:  # one configuration a line
-        part.write_text(json.dumps(header)[:-1] + ', "front": [\n' + ",\n".join(lines) + "\n]}\n",
-                        encoding="utf-8", newline="\n")
-    print(f"{ADAPTER.name}: {len(rows)} of {len(evaluated)} configurations")
+    count = write_front(ADAPTER, base, features, known, command="python -m data.evidence front")
+    print(f"{ADAPTER.name}: {count} of {len(known)} configurations")
 
 
 PIECES = {"search-start": Piece("search/start", starting)} | {

@@ -8,7 +8,7 @@ import math
 import random
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -140,11 +140,6 @@ class Configuration:
                 raise UserError(f"{name}: {values[name]!r} is not [b, b0, b1, B0, B1] ({error}), "
                                 f"nor one of {', '.join(FAMILIES['gguf'])}") from None
         return cls(layers, tuple(formats))
-
-
-def from_numbers(layers: Layers, positions: Iterable[int], family: str = "nf") -> Configuration:
-    """The configuration of a family that has these `numbers`."""
-    return Configuration(layers, tuple(FAMILIES[family][i] for i in positions))
 
 
 class Switchable:

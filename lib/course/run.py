@@ -13,7 +13,7 @@ from lib.base.model import machine
 from lib.course.notebook import run_directory
 from lib.errors import UserError, require
 from lib.evaluate.scores import peak_memory
-from lib.files import ROOT
+from lib.files import ROOT, read_json
 from lib.settings import get_profile
 
 NOTEBOOKS = ROOT / "notebooks"
@@ -37,8 +37,10 @@ def run(profile: str, *, only: str = "", store: bool = False) -> Path:
     os.environ["COURSE_PROFILE"] = profile  # the kernels read it, too
     out, selected = run_directory(profile), notebooks(only)
     out.mkdir(parents=True, exist_ok=True)
+    stored = [read_json(path)["metadata"].get("course", {}).get("seconds", 0) for path in selected]
     for number, source in enumerate(selected, 1):
-        print(f"[{number}/{len(selected)}] {source.stem} ...", flush=True)
+        left = f", {sum(stored[number - 1:]) / 60:.0f} min to go" * (profile == "laptop")
+        print(f"[{number}/{len(selected)}] {source.stem}{left} ...", flush=True)
         start = time.monotonic()
         with peak_memory(0.5, children=True) as peak:
             execute(source, out / source.name, profile)
@@ -57,9 +59,9 @@ def execute(source: Path, target: Path, profile: str) -> None:
     try:
         papermill.execute_notebook(
             source, part, parameters={"PROFILE": profile}, cwd=str(source.parent),
-            kernel_name="python3", progress_bar=False, execution_timeout=3600,
+            kernel_name="python3", progress_bar={"desc": source.stem, "disable": None},  # if a tty
             # Kernels talk over loopback, and warn that it is not encrypted.
-            extra_arguments=["--IPKernelApp.log_level=40"])
+            execution_timeout=3600, extra_arguments=["--IPKernelApp.log_level=40"])
     except papermill.PapermillExecutionError as error:
         last = error.evalue.strip().splitlines()[-1:] or [""]
         raise UserError(f"{source.name}, cell {error.cell_index}: {error.ename}: {last[0][:200]} "

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from data.evidence.alternate import from_numbers
 from lib.base.model import MODULE_KINDS, pad_right
 from lib.base.records import encode, sensors
 from lib.coa.configuration import (
@@ -21,7 +22,6 @@ from lib.coa.configuration import (
     best_formats,
     block_and_kind,
     format_errors,
-    from_numbers,
     greedy_configuration,
     random_configuration,
     sensitivities,

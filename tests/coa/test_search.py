@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 
+from data.evidence.front import JournalFile
 from data.evidence.rivals import FIELDS, STRIDES
-from data.evidence.search import JournalFile
 from lib.coa.configuration import Switchable, random_configuration
 from lib.coa.pareto import (
     COVER,

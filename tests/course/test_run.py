@@ -87,6 +87,13 @@ def test_a_cell_that_fails_is_one_line(folders: tuple[Path, Path], cell: str,
     assert not (out / "03_x.ipynb").exists()
 
 
+def test_a_damaged_notebook_is_one_line(folders: tuple[Path, Path]) -> None:
+    books, _ = folders
+    (books / "03_x.ipynb").write_text('{"cells": [', encoding="utf-8")
+    with pytest.raises(UserError, match=r"03_x.ipynb is not readable JSON"):
+        course.run("smoke")
+
+
 def test_tables_need_their_marks(tmp_path: Path) -> None:
     (tmp_path / "START.md").write_text("without marks")
     with pytest.raises(UserError, match="lacks the marks"):

@@ -12,10 +12,17 @@ import torch
 from conftest import saved_adapter, with_adapter
 from transformers import AutoModelForCausalLM
 
+from data.evidence import front
+from lib.__main__ import main
 from lib.base.model import CHAT_TEMPLATE, load_model, load_tokenizer
 from lib.base.records import normalised, sensors
 from lib.coa.adapter import CoaLora, MixingNetwork
-from lib.coa.configuration import MODULE_KINDS, Configuration, Switchable
+from lib.coa.configuration import (
+    MODULE_KINDS,
+    Configuration,
+    Switchable,
+    known_configurations,
+)
 from lib.deploy import deployment as module
 from lib.deploy.deployment import FAST, Cost, Deployed, deploy
 from lib.deploy.evaluation import Evaluation
@@ -258,3 +265,44 @@ def test_another_front_is_refused(packed: Path, tiny_directory: str, tmp_path: P
 
 def test_types_are_those_that_an_adapter_may_know() -> None:
     assert {*FAST} <= {*FAMILIES["gguf"]}
+
+
+@pytest.mark.parametrize("family", ["nf", "gguf"])
+def test_a_searched_front_is_what_deploy_takes(tiny_directory: str, tmp_path: Path, family: str,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search that was cut off goes on; its front is of this adapter, in order, and is used."""
+    adapter, data = aware(tiny_directory, tmp_path / "mine", family), tmp_path / "mine.jsonl"
+    data.write_text("".join(json.dumps(r) + "\n" for r in sensors("train", 6)), encoding="utf-8")
+    words = ["search", "--adapter", str(adapter), "--data", str(data), "--ignore",
+             "device,fault", "--evaluations"]
+    evaluate, left = front.held_out_loss, iter(range(30))
+
+    def failing(*args: Any) -> float:
+        next(left)
+        return evaluate(*args)
+
+    monkeypatch.setattr(front, "held_out_loss", failing)
+    with pytest.raises(StopIteration):
+        main([*words, "3"])
+    known = len((adapter / "front.jsonl").read_text().splitlines())
+    assert known == 31 and not (adapter / "front.json").exists()
+    left = iter(range(100))
+    assert main([*words, "3"]) == 0
+    stored = read_json(adapter / "front.json")
+    base = Switchable.load(tiny_directory)
+    found = known_configurations(adapter, base)
+    assert stored["evaluated"] == len((adapter / "front.jsonl").read_text().splitlines()) - 1 > 31
+    assert [c.bits for c, _ in found] == sorted(c.bits for c, _ in found)
+    assert {c.family for c, _ in found} == {family}
+    CoaLora.from_pretrained(base, adapter)
+    assert main([*words, "0"]) == main([*words, "3", "--seed", "1"]) == 2  # other: refused
+    assert read_json(adapter / "front.json") == stored
+
+
+def test_a_search_needs_an_adapter_for_all_configurations(tmp_path: Path, tiny_directory: str,
+                                                          capsys: pytest.CaptureFixture[str]
+                                                          ) -> None:
+    plain = saved_adapter(load_model(tiny_directory), tmp_path / "plain")
+    for folder in (tmp_path, plain):
+        assert main(["search", "--adapter", str(folder), "--data", "x.jsonl"]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
