@@ -13,8 +13,8 @@ if sys.version_info < (3, 11):  # noqa: UP036 (older ones stop here, with one li
           "one of these".format(*sys.version_info[:2]), file=sys.stderr)
     sys.exit(2)
 
-# Threads that wait in a loop, as they do by default, make a busy machine five times slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Threads that wait in a loop for long, the default, make a busy machine up to five times slower.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 # On import, bitsandbytes reports an optional kernel that is missing.
 logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
 # Without widgets a notebook draws plain progress bars, which is what we want.

@@ -20,6 +20,7 @@ TABLES = {"claims": "write data/claims.json from the stored results",
           "results": "print the table of all scored models, and the speeds",
           "readme": "put the tables into README.md and data/adapters/README.md, draw the picture",
           "picture": "draw data/results/picture.png",
+          "diagrams": "draw notebooks/diagrams",
           "front": "store the best configurations of all searches for `python -m lib deploy`"}
 # The pieces of a group that have no file yet: a run that was cut off goes on where it stopped.
 MISSING = {"missing": "make", "missing-coa": "coa", "missing-search": "search",
@@ -156,6 +157,10 @@ def table(name: str) -> None:
         from data.evidence.pieces import RESULTS
 
         draw(RESULTS)
+    elif name == "diagrams":
+        from data.evidence.diagrams import write_diagrams
+
+        write_diagrams()
     else:
         from data.evidence.search import store_front
 

@@ -1,7 +1,7 @@
 """Rules for the paper's claims, P1 to P5, from the stored training runs, searches and timings.
 
 A verdict needs all seeds. It covers the tasks whose runs are complete: sensors at least, and
-movies once theirs are. Where the tasks differ, the verdict is "corrected".
+movies once theirs are. `over_tasks` says what the verdict is where the tasks differ.
 """
 
 import statistics
@@ -12,8 +12,9 @@ import torch
 
 from data.evidence.compare import MAIN, Compared, compare_losses, compare_scores, log_ratios, pairs
 from data.evidence.ledger import (
-    CORRECTED,
     FEW_BITS,
+    INCONCLUSIVE,
+    PARTLY,
     REFUTED,
     REPRODUCED,
     SEEDS,
@@ -23,6 +24,7 @@ from data.evidence.ledger import (
     few_at_random,
     hits,
     not_yet,
+    of_parts,
     percent,
     ratio,
     rule,
@@ -93,8 +95,13 @@ def require_alike(at: Stored, names: Sequence[str]) -> None:
 
 
 def over_tasks(verdicts: Sequence[str]) -> str:
-    """One verdict: that of all tasks, or "corrected" where they differ."""
-    return verdicts[0] if len(set(verdicts)) == 1 else CORRECTED
+    """That of all tasks if they agree; partly right if the claim holds, or partly, on one of them.
+
+    Otherwise some are inconclusive and some refuted: inconclusive.
+    """
+    if len({*verdicts}) == 1:
+        return verdicts[0]
+    return PARTLY if {REPRODUCED, PARTLY} & {*verdicts} else INCONCLUSIVE
 
 
 def interval(found: Compared) -> Interval:
@@ -132,7 +139,8 @@ def longer_too(at: Stored, task: str, rival: str, configurations: Sequence[str] 
     steps, others = (len(at[f"coa/{task}-{method}-0"]["losses"]) for method in ("long", "coa"))
     words = in_words(task, *compared(at, task, "long", rival, configurations))
     seeds = sum(at.has(name) for name in joint(task, "long"))
-    return f"in {steps / others:.1f} times the steps ({seeds} of {len(SEEDS)} seeds), {words}"
+    few = "" if seeds == len(SEEDS) else f" ({seeds} of {len(SEEDS)} seeds)"
+    return f"in {steps / others:.1f} times the steps{few}, {words}"
 
 
 def longer_shared(at: Stored, task: str) -> str:
@@ -140,7 +148,7 @@ def longer_shared(at: Stored, task: str) -> str:
     both = "long", "lora-long"
     require_alike(at, joint(task, *both))
     return (f"; both {longer_too(at, task, both[1], [*measured(at, task)])} "
-            f"(loss {median_ratio(at, task, *both):.2f} at the median configuration, "
+            f"({median_ratio(at, task, *both):.2f} at the median configuration, "
             f"{held_fixed(at, task, *both):.2f} with the configurations held fixed)")
 
 
@@ -171,16 +179,17 @@ def over_base(rows: Sequence[Rows], base: Rows) -> tuple[dict[str, Interval], In
 
 
 @rule("P1", "One adapter serves any configuration of bits without retraining.",
-      f"{OURS} at configurations that it never trained on, three seeds: right answers at the six "
-      "main ones (useful: clearly more than half), the loss over the bare base's at all 26, and "
-      "the largest loss.",
+      f"{OURS} at configurations that it was not trained on, three seeds: right answers at the "
+      "six main ones (useful means clearly more than half), loss over the bare base's at all 26, "
+      "and the largest loss.",
       short="One adapter serves any configuration",
       unit="% of the main configurations", needs=p1_pieces("sensors"),
       also=[*p1_pieces("movies"), *LONGER])
 def p1(at: Stored) -> Judgement:
     """Reproduced if useful at every main configuration, hopeless at none, better than the base.
 
-    Corrected if useful at some. The verdict is on the 100 steps that both tasks have.
+    Partly right if better than the base and useful at some, else refuted. The verdict is on the
+    100 steps that both tasks have.
     """
     tasks = ready(at, p1_pieces)
     verdicts, words, good, worst = zip(*(useful(at, task, "coa") for task in tasks), strict=True)
@@ -204,82 +213,89 @@ def useful(at: Stored, task: str, method: str) -> tuple[str, str, int, float]:
     good = [name for name, share in shares.items() if share.above(USEFUL)]
     every = len(good) == len(shares)
     verdict = (REPRODUCED if every and times.below(1) and worst < HOPELESS else
-               CORRECTED if good and times.below(1) else REFUTED)
-    each = ", ".join(f"{name} bits {100 * share.value:.0f} [{100 * share.low:.0f}, "
-                     f"{100 * share.high:.0f}] %" for name, share in shares.items())
+               PARTLY if good and times.below(1) else REFUTED)
+    least = min(shares, key=lambda name: shares[name].value)
+    low, value, high = (100 * x for x in (shares[least].low, shares[least].value,
+                                          shares[least].high))
     words = (f"{task}, after {len(runs[0]['losses'])} steps: useful at {len(good)} of "
-             f"{len(shares)} main configurations ({each}), {times:.2g} times the bare base's "
-             f"loss, at worst {worst:.1f} nats ({where} bits)")
+             f"{len(shares)} main configurations (the lowest, {least} bits: {value:.0f} "
+             f"[{low:.0f}, {high:.0f}] %), {times:.2g} times the bare base's loss, at worst "
+             f"{worst:.1f} nats ({where} bits)")
     return verdict, words, len(good), worst
 
 
 @rule("P2", "It matches or beats adapters tuned for each configuration.",
-      f"{OURS} against a dedicated adapter for each of six configurations: the same steps, seeds "
-      "and examples, at rates set beforehand, whose sweeps are not stored (a joint step takes four "
-      "parts, two for movies, each at another configuration, and the logarithm of their losses); "
-      "points at configurations where the answers of the two are neither all right nor all wrong. "
-      "The longer movie runs have half the rate: at the full rate one of three diverged.",
+      f"{OURS} against a dedicated adapter for each of six configurations: same steps, seeds and "
+      "examples. Points leave out configurations where both answer everything right or everything "
+      "wrong. A joint step has four parts (two for movies), each at another configuration, and "
+      "takes the logarithm of their losses. The sweeps of the rates are not stored. The longer "
+      "movie runs have half the rate: at the full rate one of three diverged.",
       short="It matches or beats dedicated adapters", unit="times the loss",
       needs=p2_pieces("sensors"),
       also=[*p2_pieces("movies"), *LONGER])
 def p2(at: Stored) -> Judgement:
-    """Reproduced if it matches in loss and score, refuted if worse in both, else corrected.
+    """Two parts a task, as in `of_parts`: it matches in loss, and it matches in score.
 
-    It matches where the whole interval says that it is at most a tenth worse in loss, and at
-    most 2 points worse in score.
+    It matches where the whole interval says that it is at most a tenth worse in loss, or at
+    most 2 points worse in score; it fails to where it is clearly worse; otherwise that part is
+    open. So worse in loss with an open score is inconclusive.
     """
     by_task, verdicts = {}, []
     for task in ready(at, p2_pieces):
         require_alike(at, joint(task, "coa"))
         losses, scores = by_task[task] = compared(at, task, "coa", "dedicated")
-        worse = [losses.above(1), scores.below() if scores else losses.above(1)]
-        match = [losses.high <= MATCH_LOSS, not scores or scores.low >= -MATCH_POINTS]
-        verdicts.append(REPRODUCED if all(match) else REFUTED if all(worse) else CORRECTED)
+        parts = [True if losses.high <= MATCH_LOSS else False if losses.above(1) else None]
+        if scores:
+            parts.append(True if scores.low >= -MATCH_POINTS else
+                         False if scores.below() else None)
+        verdicts.append(of_parts(*parts))
     longer = [f"; {longer_too(at, task, 'dedicated')}" for task in by_task
               if at.has(f"coa/{task}-long-0")]
     losses = by_task["sensors"][0]
-    finding = "Against dedicated adapters, in as many steps, " + "; ".join(
+    finding = "Against dedicated adapters, in equal steps, " + "; ".join(
         in_words(task, *pair) for task, pair in by_task.items()) + "".join(longer)
-    return Judgement(over_tasks(verdicts), f"Loss over dedicated adapters': {brief(by_task)}",
+    return Judgement(over_tasks(verdicts), f"Times a dedicated adapter's loss: {brief(by_task)}",
                      finding, losses.value, losses.ends)
 
 
 @rule("P3", "A new configuration takes no additional time.",
-      "Seconds to build a configuration never seen and its adapter, against training one; the pass "
-      "of a token with that adapter, and a joint training step, against plain ones, in turn.",
+      "Seconds to build a new configuration and its adapter, against training an adapter; one "
+      "token's pass and one joint training step, timed in turn with plain ones.",
       short="A new configuration takes no extra time", unit="s", needs=["switching", "lora"])
 def p3(at: Stored) -> Judgement:
-    """Reproduced if a pass costs nothing and a new configuration under 1 % of a training run."""
+    """Two parts, as in `of_parts`: a pass takes no longer, and a new configuration takes under 1 %
+    of a training run. The first is open while the interval holds 0 and more than 2 %.
+    """
     row, train = at["switching"], at["lora"]["seconds"]
     build, fold = spread(row, "new_configuration_s"), spread(row, "materialise_s")
     late = spread(row, "latency_overhead")
-    free = not late.above() and late.high <= FREE
+    free = False if late.above() else True if late.high <= FREE else None
     quick = (build.value + fold.value) / train < NOTHING
-    verdict = REPRODUCED if free and quick else CORRECTED if free or quick else REFUTED
     once = spread(row, "step_ratio")
     headline = (f"{build.value:.1f} s for its weights, {fold.value:.2f} s for its adapter, "
                 f"against {train:.0f} s of training")
-    finding = (f"The weights of a new configuration take {build:.1f} s and its adapter {fold:.2f} "
-               f"s, training one {train:.0f} s. The time of a pass differs by "
-               f"{percent(late.value)} [{percent(late.low)}, {percent(late.high)}]. A step of the "
-               f"one joint training, among cached configurations, takes {once:.2f} times a plain "
-               "one's time")
-    return Judgement(verdict, headline, finding, build.value + fold.value,
+    finding = (f"A new configuration's weights take {build:.1f} s and its adapter {fold:.2f} s; "
+               f"training an adapter takes {train:.0f} s. A pass takes {percent(late.value)} "
+               f"[{percent(late.low)}, {percent(late.high)}] longer, a joint training step among "
+               f"cached configurations {once:.2f} times as long as a plain one")
+    return Judgement(of_parts(free, quick), headline, finding, build.value + fold.value,
                      (build.low + fold.low, build.high + fold.high))
 
 
 @rule("P4", "The set of configurations matters, and the Pareto search improves it.",
-      "Hypervolume after equal evaluations from the same start, five seeds (our search also "
-      "evaluates greedy configurations, and two of every five go to ranges of bits that are still "
-      "empty), compared as two samples: the intervals cover the luck of the search, with one "
-      "adapter, one start, one task; held-out loss after search and training in turn.",
+      "Hypervolume after equal numbers of evaluations from the same start, five seeds, compared as "
+      "two samples. The intervals cover the luck of the search alone: one adapter, one start, one "
+      "task. Our search also evaluates greedy configurations, and two of every five evaluations go "
+      "to ranges of bits that are still empty. Also: held-out loss where search and training "
+      "alternate.",
       short="The Pareto search improves the set", unit="hypervolume (bits x log loss)",
       needs=[f"search/{method}-{seed}" for method in METHODS for seed in SEARCHES],
       also=[f"coa/{task}-alternated-0" for task in TASKS])
 def p4(at: Stored) -> Judgement:
     """Reproduced if it beats random choice and NSGA-II; refuted if beaten, or if it gains nothing.
 
-    All must begin at the same start, so that the volumes are comparable.
+    Partly right if it beats one of them, inconclusive if neither difference is clear. All must
+    begin at the same start, so that the volumes are comparable.
     """
     rows = {m: [at[f"search/{m}-{seed}"] for seed in SEARCHES] for m in METHODS}
     starts = {(r["without_search"], r["start"], len(r["hypervolumes"]), *r["reference"])
@@ -293,31 +309,31 @@ def p4(at: Stored) -> Judgement:
     over = {m: Interval(*paired_interval(volume["ours"][:, None] - volume[m]))
             for m in METHODS[1:]}
     gain = Interval(*paired_interval(volume["ours"] - rows["ours"][0]["without_search"]))
-    verdict = (REPRODUCED if all(x.above() for x in over.values()) else
-               REFUTED if any(x.below() for x in over.values()) or not gain.above() else CORRECTED)
-    turns = ["; in turn with training, one seed, losses at all configurations and points at the "
-             "six main ones, "
+    beaten = any(x.below() for x in over.values()) or not gain.above()
+    verdict = REFUTED if beaten else of_parts(*(x.shows() for x in over.values()))
+    turns = ["; search and training alternating, one seed, "
              + in_words(task, *compared(at, task, "alternated", "coa", [*measured(at, task)]))
              for task in TASKS if at.has(f"coa/{task}-alternated-0", f"coa/{task}-coa-0")]
     headline = (f"Hypervolume {over['random']:+.2f} against random choice, "
                 f"{over['nsga2'].value:+.2f} against NSGA-II")
-    finding = (f"The search adds {gain:.3f} to {rows['ours'][0]['without_search']:.2f}; against "
-               f"random configurations it is {over['random']:+.3f}, against NSGA-II "
-               f"{over['nsga2']:+.3f}{''.join(turns)}")
+    finding = (f"The search adds {gain:.3f} to {rows['ours'][0]['without_search']:.2f}: "
+               f"{over['random']:+.3f} against random configurations, {over['nsga2']:+.3f} against "
+               f"NSGA-II{''.join(turns)}")
     return Judgement(verdict, headline, finding, over["random"].value, over["random"].ends)
 
 
 @rule("P5", "Knowledge transfers across configurations: it beats one plain adapter for all.",
       f"{OURS} against Shared-LoRA, with the same configurations, steps, seeds and examples: "
-      "losses at all 26 configurations, scores at the six main ones; the same where both "
-      "have more steps.",
+      "losses at all 26 configurations, scores at the six main ones; again where both have more "
+      "steps.",
       short="Knowledge transfers across configurations",
       unit="times the loss", needs=p5_pieces("sensors"),
       also=[*p5_pieces("movies"), *LONGER, *LONGER_SHARED])
 def p5(at: Stored) -> Judgement:
-    """Reproduced if better in loss or score, refuted if worse, corrected on a tie.
+    """Reproduced if clearly better in loss or score and clearly worse in neither.
 
-    The verdict is on the 100 steps that both tasks have.
+    Refuted if the reverse is true, partly right if better in one and worse in the other, and
+    inconclusive if no difference is clear. The verdict is on the 100 steps that both tasks have.
     """
     by_task, more, verdicts = {}, {}, []
     for task in ready(at, p5_pieces):
@@ -336,14 +352,13 @@ def p5(at: Stored) -> Judgement:
                        "held fixed")
         better = losses.below(1) or bool(scores and scores.above())
         worse = losses.above(1) or bool(scores and scores.below())
-        # A tie: what transfers, a plain adapter transfers as well.
-        verdicts.append(REPRODUCED if better and not worse else
-                        REFUTED if worse and not better else CORRECTED)
+        verdicts.append(PARTLY if better and worse else REPRODUCED if better else
+                        REFUTED if worse else INCONCLUSIVE)
     longer = [longer_shared(at, task) for task in by_task
               if at.has(*joint(task, "long", "lora-long"))]
     losses = by_task["sensors"][0]
     finding = "Against Shared-LoRA, " + "; ".join(
-        f"{in_words(task, *pair)} (loss {more[task]})"
+        f"{in_words(task, *pair)} ({more[task]})"
         for task, pair in by_task.items()) + "".join(longer)
-    return Judgement(over_tasks(verdicts), f"Loss over Shared-LoRA's: {brief(by_task)}",
+    return Judgement(over_tasks(verdicts), f"Times Shared-LoRA's loss: {brief(by_task)}",
                      finding, losses.value, losses.ends)

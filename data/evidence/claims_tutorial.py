@@ -11,8 +11,9 @@ import torch
 
 from data.evidence.ledger import (
     COMPUTED,
-    CORRECTED,
+    INCONCLUSIVE,
     NOT_HERE,
+    PARTLY,
     REFUTED,
     REPRODUCED,
     SEEDS,
@@ -21,6 +22,7 @@ from data.evidence.ledger import (
     Stored,
     listed,
     not_yet,
+    of_parts,
     percent,
     points,
     ratio,
@@ -67,33 +69,37 @@ def of_seeds(mode: str) -> tuple[str, ...]:
 
 
 @rule("T1", "LoRA trains 10 to 20 million of 7 billion parameters, 0.1 to 0.3 %.",
-      "Counted by peft on the meta device, and by formula.",
+      "Counted by peft on the meta device (no weights are loaded) and by formula.",
       short="LoRA trains 0.1 to 0.3 % of 7B parameters", unit="%", needs=["sizes"])
 def t1(at: Stored) -> Judgement:
-    """Reproduced if the tutorial's own target set is within both ranges, corrected if another."""
+    """Reproduced if the tutorial's own target set is in both ranges, partly right if another is.
+
+    Refuted if none is.
+    """
     row = at["sizes"]["models"][LLAMA]
     share = {n: c / (row["parameters"] + c) for n, c in row["adapters"].items()}
     inside = {n for n, c in row["adapters"].items()
               if TRAINABLE[0] <= c <= TRAINABLE[1] and SHARE[0] <= share[n] <= SHARE[1]}
-    verdict = REPRODUCED if "standard" in inside else CORRECTED if inside else REFUTED
+    verdict = REPRODUCED if "standard" in inside else PARTLY if inside else REFUTED
     headline = (f"{row['peft']:,} of {row['parameters'] / 1e9:.2f} billion parameters, "
                 f"{percent(share['standard'], 2)}")
-    finding = (f"The tutorial's adapter for {LLAMA} has {row['peft']:,} parameters beside the "
-               f"model's {row['parameters']:,} ({percent(share['standard'], 2)}); "
-               f"{percent(share['minimal'], 2)} with the minimal and "
-               f"{percent(share['aggressive'], 2)} with the aggressive target set")
+    finding = (f"The tutorial's adapter adds {row['peft']:,} parameters to {LLAMA}'s "
+               f"{row['parameters']:,}, {percent(share['standard'], 2)} of all; the minimal target "
+               f"set gives {percent(share['minimal'], 2)}, the aggressive one "
+               f"{percent(share['aggressive'], 2)}")
     return Judgement(verdict, headline, finding, 100 * share["standard"])
 
 
 @rule("T2", "At 7B full fine-tuning needs 80 GB or more of GPU memory, LoRA 16 GB, QLoRA 6 GB.",
-      "Weights, gradients and Adam's moments added up, activations left out; peak memory "
-      "measured on the small model.",
+      "Sum of weights, gradients and Adam's moments, without activations; peaks measured on the "
+      "small model.",
       short="7B needs 80 GB, with LoRA 16, with QLoRA 6",
       unit="GB", needs=["sizes", "full", "lora", "qlora"])
 def t2(at: Stored) -> Judgement:
-    """The sums are lower bounds, so one above its claim (or full below) refutes.
+    """Refuted if a sum is above its claim (or full fine-tuning's below): sums are lower bounds.
 
-    Computed if all hold, also in pure bf16 and with a full batch; else corrected.
+    Computed if all hold in pure bf16 and with a full batch, too. Otherwise partly right: the
+    order is right, the numbers are off.
     """
     row = at["sizes"]
     gb, batch = {name: parts["sum"] for name, parts in row["memory_gb"].items()}, row["batch_gb"]
@@ -104,42 +110,41 @@ def t2(at: Stored) -> Judgement:
     else:
         whole = (pure >= GIGABYTES["full"] and lora + batch <= GIGABYTES["LoRA"]
                  and qlora + batch <= GIGABYTES["QLoRA"])
-        verdict = COMPUTED if whole else CORRECTED
+        verdict = COMPUTED if whole else PARTLY
     peaks = ", ".join(f"{at[n]['peak_mb'] / 1000:.1f}" for n in ("full", "lora", "qlora"))
-    headline = (f"Computed {mixed:.0f}, {lora:.1f} and {qlora:.1f} GB; a batch adds "
-                f"{batch:.1f} or more")
-    finding = (f"Computed, not measured. Without activations, full fine-tuning takes {mixed:.0f} "
-               f"GB in mixed precision ({pure:.0f} in pure bf16), LoRA {lora:.1f} and QLoRA "
-               f"{qlora:.1f}; a full batch adds at least {batch:.1f}. The small model's measured "
-               f"peaks, activations included, are {peaks} GB")
+    headline = (f"Computed {mixed:.0f}, {lora:.1f}, {qlora:.1f} GB; a batch adds at least "
+                f"{batch:.1f}")
+    finding = (f"By arithmetic, full fine-tuning takes {mixed:.0f} GB in mixed precision "
+               f"({pure:.0f} in pure bf16), LoRA {lora:.1f} and QLoRA {qlora:.1f}; the activations "
+               f"of a full batch add at least {batch:.1f}. Measured on the small model: {peaks} GB")
     return Judgement(verdict, headline, finding, qlora + batch)
 
 
 @rule("T3", "LoRA adds A x B to a weight: 2 d r numbers instead of d x d.",
-      "A layer merged by peft, compared with the formula with and without alpha / r.",
+      "A layer merged by peft against the formula, with and without alpha / r.",
       short="LoRA's update is A x B, 2 d r numbers", unit="times fewer", needs=["sizes"])
 def t3(at: Stored) -> Judgement:
-    """Reproduced if the bare product is what peft merges, corrected if the scaled one is."""
+    """Reproduced if peft merges the bare product, partly right if it merges the scaled one."""
     row = at["sizes"]["update"]
     bare, scaled = row["error_without_scale"], row["error_with_scale"]
-    verdict = REPRODUCED if bare < 1e-4 else CORRECTED if scaled < 1e-4 else REFUTED
-    headline = (f"Without the factor alpha / r it is off by {percent(bare, 0)}, with it by "
-                f"{percent(scaled, 0)}")
-    finding = (f"Against peft's merge the bare formula is off by {percent(bare)}, the scaled one "
-               f"by {percent(scaled)}")
-    if verdict == CORRECTED:
-        finding = (f"The count holds ({row['before']:,} become {row['after']:,}), but the update "
-                   f"is (alpha / r) B A with A {row['A']} and B {row['B']}. Without the scale it "
-                   f"is off by {percent(bare, 0)}, with it by less than {1e-4:g}")
+    verdict = REPRODUCED if bare < 1e-4 else PARTLY if scaled < 1e-4 else REFUTED
+    headline = (f"Off by {percent(bare, 0)} without the factor alpha / r, by {percent(scaled, 0)} "
+                "with it")
+    finding = (f"Compared with peft's merge, the bare formula is off by {percent(bare)}, the "
+               f"scaled one by {percent(scaled)}")
+    if verdict == PARTLY:
+        finding = (f"The count is right ({row['before']:,} become {row['after']:,}). The update is "
+                   f"(alpha / r) B A with A {row['A']} and B {row['B']}: without the factor it is "
+                   f"off by {percent(bare, 0)}, with it by less than {1e-4:g}")
     return Judgement(verdict, headline, finding, row["before"] / row["after"])
 
 
 @rule("T4", "For Llama-2-7B, r = 16 on q, k, v, o, peft prints 13,631,488 trainable of "
-      "3,553,894,400 parameters.", "Counted by peft on the meta device; every total with and "
-      "without packing and adapters.",
+      "3,553,894,400 parameters.", "Counted by peft on the meta device; the total is looked up "
+      "among those of several models, packed or not, with and without adapters.",
       short="peft prints 13,631,488 for Llama-2-7B", unit="parameters", needs=["sizes"])
 def t4(at: Stored) -> Judgement:
-    """Reproduced if both numbers are right, corrected if only the trainable one is."""
+    """Reproduced if both numbers are right, partly right if the trainable one is, else refuted."""
     models = at["sizes"]["models"]
     own = models[LLAMA]["peft"]
     owners = [name for name, row in models.items() if row["peft"] == PRINTED]
@@ -147,47 +152,52 @@ def t4(at: Stored) -> Judgement:
               for base in (row["parameters"], row["packed"])
               for extra in (0, *row["adapters"].values())}
     right = (own == PRINTED, PRINTED_ALL in totals)
-    verdict = REPRODUCED if all(right) else CORRECTED if right[0] else REFUTED
-    fits = "is one" if right[1] else "is none"
+    verdict = REPRODUCED if all(right) else PARTLY if right[0] else REFUTED
+    fits = "one" if right[1] else "none"
     whose = " and ".join(owners) or "no model here"
-    finding = (f"{LLAMA} gives {own:,}. {PRINTED:,} is the count of {whose}, and {PRINTED_ALL:,} "
-               f"{fits} of the {len(totals)} totals counted")
+    finding = (f"{LLAMA} gives {own:,}. The {PRINTED:,} are those of {whose}; the total, "
+               f"{PRINTED_ALL:,}, is {fits} of the {len(totals)} that we counted")
     return Judgement(verdict, f"{LLAMA} gives {own:,}; {PRINTED:,} is {whose}", finding, own)
 
 
 @rule("T5", "More target modules cost time and give quality: minimal, standard, aggressive.",
-      "Three full runs with one seed, compared on the same 500 test examples; steps timed in "
-      "turn.",
+      "Three full runs with one seed, scored on the same 500 test examples; steps timed in turn.",
       short="More target modules: better and slower",
       unit="points", needs=["targets_minimal", "targets_standard", "lora", "targets_speed"],
       also=["rank_4", "rank_64"])
 def t5(at: Stored) -> Judgement:
-    """Reproduced if all seven are better than q and v, and slower; corrected if one of the two."""
+    """Two parts, as in `of_parts`: all seven modules are better than q and v, and slower.
+
+    A part is open while its interval holds "no difference".
+    """
     rows = [at[n] for n in ("targets_minimal", "targets_standard", "lora")]
     gap = points([rows[2]["test"]], [rows[0]["test"]])
     step = spread(at["targets_speed"], "aggressive_step_ratio")
-    better, slower = gap.above(), step.above(1)
-    verdict = REPRODUCED if better and slower else CORRECTED if better or slower else REFUTED
-    shares, mb = ("/".join(each) for each in zip(*(
+    slower = step.shows(1)
+    shares, mb = (", ".join(each) for each in zip(*(
         (f"{100 * r['test']['share']:.1f}", f"{r['saved_mb']:.1f}") for r in rows), strict=True))
     ranks = {n: at[n] for n in ("rank_4", "rank_64") if at.has(n)}
     more = "".join(f"; rank {r['settings']['rank']}: {percent(r['test']['share'])}"
                    for r in ranks.values())
     headline = (f"Seven modules, not two: {gap:+.1f} points; a step takes {step.value:.2f} times "
                 "as long")
-    finding = (f"{shares} % right with {mb} MB; aggressive minus minimal is {gap:+.1f} points, at "
-               f"{step:.2f} times a step's time{more}")
-    return Judgement(verdict, headline, finding, gap.value, gap.ends)
+    doubt = " (no clear difference)" if slower is None else ""
+    finding = (f"{shares} % right with {mb} MB. All seven modules are {gap:+.1f} points above q "
+               f"and v; a step takes {step:.2f} times as long{doubt}{more}")
+    return Judgement(of_parts(gap.shows(), slower), headline, finding, gap.value, gap.ends)
 
 
 @rule("T6", "500 to 1,000 examples teach a style, 2,000 to 10,000 domain knowledge, 10,000 to "
-      "50,000 a new task.", "Runs on 100 to 1,600 examples of invented machines, one seed; "
-      "enough is the smallest set such that no larger one, in as many steps, is clearly better, "
-      "on the test and on new phrasings.",
+      "50,000 a new task.", "Runs on 100 to 1,600 examples of invented machines, one run a size. "
+      "A set is enough if no larger one, in as many steps, is clearly better on the test or on "
+      "new phrasings.",
       short="A new domain takes 2,000 to 10,000 examples",
       unit="examples", needs=[*CURVE.values(), "base"], also=[*LONGER, *ALIKE])
 def t6(at: Stored) -> Judgement:
-    """Reproduced if enough is within the claim's range; refuted if nothing is learned at all.
+    """Reproduced if enough is within the claim's range, refuted if nothing is learned at all.
+
+    Otherwise inconclusive: one domain with one run a size cannot decide what domains, styles
+    and tasks need in general.
 
     All 5,000 take three times the steps of the others; as many on 1,600 are beside them.
     While those two are missing and the largest set is the best, there is no verdict.
@@ -202,11 +212,13 @@ def t6(at: Stored) -> Judgement:
 
     enough = next(n for n in rows if not any(gap.above() for m in rows if m > n
                                              for gap in gaps(rows[m], rows[n]).values()))
-    curve = ", ".join(f"{n:,}: {percent(r['test']['share'])} and "
+    curve = ", ".join(f"{n:,}: {100 * r['test']['share']:.1f} and "
                       f"{percent(r['test_phrasings']['share'])}" for n, r in rows.items())
+    largest = max(CURVE)
     if at.has(*LONGER):
         more = gaps(*(at[name] for name in LONGER))
-        enough = 5000 if any(gap.above() for gap in more.values()) else enough
+        largest = 5000
+        enough = largest if any(gap.above() for gap in more.values()) else enough
         curve += "; 5,000 minus 1,600 in three times the steps " + " and ".join(
             f"{gap:+.1f}" for gap in more.values()) + " points"
     elif enough == max(CURVE):
@@ -214,17 +226,16 @@ def t6(at: Stored) -> Judgement:
     top, floor = max(r["test"]["low"] for r in rows.values()), max(
         r["test"]["high"] for r in at["base"].values())
     verdict = (REFUTED if top <= floor else
-               REPRODUCED if KNOWLEDGE[0] <= enough <= KNOWLEDGE[1] else CORRECTED)
+               REPRODUCED if KNOWLEDGE[0] <= enough <= KNOWLEDGE[1] else INCONCLUSIVE)
     before = max((n for n in CURVE if n < enough), default=0)
     alike = [at[name] for name in ALIKE if at.has(name)]
     shares = [[100 * row[split]["share"] for row in alike] for split in SPLITS]
     apart = [max(x) - min(x) for x in shares] if len(alike) > 1 else []
-    luck = (f". Each size has one run; {len(alike)} runs on 1,600 of all examples, each with its "
-            f"own seed and draw, differ by up to {' and '.join(f'{x:.1f}' for x in apart)} points"
-            ) if apart else ""
+    luck = (f". One run a size; {len(alike)} runs of other seeds and draws of 1,600 differ by up "
+            f"to {' and '.join(f'{x:.1f}' for x in apart)} points") if apart else ""
     headline = f"{enough:,} examples are enough for this domain; other tasks were not tried"
-    finding = (f"{enough:,} examples are enough for this domain (right on the test and on new "
-               f"phrasings: {curve}){luck}. Larger sets and other kinds of task were not tried")
+    finding = (f"{enough:,} examples are enough here (right on the test and on new phrasings, by "
+               f"examples: {curve}){luck}. Not tried: more than {largest:,} examples, other tasks")
     return Judgement(verdict, headline, finding, enough, (before, enough))
 
 
@@ -239,13 +250,16 @@ def log_losses(at: Stored, part: str) -> dict[str, list[float]]:
 
 
 @rule("T7", "LoRA needs a learning rate 10 to 100 times that of full fine-tuning.",
-      "Short runs at four rates each, judged by held-out loss; the interval is what the "
-      "grid's steps leave open.",
+      "Short runs at four rates each, judged by held-out loss. The interval holds the ratios that "
+      "the steps of the grid leave open.",
       short="LoRA's learning rate is 10 to 100 times higher",
       unit="times", needs=["sweeps"], also=SWEEPS)
 def t7(at: Stored) -> Judgement:
-    """Reproduced if all ratios that the grid leaves open are in the range, corrected if the best
-    rates' ratio is above 1."""
+    """Reproduced if all ratios that the grid leaves open are in the claim's range.
+
+    Inconclusive if only some are. If none is, it is partly right where all are above 1 (LoRA's
+    rate is higher, by another factor), else refuted.
+    """
     every = log_losses(at, "learning_rate")
     best, steps, curves = {}, {}, {}
     for mode in ("lora", "full"):
@@ -259,14 +273,15 @@ def t7(at: Stored) -> Judgement:
     times = best["lora"] / best["full"]
     low, high = steps["lora"][0] / steps["full"][1], steps["lora"][1] / steps["full"][0]
     verdict = (REPRODUCED if RATES[0] <= round(low) and round(high) <= RATES[1] else
-               CORRECTED if times > 1 else REFUTED)
+               INCONCLUSIVE if low <= RATES[1] and high >= RATES[0] else
+               PARTLY if low > 1 else REFUTED)
     near = min(curves["lora"], key=lambda rate: abs(math.log(rate / best["full"])))
     cost = math.exp(curves["lora"][near] - curves["lora"][best["lora"]])
-    headline = (f"Best rates {best['lora']:g} and {best['full']:g}: {times:.0f} times, "
-                f"{low:.0f} to {high:.0f} by the grid")
-    finding = (f"The best rates are {best['lora']:g} and {best['full']:g}, {times:.0f} times apart "
-               f"({low:.0f} to {high:.0f} by the grid; {count(every)}); at {near:g} LoRA's loss "
-               f"is {cost:.1f} times its best")
+    headline = (f"Best rates {best['lora']:g} and {best['full']:g}, a factor of {times:.0f}; the "
+                f"grid leaves {low:.0f} to {high:.0f} open")
+    finding = (f"LoRA is best at {best['lora']:g}, full fine-tuning at {best['full']:g}, a factor "
+               f"of {times:.0f}; the grid leaves {low:.0f} to {high:.0f} open ({count(every)}). At "
+               f"{near:g} LoRA's loss is {cost:.1f} times its best")
     return Judgement(verdict, headline, finding, times, (low, high))
 
 
@@ -276,14 +291,15 @@ def count(every: dict[str, list[float]]) -> str:
     return "one seed" if seeds == 1 else f"{seeds} seeds"
 
 
-@rule("T8", "alpha = 2 r is a good choice.", "Short runs at r = 16 with a quarter of it and four "
-      "times it, held-out loss over that of the best; other ranks and rsLoRA beside.",
+@rule("T8", "alpha = 2 r is a good choice.", "Short runs at r = 16 with this alpha, a quarter of "
+      "it and four times it, by held-out loss; the same at ranks 4 and 64, with rsLoRA.",
       short="alpha = 2 r is a good choice",
       unit="times the best loss", needs=["sweeps"], also=[*SWEEPS, "alpha"])
 def t8(at: Stored) -> Judgement:
     """Reproduced if it is within a tenth of the best loss, refuted if it is the worst.
 
-    A best at the grid's edge may have a better one beyond it: that corrects the claim at most.
+    Within a tenth of a best at the grid's edge it is inconclusive: a better one may lie beyond.
+    Further off it is partly right: better than some, and not as good as others.
     """
     every = log_losses(at, "alpha")
     mean = {key: statistics.mean(logs) for key, logs in every.items()}
@@ -291,141 +307,153 @@ def t8(at: Stored) -> Judgement:
     above = math.exp(mean[ruled] - mean[best])
     alphas = sorted(mean, key=lambda key: int(key.split()[1]))
     inside = best not in (alphas[0], alphas[-1])
-    verdict = (REPRODUCED if above <= 1 + NEAR_LOSS and inside else
-               REFUTED if mean[ruled] == max(mean.values()) else CORRECTED)
-    more = "".join(
-        f"; at {rank} alpha = 2 r has {rows['alpha 2r']['validation_loss'] / least:.2f} times the "
-        f"lowest loss of {', '.join(rows)}" for rank, rows in (
-            at["alpha"].items() if at.has("alpha") else ())
+    near = above <= 1 + NEAR_LOSS
+    verdict = (REPRODUCED if near and inside else
+               REFUTED if mean[ruled] == max(mean.values()) else
+               INCONCLUSIVE if near else PARTLY)
+    ranks = ", ".join(
+        f"at {rank} {rows['alpha 2r']['validation_loss'] / least:.2f} times"
+        for rank, rows in (at["alpha"].items() if at.has("alpha") else ())
         for least in [min(r["validation_loss"] or math.inf for r in rows.values())])
-    edge = "" if inside else " and the last of the grid"
-    headline = f"{above:.2f} times the loss of the best, {best}{edge.replace(' and', ',')}"
-    finding = (f"The loss with {ruled} is {above:.2f} times that with {best}, the best of "
-               f"{len(mean)}{edge} ({count(every)}){more}")
+    more = f"; with other ranks, {ranks} the lowest loss" if ranks else ""
+    edge = "" if inside else ", at the edge of the grid"
+    headline = f"{above:.2f} times the loss of the best, {best}{edge}"
+    finding = (f"{ruled} has {above:.2f} times the loss of {best}, the best of {len(mean)}{edge} "
+               f"({count(every)}){more}")
     return Judgement(verdict, headline, finding, above)
 
 
 @rule("T9", "paged_adamw_8bit saves memory and prevents running out of it.",
-      "Bytes that AdamW in 32 and in 8 bits holds after a step, as a share of a run's peak.",
+      "Bytes of AdamW's state after a step, in 32 and in 8 bits, as a share of the run's peak "
+      "memory.",
       short="paged_adamw_8bit saves memory",
       unit="% of LoRA's peak", needs=["sizes", "lora", "full"])
 def t9(at: Stored) -> Judgement:
-    """Reproduced if it saves a share of LoRA's peak that matters, corrected if less."""
+    """Reproduced if it saves at least a twentieth of LoRA's peak memory.
+
+    Partly right if it saves less than that, refuted if it saves nothing.
+    """
     row, share = at["sizes"]["optimizers"], {}
     for mode, mb in row["mb"].items():
         share[mode] = (mb["32"] - mb["8"]) / at[mode]["peak_mb"]
     verdict = (REPRODUCED if share["lora"] >= WORTH else
-               CORRECTED if min(share.values()) > 0 else REFUTED)
-    words = "; ".join(f"{name} {row['mb'][mode]['32']:,.0f} to {row['mb'][mode]['8']:.0f} MB, "
-                     f"{percent(share[mode])} of the peak"
-                     for mode, name in (("lora", "LoRA"), ("full", "full fine-tuning")))
-    paged = "; pages need CUDA and were not measured" if row["paged"] else ""
-    begin = ("8 bits save little where little is trained" if verdict == CORRECTED else
-             "8 bits instead of 32")
+               PARTLY if min(share.values()) > 0 else REFUTED)
+    words = ", ".join(f"{name} from {row['mb'][mode]['32']:,.0f} to {row['mb'][mode]['8']:.0f} MB "
+                      f"({percent(share[mode])} of the peak)"
+                      for mode, name in (("lora", "LoRA's"), ("full", "full fine-tuning's")))
+    paged = ". Paging needs CUDA and was not measured" if row["paged"] else ""
     headline = (f"Saves {percent(share['lora'])} of LoRA's peak memory, {percent(share['full'])} "
                 "of full fine-tuning's")
-    return Judgement(verdict, headline, f"{begin}: {words}{paged}", 100 * share["lora"])
+    return Judgement(verdict, headline, f"8 bits shrink the state: {words}{paged}",
+                     100 * share["lora"])
 
 
 @rule("T10", "At 7B the adapter has 50 MB, the merged model 14.0 GB, the INT8 model 7.0 GB.",
-      "By formula; the same formula against the small model's files.",
+      "By formula; the formula is checked against the small model's files.",
       short="At 7B: adapter 50 MB, merged 14 GB, INT8 7 GB", unit="GB in INT8",
       needs=["sizes", "pipeline", "lora"])
 def t10(at: Stored) -> Judgement:
-    """Reproduced if all three are within 2 %, corrected if some are."""
+    """Reproduced if all three are within 2 %, partly right if some are, refuted if none is."""
     gb, small = at["sizes"]["files_gb"], at["sizes"]["embedded_mb"]
     adapters = {bits: gb[f"adapter, {bits}"] for bits in ("float32", "float16")}
     ours = {"adapter": min(adapters.values(), key=lambda x: abs(x - FILES_GB["adapter"])),
             "merged": gb["merged"], "int8": gb["int8"]}
     right = [n for n, stated in FILES_GB.items() if abs(ours[n] / stated - 1) < NEAR]
-    verdict = (REPRODUCED if len(right) == len(FILES_GB) else CORRECTED if right else REFUTED)
+    verdict = REPRODUCED if len(right) == len(FILES_GB) else PARTLY if right else REFUTED
     disk = {"merged": at["pipeline"]["dequantized"]["mb"], "int8": at["pipeline"]["int8"]["mb"],
             "adapter, float32": at["lora"]["saved_mb"]}
     off = max(abs(mb / small[name] - 1) for name, mb in disk.items())
     headline = (f"Adapter {1000 * adapters['float32']:.1f} MB ({1000 * adapters['float16']:.1f} in "
                 f"half precision), merged {gb['merged']:.2f}, INT8 {gb['int8']:.2f} GB")
-    finding = (f"The adapter has {1000 * adapters['float32']:.1f} MB in float32 and "
+    finding = (f"The adapter takes {1000 * adapters['float32']:.1f} MB in float32 and "
                f"{1000 * adapters['float16']:.1f} in float16, the merged model {gb['merged']:.2f} "
-               f"GB, the INT8 model {gb['int8']:.2f} GB. On the small model the formulas are "
-               f"within {percent(off)} of the files")
+               f"GB, the INT8 model {gb['int8']:.2f}. The formulas fit the small model's files "
+               f"within {percent(off)}")
     return Judgement(verdict, headline, finding, gb["int8"])
 
 
 @rule("T11", "llm_int8_threshold = 6.0 leaves outliers out of the quantisation.",
-      "Columns above 6.0 in the merged model; held-out loss of LLM.int8 without the threshold "
-      "over that with it, in groups of ten examples.",
+      "Input columns above 6.0 in the merged model; held-out loss of LLM.int8 without the "
+      "threshold over that with it, in groups of ten examples.",
       short="Threshold 6.0 keeps outliers out of INT8", unit="times the loss",
       needs=["outliers"])
 def t11(at: Stored) -> Judgement:
-    """Reproduced if leaving the outliers in costs loss, corrected if no cost shows."""
+    """Reproduced if there are outliers, and quantising them, too, clearly costs loss.
+
+    Partly right if there are, and no clear cost shows: they are left out, to no use that we
+    see. Refuted if there are none, or the loss clearly falls.
+    """
     row = at["outliers"]
     logs = torch.tensor([row["losses"]["none"], row["losses"]["6.0"]], dtype=torch.float64).log()
     effect = ratio(logs[0] - logs[1])
     there = row["with_outliers"] > 0
     verdict = (REPRODUCED if there and effect.above(1) else
-               CORRECTED if there and not effect.below(1) else REFUTED)
+               PARTLY if there and not effect.below(1) else REFUTED)
     escaped = row["weights_in_float"]
-    headline = (f"{row['with_outliers']} of {row['inputs']} inputs have them; quantised: "
+    headline = (f"{row['with_outliers']} of {row['inputs']} inputs have outliers; quantised, too: "
                 f"{effect:.2f} times the loss")
-    finding = (f"{row['with_outliers']} of {row['inputs']} inputs have outlier columns, and "
-               f"{percent(row['products_in_8_bits'])} of the products stay in 8 bits. With the "
-               f"outliers quantised, the layers' errors are {row['error_ratio']:.1f} and the loss "
-               f"{effect:.2f} times as large. All weights are quantised"
-               + (f" but those of {escaped} layers" if escaped else ""))
+    finding = (f"{row['with_outliers']} of {row['inputs']} inputs have outlier columns; "
+               f"{percent(row['products_in_8_bits'])} of the products stay in 8 bits. Quantising "
+               f"the outliers, too, gives {row['error_ratio']:.1f} times the layers' errors and "
+               f"{effect:.2f} times the loss. All weights are quantised"
+               + (f" except those of {escaped} layers" if escaped else ""))
     return Judgement(verdict, headline, finding, effect.value, effect.ends)
 
 
 @rule("T12", "INT8 by bitsandbytes is what one serves at the edge.",
-      "Decode speed in turn on 2 cores against llama.cpp's Q8_0; scores on the same examples; "
-      "bytes.",
+      "Decode speed on 2 cores, in turn with llama.cpp's Q8_0; scores on the same examples; file "
+      "sizes.",
       short="bitsandbytes INT8 is what the edge serves",
       unit="times as fast", needs=["serving", "pipeline", "edge"])
 def t12(at: Stored) -> Judgement:
-    """Reproduced if no 8-bit file is faster; corrected if INT8 at least saves bytes unharmed."""
+    """Reproduced if llama.cpp's 8-bit file is not clearly faster.
+
+    Partly right if it is, and INT8 saves bytes without clearly losing points. Else refuted.
+    """
     row, steps, q8 = at["serving"], at["pipeline"], at["edge"]["Q8_0"]
     speed, whole = spread(row, "ratio"), steps["dequantized"]
     gap = points([q8["test"]], [steps["int8"]["test"]])
     loses = points([steps["int8"]["test"]], [whole["test"]]).below()
     saves = steps["int8"]["mb"] < whole["mb"] and not loses
-    verdict = REPRODUCED if not speed.above(1) else CORRECTED if saves else REFUTED
+    verdict = REPRODUCED if not speed.above(1) else PARTLY if saves else REFUTED
     headline = f"llama.cpp's Q8_0 decodes {speed:.1f} times as fast, {gap:+.1f} points"
-    finding = (f"LLM.int8 decodes {row['bnb_int8_tokens_per_s']:.1f} tokens/s, llama.cpp's Q8_0 "
-               f"{row['q8_tokens_per_s']:.1f}: {speed:.1f} times. Q8_0 minus INT8 is {gap:+.1f} "
-               f"points. Of the bytes in 16 bits INT8 takes "
-               f"{percent(steps['int8']['mb'] / whole['mb'], 0)}, Q8_0 "
-               f"{percent(q8['mb'] / whole['mb'], 0)}")
+    finding = (f"llama.cpp's Q8_0 decodes {row['q8_tokens_per_s']:.1f} tokens/s, LLM.int8 "
+               f"{row['bnb_int8_tokens_per_s']:.1f}: a factor of {speed:.1f}. Q8_0 minus INT8 is "
+               f"{gap:+.1f} points. INT8 takes {percent(steps['int8']['mb'] / whole['mb'], 0)} of "
+               f"the bytes in 16 bits, Q8_0 {percent(q8['mb'] / whole['mb'], 0)}")
     return Judgement(verdict, headline, finding, speed.value, speed.ends)
 
 
 @rule("T13", "The 7 GB INT8 model is served on a Jetson Nano or an RTX 3060.",
-      "Weights and the cache of 2,048 tokens, added up, against the devices' memory.",
+      "Weights plus the cache of 2,048 tokens, against the devices' memory.",
       short="INT8 at 7B runs on a Jetson Nano or RTX 3060", unit="GB",
       needs=["sizes"])
 def t13(at: Stored) -> Judgement:
-    """Computed if it fits both, corrected if it fits one."""
+    """Computed if it fits both, partly right if it fits one, refuted if it fits none."""
     row = at["sizes"]
     needed = row["files_gb"]["int8"] + row["files_gb"]["cache"]
     fits = {name for name, gb in row["devices_gb"].items() if gb >= needed}
     verdict = (COMPUTED if len(fits) == len(row["devices_gb"]) else
-               CORRECTED if fits else REFUTED)
-    words = ", ".join(f"{name} ({gb} GB) {'holds' if name in fits else 'does not hold'} it"
-                     for name, gb in row["devices_gb"].items())
+               PARTLY if fits else REFUTED)
+    words = ", ".join(f"{'fits' if name in fits else 'too much for'} the {name} ({gb} GB)"
+                      for name, gb in row["devices_gb"].items())
     return Judgement(verdict, f"Needs {needed:.1f} GB: {words}",
                      f"Weights and cache take {needed:.1f} GB: {words}", needed)
 
 
 @rule("T14", "LoRA matches full fine-tuning at 1 % of the cost.",
       "Three seeds of each on the same data, each at the best rate of the sweep, scored on the "
-      "same examples, with new phrasings; cost in peak memory, time and bytes, against full "
-      "fine-tuning at a third of that rate, which was run as LoRA was.",
+      "same examples and on new phrasings. Cost is peak memory, time and bytes, against full "
+      "fine-tuning at a third of its rate, which ran under the same conditions as LoRA.",
       short="LoRA matches full tuning at 1 % of the cost", unit="points",
       needs=[*of_seeds("full"), *of_seeds("lora"), *of_seeds(SLOWER), "sizes"],
       also=of_seeds("qlora"))
 def t14(at: Stored) -> Judgement:
-    """Reproduced if it matches and no cost is above 2 %, refuted if it is worse and dear.
+    """Two parts, as in `of_parts`: LoRA matches, and no cost is above 2 % of full fine-tuning's.
 
-    It matches if the whole interval says that full is at most 2 points better; it is
-    worse if full is clearly better. Neither is an open question, and corrects the claim.
+    It matches if the whole intervals say that full is at most 2 points better, and fails to if
+    full is clearly better. Between the two that part is open. If the cost is wrong as well, the
+    verdict is inconclusive: partly right if LoRA matches, refuted if it does not.
     """
     full, lora, beside = runs(at, "full"), runs(at, "lora"), runs(at, SLOWER)
     gaps = {split: points([r[split] for r in full], [r[split] for r in lora])
@@ -438,48 +466,56 @@ def t14(at: Stored) -> Judgement:
     matches = all(gap.high <= MATCH for gap in gaps.values())
     worse = any(gap.above() for gap in gaps.values()) and not matches
     cheap = max(c.value for c in costs) < 2 * COST
-    verdict = (REPRODUCED if matches and cheap else
-               REFUTED if worse and not cheap else CORRECTED)
+    parts = (True if matches else False if worse else None, cheap)
     words = ", ".join(f"{gap:+.1f} points on {SPLITS[split]}" for split, gap in gaps.items())
     if at.has(*of_seeds("qlora")):
         less = points([r["test"] for r in lora], [r["test"] for r in runs(at, "qlora")])
-        words += f", LoRA minus QLoRA {less:+.1f}"
+        words += f"; LoRA minus QLoRA is {less:+.1f}"
     less = points([r["test"] for r in beside], [r["test"] for r in lora])
-    words += f", full at a third of its rate minus LoRA {less:+.1f}"
+    words += f"; full at a third of its rate minus LoRA is {less:+.1f}"
     gb, files = at["sizes"]["memory_gb"], at["sizes"]["files_gb"]
     big = gb["LoRA"]["sum"] / gb["full, mixed precision"]["sum"]
     headline = (f"Full minus LoRA {gaps['test']:+.1f} points; {percent(costs[0].value, 0)} of the "
                 f"memory, {percent(costs[1].value, 0)} of the time")
-    finding = (f"Full minus LoRA is {words}. LoRA takes {memory} of the memory, {time} of the time "
-               f"(seed by seed) and {percent(costs[2].value)} of the bytes (at 7B by formula "
-               f"{percent(big, 0)} of the memory, "
+    quality = "is open" if parts[0] is None else "holds" if parts[0] else "fails"
+    finding = (f"The quality half {quality}: full minus LoRA is {words}. The cost half "
+               f"{'holds' if cheap else 'fails'}: LoRA takes {memory} of the memory, {time} of the "
+               f"time and {percent(costs[2].value)} of the bytes (at 7B, by formula, "
+               f"{percent(big, 0)} of the memory and "
                f"{percent(files['adapter, float32'] / files['merged'])} of the bytes)")
-    return Judgement(verdict, headline, finding, gaps["test"].value, gaps["test"].ends)
+    return Judgement(of_parts(*parts), headline, finding, gaps["test"].value, gaps["test"].ends)
 
 
 @rule("T15", "The adapter is swappable at run time.",
-      "Requests for two adapters, mixed under load, each answer checked; the first token "
-      "after a change against one without.",
+      "Mixed requests for two adapters under load, each answer checked; the first token after a "
+      "change of adapter against one without.",
       short="Adapters can be swapped at run time", unit="ms", needs=["load", "serving"])
 def t15(at: Stored) -> Judgement:
-    """Reproduced if every answer is from its own adapter and a change is quick."""
+    """Reproduced if every answer is from its own adapter and a change takes under a second.
+
+    Partly right if it takes longer, refuted if an answer is from the wrong adapter.
+    """
     row, swap = at["load"], spread(at["serving"], "swap_ms")
     right = row["answered"] == row["with_own_adapter"] == row["requests"]
     quick = swap.high < 1000 * AT_ONCE
-    verdict = REPRODUCED if right and quick else CORRECTED if right else REFUTED
+    verdict = REPRODUCED if right and quick else PARTLY if right else REFUTED
     headline = (f"{row['with_own_adapter']} of {row['requests']} answers fit their adapter; a "
                 f"change costs {swap:.1f} ms")
     finding = (f"{row['with_own_adapter']} of {row['requests']} answers to {row['clients']} "
-               f"clients had the form that their adapter gives; after a change of adapter the "
+               "clients have the form that their adapter teaches; after a change of adapter the "
                f"first token comes {swap:.1f} ms later")
     return Judgement(verdict, headline, finding, swap.value, swap.ends)
 
 
-@rule("T16", "The code of the page runs.", "Its calls with its arguments on a tiny model, with the "
-      "pinned versions; nothing is trained.",
+@rule("T16", "The code of the page runs.",
+      "Its calls with their arguments, on a tiny model, with the pinned versions; nothing is "
+      "trained.",
       short="The tutorial's code runs", unit="calls that fail", needs=["page"])
 def t16(at: Stored) -> Judgement:
-    """Refuted if a call fails that would fail with a GPU, too; corrected if faults show."""
+    """Refuted if a call fails that would fail with a GPU, too.
+
+    Partly right if none does and faults show that raise no error.
+    """
     row = at["page"]
     failed = {name for part in ("calls", "arguments") for name, r in row[part].items()
               if r["error"]}
@@ -487,13 +523,13 @@ def t16(at: Stored) -> Judgement:
               if r["error"] and not r["wants_gpu"]}
     wrong = [name for name, shown in row["faults"].items() if shown]
     verdict = (REFUTED if broken else NOT_HERE if failed else
-               CORRECTED if wrong else REPRODUCED)
+               PARTLY if wrong else REPRODUCED)
     calls = [name for name in row["calls"] if name in broken]
     arguments = [name for name in row["arguments"] if name in broken]
     named = f" ({', '.join(calls)}; arguments: {', '.join(arguments) or 'none'})" if broken else ""
     headline = (f"{len(calls)} of {len(row['calls'])} calls fail; {len(wrong)} of "
                 f"{len(row['faults'])} silent faults show")
-    finding = (f"{len(calls)} of {len(row['calls'])} calls fail{named}. Of {len(row['faults'])} "
-               f"faults that raise no error, {len(wrong)} show")
+    finding = (f"{len(calls)} of {len(row['calls'])} calls fail{named}; {len(wrong)} of "
+               f"{len(row['faults'])} suspected faults that raise no error show")
     return Judgement(verdict, headline, finding, len(calls))
 

@@ -37,8 +37,9 @@ class Compared:
     configurations: int
 
     def __str__(self) -> str:
+        seeds = f"{self.seeds} seed" + "s" * (self.seeds != 1)
         return (f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}] "
-                f"({self.seeds} seeds, {self.configurations} configurations)")
+                f"({seeds}, {self.configurations} configurations)")
 
 
 def rows(task: str, method: str, name: str, stored: Path = STORED) -> dict[int, dict[str, Any]]:

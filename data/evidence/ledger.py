@@ -18,13 +18,17 @@ from lib.files import ROOT, read_json
 
 RESULTS, CLAIMS = ROOT / "data" / "results", ROOT / "data" / "claims.json"
 SEEDS = (0, 1, 2)
-REPRODUCED, CORRECTED, REFUTED = "reproduced", "corrected", "refuted"
+REPRODUCED, REFUTED = "reproduced", "refuted"
+# A part of the claim holds, or its number is wrong and its direction right.
+PARTLY = "partly right"
+# What is measured cannot decide: a coarse grid, a wide interval, one task only.
+INCONCLUSIVE = "inconclusive"
 # Arithmetic agrees, and nothing of that size was run.
 COMPUTED = "computed"
 NOT_HERE, NOT_YET = "not measurable here", "not measured yet"
 # Below this, random configurations are looked at separately.
 FEW_BITS = 4
-VERDICTS = (REPRODUCED, CORRECTED, REFUTED, COMPUTED, NOT_HERE, NOT_YET)
+VERDICTS = (REPRODUCED, PARTLY, INCONCLUSIVE, REFUTED, COMPUTED, NOT_HERE, NOT_YET)
 SOURCES = {"T": "tutorial", "P": "paper"}
 
 
@@ -70,6 +74,10 @@ class Interval:
         """The whole interval lies below."""
         return self.high < bound
 
+    def shows(self, bound: float = 0.0) -> bool | None:
+        """Whether the number lies above; None if the interval leaves it open."""
+        return True if self.above(bound) else False if self.below(bound) else None
+
     def __format__(self, spec: str) -> str:
         return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
@@ -114,7 +122,7 @@ def rule(name: str, claim: str, method: str, *, short: str, unit: str, needs: Se
 
 def entry(one: Rule, stored: Stored) -> dict[str, Any]:
     """A claim's entry in the ledger, from what is stored now."""
-    missing, later = ([n for n in names if not stored.has(n)] for names in (one.needs, one.also))
+    missing = [name for name in one.needs if not stored.has(name)]
     try:
         judged = (not_yet(f"Still to be made: {listed(missing)}") if missing
                   else one.judge(stored))
@@ -123,13 +131,25 @@ def entry(one: Rule, stored: Stored) -> dict[str, Any]:
     except KeyError as error:  # a piece that an earlier version of its command made
         judged = not_yet(f"A stored piece lacks {error}: make it again")
     files = [n for n in (*one.needs, *one.also) if stored.has(n)]
-    note = f"; not run: {listed(later)}" if later and judged.verdict != NOT_YET else ""
     return {"id": one.id, "source": SOURCES[one.id[0]], "claim": one.claim, "short": one.short,
             "method": one.method, "value": four_digits(judged.value), "unit": one.unit,
             "interval": [*map(four_digits, judged.interval)] if judged.interval else None,
-            "headline": judged.headline, "finding": f"{judged.finding}{note}.",
+            "headline": judged.headline, "finding": f"{judged.finding}.",
             "verdict": judged.verdict, "evidence": [f"data/results/{n}.json" for n in files],
             "command": [read_json(stored.file(n))["command"] for n in files]}
+
+
+def of_parts(*parts: bool | None) -> str:
+    """The verdict on a claim of several parts: each holds (True), fails (False) or is open (None).
+
+    Reproduced if all hold, refuted if all fail, partly right if at least one holds. Otherwise
+    inconclusive: nothing is shown to hold, and something is open.
+    """
+    if all(parts):
+        return REPRODUCED
+    if any(parts):
+        return PARTLY
+    return INCONCLUSIVE if None in parts else REFUTED
 
 
 def not_yet(reason: str) -> Judgement:

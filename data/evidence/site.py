@@ -4,14 +4,17 @@
 from the stored data.
 """
 
+import base64
 import importlib
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Any
 
 import nbformat
 from nbconvert import SlidesExporter
@@ -33,8 +36,9 @@ DECK = """
 {%- endblock -%}
 {%- block html_head_css -%}
 <style>.reveal .slides section:not(.stack) {max-height: 100%; overflow-y: auto; font-size: 22px;
-text-align: left} .reveal pre, .reveal code {font-size: 18px; line-height: 1.3}
-.reveal img {margin: 0; max-height: 420px}</style>
+text-align: left} .reveal pre, .reveal code {font-size: 16px; line-height: 1.25}
+.reveal img {margin: 0; max-height: 370px}
+.reveal img[src$=".svg"] {max-height: 330px}</style>
 {%- endblock -%}
 {#- The output of a cell waits for a key: predict first, then see. -#}
 {%- block output_group -%}<div class="fragment">{{ super() }}</div>{%- endblock -%}
@@ -94,11 +98,7 @@ def build_site(out: Path, *, executed: Path = NOTEBOOKS) -> None:
 
 
 def build_slides(out: Path, *, solutions: bool = False) -> None:
-    """Write a deck for each notebook, with all that it loads, and an index of them.
-
-    Steps follow the slide metadata of the cells. Cells tagged `instructor` are speaker
-    notes, and so are solutions unless they are to be shown.
-    """
+    """Write a deck for each notebook, with all that it loads, and an index of them."""
     exporter = SlidesExporter(raw_template=DECK, reveal_url_prefix="reveal.js",
                               reveal_theme="white", exclude_input_prompt=True,
                               exclude_output_prompt=True)
@@ -110,21 +110,43 @@ def build_slides(out: Path, *, solutions: bool = False) -> None:
             (part / "reveal.js" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(reveal / name, part / "reveal.js" / name)
         copy_mathjax(part)
+        shutil.copytree(NOTEBOOKS / "diagrams", part / "diagrams")
         for path in notebooks():
             notebook = described(nbformat.read(path, as_version=4))
-            for cell in notebook.cells:
-                tags = cell.metadata.get("tags", [])
-                if "instructor" in tags or "solution" in tags:
-                    shown = solutions and "solution" in tags
-                    cell.metadata["slideshow"] = nbformat.from_dict(
-                        {"slide_type": "subslide" if shown else "notes"})
             title = notebook.cells[0].source.partition("\n")[0].lstrip("# ")
+            notebook.cells = [*deck_cells(notebook.cells, solutions=solutions)]
             page = exporter.from_notebook_node(notebook, {"metadata": {"name": title}})[0]
             # The pages that a notebook links to are not beside its deck.
             page = re.sub(r'(?s)<a href="\w+\.(?:md|ipynb)[^"]*">(.*?)</a>', r"\1", page)
             (part / f"{path.stem}.slides.html").write_text(page, encoding="utf-8")
             index.append(f"<li><a href='{path.stem}.slides.html'>{title}</a>")
         (part / "index.html").write_text("".join(index), encoding="utf-8")
+
+
+def deck_cells(cells: Iterable[Any], *, solutions: bool = False) -> Iterator[Any]:
+    """The cells of a deck: authored slides, code to run live, and the rest as speaker notes.
+
+    Text is shown where its metadata has a "slide" of its own; the cell itself is a note. Code is
+    shown where its slide type is "subslide", a page, or "fragment". Solutions are notes unless
+    they are to be shown.
+    """
+    for cell in cells:
+        kind = cell.metadata.get("slideshow", {}).get("slide_type")
+        solution = "solution" in cell.metadata.get("tags", [])
+        if slide := cell.metadata.get("slide"):
+            kind = "slide" if re.match("##? ", slide) else "subslide"
+            yield nbformat.v4.new_markdown_cell(
+                slide, metadata={"slideshow": {"slide_type": kind}})
+            # Only the slide has a heading, and its anchor.
+            cell.source = re.sub(r"(?m)^#+ (.*)$", r"**\1**", cell.source)
+        if solution:
+            kind = "subslide" if solutions else "notes"
+        elif cell.cell_type == "markdown":
+            kind = "notes"
+        elif kind not in ("subslide", "fragment"):
+            continue
+        cell.metadata["slideshow"] = nbformat.from_dict({"slide_type": kind})
+        yield cell
 
 
 def folded(path: Path) -> nbformat.NotebookNode:
@@ -136,6 +158,30 @@ def folded(path: Path) -> nbformat.NotebookNode:
         if number < 4 or "solution" in cell.metadata.get("tags", []):
             cell.metadata["tags"] = ["hide-cell"]
     return notebook
+
+
+def shown_first(executed: Path, source: Path) -> str:
+    """The first page's part on this run: the outputs of cells whose metadata has "front".
+
+    "front" is the caption. Pictures go into the source folder, texts into the page.
+    """
+    parts = ["## What this run made"]
+    for path in notebooks():
+        if not (executed / path.name).is_file():
+            continue
+        notebook = described(nbformat.read(executed / path.name, as_version=4))
+        for number, cell in enumerate(notebook.cells):
+            if not (caption := cell.metadata.get("front")):
+                continue
+            parts.append(f"**{caption}** ([notebook {path.name[:2]}]({path.name}))")
+            for output in cell.outputs:
+                if "text" in output:
+                    parts.append(f"```text\n{output.text.strip()}\n```")
+                elif picture := output.get("data", {}).get("image/png"):
+                    file = source / f"front-{path.name[:2]}-{number}.png"
+                    file.write_bytes(base64.b64decode(picture))
+                    parts.append(f"![{cell.metadata['alt']}]({file.name})")
+    return "\n\n".join(parts) + "\n\n"
 
 
 def copy_mathjax(folder: Path) -> None:
@@ -210,7 +256,9 @@ def write_sources(app: object) -> None:
     card = (ROOT / "data" / "adapters" / "README.md").read_text(encoding="utf-8")
     pages = {path.stem: path.read_text(encoding="utf-8")
              for path in (ROOT / "notebooks").glob("*.md")}
-    pages |= {"index": readme + CONTENTS, "CARD": card.split("---\n", 2)[2],  # no header
+    title, readme = readme.split("\n\n", 1)
+    pages |= {"index": f"{title}\n\n{shown_first(executed, source)}{readme}{CONTENTS}",
+              "CARD": card.split("---\n", 2)[2],  # no header
               "claims": claims(), "results": results()} | reference()
     for name, text in pages.items():
         for old, new in (("](notebooks/", "]("), ("](data/adapters/README.md", "](CARD.md"),
@@ -219,6 +267,7 @@ def write_sources(app: object) -> None:
         (source / f"{name}.md").write_text(text, encoding="utf-8")
     shutil.copytree(ROOT / "data" / "results", source / "data" / "results")
     shutil.copyfile(ROOT / "data" / "claims.json", source / "data" / "claims.json")
+    shutil.copytree(ROOT / "notebooks" / "diagrams", source / "diagrams")
 
 
 def escaped(*event: object) -> None:

@@ -94,7 +94,7 @@ class Deployment:
             str(adapter) if (adapter / "tokenizer.json").is_file() else self.name)
         self.base = base = coa.Switchable(
             dequantized_base(self.name) if self.route == "dequantized"
-            else load_model(self.name, dtype=torch.float16), name=self.name)
+            else load_model(self.name, dtype=torch.float16), name=self.name, cache_mb=0)
         # Read before the adapter is added, which renames the layers.
         self.parameters, self.tables = base.model.num_parameters(), tables(base.model)
         tied = {"lm_head.weight"} - {f"{name}.weight" for name in self.tables}

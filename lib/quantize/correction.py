@@ -66,8 +66,7 @@ def low_rank(error: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     left, values, right = torch.svd_lowrank(
         error @ root, q=min(rank + SPARE, *error.shape), niter=SWEEPS)
     b = left[:, :rank] * values[:rank]
-    # V^T L^(-1)
-    a = torch.linalg.solve_triangular(root, right[:, :rank].T, upper=False, left=False)
+    a = torch.linalg.solve_triangular(root, right[:, :rank].T, upper=False, left=False)  # V^T/L
     balance = (b.norm(dim=0) / a.norm(dim=1).clamp(min=1e-12)).sqrt().clamp(min=1e-12)
     return b / balance, a * balance[:, None]
 
@@ -79,9 +78,10 @@ def encode_with_feedback(weights: Mapping[str, Tensor], roots: Mapping[str, Tens
     for shape in {weight.shape: None for weight in weights.values()}:
         # Layers of one shape together: a step over columns costs little more than for one.
         names = [name for name, weight in weights.items() if weight.shape == shape]
-        codes, scales = codes_with_feedback(torch.stack([weights[n].float() for n in names]),
-                                            torch.stack([roots[n] for n in names]))
-        encoded |= zip(names, map(pack_q4_0, codes, scales), strict=True)
+        for few in (names[i:i + 10] for i in range(0, len(names), 10)):  # all take a gigabyte
+            codes, scales = codes_with_feedback(torch.stack([weights[n].float() for n in few]),
+                                                torch.stack([roots[n] for n in few]))
+            encoded |= zip(few, map(pack_q4_0, codes, scales), strict=True)
     return encoded
 
 
