@@ -36,8 +36,9 @@ DECK = """
 {%- endblock -%}
 {%- block html_head_css -%}
 <style>.reveal .slides section:not(.stack) {max-height: 100%; overflow-y: auto; font-size: 22px;
-text-align: left} .reveal pre, .reveal code {font-size: 16px; line-height: 1.25}
-.reveal img {margin: 0; max-height: 370px}
+text-align: left} .reveal pre, .reveal code {font-size: 18px; line-height: 1.3}
+.reveal img {margin: 0; max-height: 420px}
+.reveal .jp-Cell pre {line-height: 1.05 !important}
 .reveal img[src$=".svg"] {max-height: 330px}</style>
 {%- endblock -%}
 {#- The output of a cell waits for a key: predict first, then see. -#}
