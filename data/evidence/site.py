@@ -182,7 +182,7 @@ def shown_first(executed: Path, source: Path) -> str:
                     file = source / f"front-{path.name[:2]}-{number}.png"
                     file.write_bytes(base64.b64decode(picture))
                     parts.append(f"![{cell.metadata['alt']}]({file.name})")
-    return "\n\n".join(parts) + "\n\n"
+    return "\n\n".join([*parts, "## The course", ""]) if len(parts) > 1 else ""
 
 
 def copy_mathjax(folder: Path) -> None:

@@ -57,7 +57,8 @@ def test_the_site_has_every_claim_result_and_module(site: Path) -> None:
         room = path.parent.name if path.parent.name != "lib" else "ground"
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         assert f'id="module-{module}"' in page(f"lib-{room}")
-    assert "From LoRA to the edge" in page("index")
+    assert "From LoRA to the edge" in page("index") and "What this run made" in page("index")
+    assert page("index").count("_images/front-") >= 4
 
 
 @SITE
