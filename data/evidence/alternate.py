@@ -37,12 +37,13 @@ def from_numbers(layers: Layers, positions: Iterable[int], family: str = "nf") -
     return Configuration(layers, tuple(FAMILIES[family][i] for i in positions))
 
 
-def loss_with(adapter: Any, held: Sequence[Record]) -> Evaluate:
+def loss_with(adapter: Any, held: Sequence[Record], *, tokenizer: Any = None, family: str = "nf"
+              ) -> Evaluate:
     """The held-out loss of a configuration's numbers with an adapter (`base`, `model`) as it is."""
-    tokenizer, base = load_tokenizer(adapter.base.name), adapter.base
+    base, tokenizer = adapter.base, tokenizer or load_tokenizer(adapter.base.name)
 
     def evaluate(positions: Tensor) -> float:
-        base.switch(from_numbers(base.layers, positions.tolist()))
+        base.switch(from_numbers(base.layers, positions.tolist(), family))
         return held_out_loss(adapter.model, tokenizer, held)
 
     return evaluate

@@ -167,6 +167,14 @@ def adapted(p: Picture, x: float, y: float, w: float, text: str) -> None:
     p.box(x + w, y, 48, 34, "*A, B", "trained")
 
 
+def readers(p: Picture, norm: float, w: float, end: float, texts: dict[float, str]) -> None:
+    """The adapted matrices that read one norm's output, at their heights, up to `end`."""
+    for y, text in texts.items():
+        p.arrow((154, norm), (172, norm), (172, y), (190, y))
+        adapted(p, 190, y - 17, w, text)
+        p.arrow((238 + w, y), (end, y))
+
+
 @diagram(440, "One transformer block, and the seven matrices that get an adapter")
 def attention_block(p: Picture) -> None:
     """Above: norm, then q_proj, k_proj and v_proj, the attention, o_proj; the result is added to
@@ -178,19 +186,13 @@ def attention_block(p: Picture) -> None:
              "844,347 895,347 895,295", "911,278 945,278")
     p.label(500, 77, "residual: x itself goes past the layers", anchor="middle")
     p.box(84, 145, 70, 40, "norm")
-    for y, text in ((125, "q_proj  576 × 576"), (165, "k_proj  192 × 576"),
-                    (205, "v_proj  192 × 576")):
-        p.arrow((154, 165), (172, 165), (172, y), (190, y))
-        adapted(p, 190, y - 17, 160, text)
-        p.arrow((398, y), (440, y))
+    readers(p, 165, 160, 440, {125: "q_proj  576 × 576", 165: "k_proj  192 × 576",
+                               205: "v_proj  192 × 576"})
     p.box(440, 108, 134, 114, "*attention\ntakes in what\nearlier tokens\nsay")
     adapted(p, 620, 148, 155, "o_proj  576 × 576")
     p.plus(895, 84)
     p.box(84, 327, 70, 40, "norm")
-    for y, text in ((325, "gate_proj  1536 × 576"), (369, "up_proj  1536 × 576")):
-        p.arrow((154, 347), (172, 347), (172, y), (190, y))
-        adapted(p, 190, y - 17, 190, text)
-        p.arrow((428, y), (460, y))
+    readers(p, 347, 190, 460, {325: "gate_proj  1536 × 576", 369: "up_proj  1536 × 576"})
     p.box(460, 306, 116, 82, "*product\nSiLU(gate)\n× up")
     adapted(p, 606, 330, 190, "down_proj  576 × 1536")
     p.plus(895, 278)

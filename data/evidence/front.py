@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.evidence.alternate import from_numbers
+from data.evidence.alternate import from_numbers, loss_with
 from lib.__main__ import FIELDS, Parser, first_records
 from lib.base.model import load_tokenizer
 from lib.base.records import Record
@@ -24,7 +24,6 @@ from lib.coa.configuration import Configuration, Switchable, sensitivities
 from lib.coa.pareto import Evaluate, Evaluated, Features, Journal, front_by_segment, search
 from lib.deploy.deployment import HELD
 from lib.errors import UserError, require
-from lib.evaluate.scores import held_out_loss
 from lib.files import MANIFEST, read_json, replacing, sha256, verified
 
 SAY_EVERY = 10  # evaluations
@@ -106,14 +105,14 @@ def find_front(adapter: Path, records: Sequence[Record], *, evaluations: int, se
         [base.fingerprint[:12], sha256(adapter / MANIFEST)[:12], digest[:12], str(seed)]))
     total, began, calls = len(first) + evaluations, time.monotonic(), itertools.count(1)
     left = total - len(journal.known)
+    judge = loss_with(coa, held, tokenizer=tokenizer, family=family)
 
     def evaluate(positions: Tensor) -> float:
-        configuration = from_numbers(base.layers, positions.tolist(), family)
-        base.switch(configuration)
-        loss = held_out_loss(coa.model, tokenizer, held)
+        loss = judge(positions)
         if (done := next(calls)) % SAY_EVERY == 0:
             seconds = (time.monotonic() - began) / done * (left - done)
-            print(f"evaluation {total - left + done}/{total}  {configuration.bits:.2f} bits  loss "
+            bits = base.configuration.bits
+            print(f"evaluation {total - left + done}/{total}  {bits:.2f} bits  loss "
                   f"{loss:.4f}  about {seconds:.0f} s left", flush=True)
         return loss
 

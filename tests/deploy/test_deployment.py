@@ -12,7 +12,7 @@ import torch
 from conftest import saved_adapter, with_adapter
 from transformers import AutoModelForCausalLM
 
-from data.evidence import front
+from data.evidence import alternate
 from lib.__main__ import main
 from lib.base.model import CHAT_TEMPLATE, load_model, load_tokenizer
 from lib.base.records import normalised, sensors
@@ -275,13 +275,13 @@ def test_a_searched_front_is_what_deploy_takes(tiny_directory: str, tmp_path: Pa
     data.write_text("".join(json.dumps(r) + "\n" for r in sensors("train", 6)), encoding="utf-8")
     words = ["search", "--adapter", str(adapter), "--data", str(data), "--ignore",
              "device,fault", "--evaluations"]
-    evaluate, left = front.held_out_loss, iter(range(30))
+    evaluate, left = alternate.held_out_loss, iter(range(30))
 
     def failing(*args: Any) -> float:
         next(left)
         return evaluate(*args)
 
-    monkeypatch.setattr(front, "held_out_loss", failing)
+    monkeypatch.setattr(alternate, "held_out_loss", failing)
     with pytest.raises(StopIteration):
         main([*words, "3"])
     known = len((adapter / "front.jsonl").read_text().splitlines())
