@@ -2,17 +2,20 @@
 
 At steps 0, 25, 50 and 100 of one run the weights, the adapter folded into the base it learns on,
 are measured as they would be served; so ways to train can be read at equal score. The steps
-before the last are taken while the learning rate is still high.
+before the last are taken while the learning rate is still high. Of further seeds only the last
+step is measured.
 """
 
 import dataclasses
 import functools
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel, TrainerCallback
 
+from data.evidence.ledger import SEEDS
 from data.evidence.pieces import WORK, Piece, score_row
 from data.evidence.training_runs import FULL_RATE, REFERENCE
 from data.evidence.wikitext import measure, reference, summary
@@ -27,6 +30,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "full": {"mode": "full", "learning_rate": FULL_RATE},
     **{f"lora-{rank}": {"mode": "lora", "rank": rank, "alpha": 2 * rank} for rank in (4, 16, 64)},
     "qlora-16": {"mode": "qlora", "rank": 16, "alpha": 32}}
+ARMS |= {f"{arm}-seed-{seed}": ARMS[arm] | {"seed": seed} for seed in SEEDS[1:]
+         for arm in ("full", "lora-16")}
 
 
 @torch.no_grad()
@@ -47,7 +52,10 @@ def folded(model: Any, name: str = EMBEDDED) -> PreTrainedModel:
 
 
 class Forgetting(TrainerCallback):
-    """Measures at `STEPS`; rows are in the state's history, so that a resumed run has them."""
+    """Measures at some steps; rows are in the state's history, so that a resumed run has them."""
+
+    def __init__(self, steps: Collection[int]) -> None:
+        self.steps = steps
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None,
                        **_: Any) -> None:
@@ -56,7 +64,7 @@ class Forgetting(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None,
                     **_: Any) -> None:
-        if state.global_step in STEPS:
+        if state.global_step in self.steps:
             row = {"step": state.global_step, "forgetting": measured(model, state.global_step)}
             state.log_history.append(row)
 
@@ -82,7 +90,8 @@ def measured(model: Any, step: int) -> dict[str, Any]:
 def forgetting(arm: str) -> dict[str, Any]:
     """One way to train; a killed run goes on from its checkpoint."""
     settings = dataclasses.replace(REFERENCE, **ARMS[arm])
-    out, callback = WORK / "forgetting" / arm, Forgetting()
+    out, callback = WORK / "forgetting" / arm, Forgetting(
+        STEPS[-1:] if settings.seed else STEPS)
     result = train(sensors("train"), settings, out=out, say_every=10,
                    adapt=lambda trainer: trainer.add_callback(callback))
     return {"settings": dataclasses.asdict(settings), "trainable": result.trainable,

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from data.evidence.answer import answer
 from data.evidence.bench import run_bench
 from data.evidence.bench_serving import engines
+from data.evidence.caches import caches
 from data.evidence.clients import clients
 from data.evidence.engine import engine
 from data.evidence.gemma import gemma
@@ -147,6 +148,7 @@ _MAKERS: dict[str, Callable[[], dict[str, Any]]] = {
     "search_speed": lambda: run_bench("search"),
     "engine": engine,
     "engines": engines,
+    "caches": lambda: caches(edge_files() / "Q8_0" / "model.gguf"),
     "gemma": gemma,
     "types": lambda: types(WORK), "types_speed": lambda: types_speed(WORK),
     "vllm": compared,
