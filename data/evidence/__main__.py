@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from data.evidence.bench import BENCHES, run_bench
 from lib.errors import UserError, require
-from lib.files import BUILD, write_json
+from lib.files import BUILD, read_json, write_json
 
 if TYPE_CHECKING:
     from data.evidence.pieces import Piece
@@ -63,6 +63,8 @@ def main(argv: list[str]) -> int:
     parser = Parser(prog="python -m data.evidence", description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--list", action="store_true", help="list the names (default)")
+    parser.add_argument("--resume", action="store_true",
+                        help="for all: leave out what the last round has made")
     parser.add_argument("--json", type=Path, metavar="FILE",
                         help="also store the result of one benchmark")
     parser.add_argument("--engine", default="", metavar="FILE",
@@ -80,11 +82,15 @@ def main(argv: list[str]) -> int:
             require(not args.json, "--json is for one benchmark")
             build(args.names[0], args.out or BUILD / args.names[0], args.solutions)
             return 0
+        require(not args.resume or args.names == ["all"], "--resume is for all, alone")
         require(not (args.out or args.solutions),
                 "--out is for slides or site, --solutions for slides, each alone")
         require(not args.json or (len(args.names) == 1 and args.names[0] in BENCHES),
                 f"--json is for one benchmark: use one of {', '.join(BENCHES)}")
         require(not args.engine or args.names == ["serving"], "--engine is for serving alone")
+        if args.names == ["all"]:
+            make_all(args.resume)
+            return 0
         if args.engine:
             actions = [lambda: bench("serving", args.json, args.engine)]
         else:
@@ -176,14 +182,41 @@ def make_missing(group: str) -> None:
             store(name, piece)
 
 
+def make_all(resume: bool) -> None:
+    """Make every piece again, in order; with `resume` those that this round lacks."""
+    from data.evidence.pieces import RESULTS, WORK, store
+
+    known, journal = pieces(), WORK / "all.json"
+    done = read_json(journal) if resume and journal.is_file() else []
+    left = {name: piece for name, piece in known.items() if name not in done}
+    stored = [read_json(RESULTS / f"{piece.file}.json")["piece_seconds"]
+              for piece in left.values() if (RESULTS / f"{piece.file}.json").is_file()]
+    print(f"{len(left)} of {len(known)} pieces to make; the {len(stored)} of them that are stored "
+          f"took {sum(stored) / 3600:.0f} hours")
+    failed = []
+    write_json(journal, done)  # a new round has begun, even if its first piece is killed
+    for name, piece in left.items():
+        try:
+            store(name, piece)
+        except UserError as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            failed.append(name)
+            continue
+        done.append(name)
+        write_json(journal, done)
+    require(not failed, f"{', '.join(failed)} could not be made, as said above, so what reads them "
+            "read old ones: mend it, and start `all` again")
+
+
 def listing() -> str:
     """All names, for people."""
     lines = ["Tables and files made from stored results:"]
     lines += [f"  {name:16} {what}" for name, what in TABLES.items()]
-    lines += [f"Benchmarks: {' '.join(BENCHES)}"]
+    lines += [f"Benchmarks: {' '.join(BENCHES)}",
+              "Stored results; `all` makes every one again, `all --resume` goes on:"]
     for option, group in MISSING.items():
         names = groups()[group]
-        lines += [f"Stored results; `{option}` makes those without a file:", "  " + " ".join(names)]
+        lines += [f"  `{option}` makes those of these without a file:", "  " + " ".join(names)]
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""The ledger of claims: every claim of the two sources with its verdict, as a file.
+"""The ledger of claims: every claim of the sources with its verdict, as a file.
 
 Numbers and verdicts come from rules on stored results. A result that changes changes them.
 """
@@ -7,6 +7,7 @@ import collections
 
 # The rules enter themselves in the ledger when these are imported.
 from data.evidence import (
+    claims_field,  # noqa: F401
     claims_paper,  # noqa: F401
     claims_tutorial,  # noqa: F401
 )

@@ -4,6 +4,7 @@ A verdict needs all seeds. It covers the tasks whose runs are complete: sensors 
 movies once theirs are. `over_tasks` says what the verdict is where the tasks differ.
 """
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,6 +29,7 @@ from data.evidence.ledger import (
     percent,
     ratio,
     rule,
+    seeds_needed,
     spread,
 )
 from lib.errors import require
@@ -240,20 +242,30 @@ def p2(at: Stored) -> Judgement:
     most 2 points worse in score; it fails to where it is clearly worse; otherwise that part is
     open. So worse in loss with an open score is inconclusive.
     """
-    by_task, verdicts = {}, []
+    by_task, verdicts, unknown = {}, [], []
     for task in ready(at, p2_pieces):
         require_alike(at, joint(task, "coa"))
         losses, scores = by_task[task] = compared(at, task, "coa", "dedicated")
         parts = [True if losses.high <= MATCH_LOSS else False if losses.above(1) else None]
+        if parts[0] is None:
+            logs = Interval(*map(math.log, (losses.value, losses.low, losses.high)))
+            needed = seeds_needed(logs, math.log(MATCH_LOSS))
+            unknown.append(f"{needed} seeds for the loss on {task}")
         if scores:
             parts.append(True if scores.low >= -MATCH_POINTS else
                          False if scores.below() else None)
+            if parts[1] is None:
+                unknown.append(f"{seeds_needed(scores, MATCH_POINTS)} seeds for the score on "
+                               f"{task}")
         verdicts.append(of_parts(*parts))
     longer = [f"; {longer_too(at, task, 'dedicated')}" for task in by_task
               if at.has(f"coa/{task}-long-0")]
     losses = by_task["sensors"][0]
     finding = "Against dedicated adapters, in equal steps, " + "; ".join(
         in_words(task, *pair) for task, pair in by_task.items()) + "".join(longer)
+    if unknown:
+        finding += (f". To know what is open to a tenth of a loss, or to {MATCH_POINTS:g} points, "
+                    f"takes at least {', '.join(unknown)}")
     return Judgement(over_tasks(verdicts), f"Times a dedicated adapter's loss: {brief(by_task)}",
                      finding, losses.value, losses.ends)
 

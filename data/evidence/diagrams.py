@@ -310,7 +310,7 @@ def merge_routes(p: Picture) -> None:
             "rounding error.")
 
 
-@diagram(430, "LLM.int8: loud columns go their own way")
+@diagram(430, "LLM.int8: loud columns are multiplied separately")
 def int8_outliers(p: Picture) -> None:
     """Columns of x with a magnitude of 6.0 or more are multiplied in 16 bits; all others are
     rounded to 8 bits with a scale for each row and multiplied in 8 bits. The two results are
@@ -324,9 +324,9 @@ def int8_outliers(p: Picture) -> None:
     p.label(28, 310, "rows: tokens\ncolumns: features")
     p.arrows("298,164 324,164 324,128 350,128", "186,272 186,282 350,282",
              "796,128 846,128 846,188", "796,282 846,282 846,222", "863,205 894,205")
-    p.box(350, 84, 206, 88, "*quiet columns\nrounded to INT8,\na scale a row (token)", "eight")
+    p.box(350, 84, 206, 88, "*quiet columns\nrounded to INT8,\none scale per row (token)", "eight")
     p.label(573, 134, "×", anchor="middle", size=18)
-    p.box(590, 84, 206, 88, "*W in INT8\na scale a row\n(output feature)", "eight")
+    p.box(590, 84, 206, 88, "*W in INT8\none scale per row\n(output feature)", "eight")
     p.box(350, 238, 206, 88, "*columns with 6.0\nor more, in any token:\nthey stay in 16 bits",
           "loud")
     p.label(573, 288, "×", anchor="middle", size=18)

@@ -4,12 +4,14 @@ A rule is a short function from stored results to a verdict. It names the pieces
 it needs; while one is missing, the verdict is that it was not measured yet.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.special import stdtrit
 from torch import Tensor
 
 from lib.errors import UserError, require
@@ -29,7 +31,7 @@ NOT_HERE, NOT_YET = "not measurable here", "not measured yet"
 # Below this, random configurations are looked at separately.
 FEW_BITS = 4
 VERDICTS = (REPRODUCED, PARTLY, INCONCLUSIVE, REFUTED, COMPUTED, NOT_HERE, NOT_YET)
-SOURCES = {"T": "tutorial", "P": "paper"}
+SOURCES = {"T": "tutorial", "P": "paper", "F": "field"}
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ def not_yet(reason: str) -> Judgement:
 
 def entries(stored: Stored) -> list[dict[str, Any]]:
     """The whole ledger, the tutorial's claims first."""
-    order = sorted(RULES, key=lambda name: (name[0] != "T", int(name[1:])))
+    order = sorted(RULES, key=lambda name: ([*SOURCES].index(name[0]), int(name[1:])))
     return [entry(RULES[name], stored) for name in order]
 
 
@@ -197,6 +199,19 @@ def hits(score: dict[str, Any]) -> Tensor:
 def ratio(logs: Tensor) -> Interval:
     """Geometric mean of ratios from differences of logarithms, any axes."""
     return Interval(*torch.tensor(paired_interval(logs), dtype=torch.float64).exp().tolist())
+
+
+def seeds_needed(interval: Interval, half: float) -> int:
+    """The least number of seeds that would narrow an interval over `SEEDS` to this half-width.
+
+    The least n with t(n - 1) s / sqrt(n) at most `half`, if the spread s stays and all of the
+    width comes from the seeds. Examples add to it, so more may be needed.
+    """
+    def factor(n: int) -> float:
+        return float(stdtrit(n - 1, 0.975)) / n ** 0.5
+
+    now = (interval.high - interval.low) / 2 / factor(len(SEEDS))
+    return next(n for n in itertools.count(2) if now * factor(n) <= half)
 
 
 def spread(row: dict[str, Any], key: str) -> Interval:

@@ -113,10 +113,10 @@ def sweeps(seed: int = 0) -> dict[str, Any]:
     return {
         "targets": sweep({t: vary(targets=t) for t in ("minimal", "standard", "aggressive")}),
         "learning_rate": sweep(
-            {f"lora {r:g}": vary(learning_rate=r) for r in (3e-4, 1e-3, 3e-3, 1e-2)}
+            {f"lora {r:g}": vary(learning_rate=r) for r in (3e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2)}
             | {f"full {r:g}": vary(mode="full", learning_rate=r)
-               for r in (3e-5, 1e-4, 3e-4, 1e-3)}),
-        "alpha": sweep({f"alpha {a}": vary(alpha=a) for a in (8, 32, 128)}),
+               for r in (3e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3)}),
+        "alpha": sweep({f"alpha {a}": vary(alpha=a) for a in (8, 32, 64, 128, 256, 512)}),
     }
 
 

@@ -13,7 +13,7 @@ from lib.base.embedded import MODEL_CACHE, WHEEL, WHEEL_FILE
 from lib.files import BUILD, ROOT
 from lib.host import cores
 
-MEMORY_GB, DISK_GB = 4.3, 2.2  # the largest notebook; base model, its wheel, one laptop run
+MEMORY_GB, DISK_GB = 4.4, 2.2  # the largest notebook; base model, its wheel, one laptop run
 
 
 def examine() -> Iterator[tuple[str, str, str]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from data.evidence import claims_field as field
 from data.evidence import claims_paper as paper
 from data.evidence import claims_tutorial as tutorial
 from data.evidence import ledger
@@ -94,23 +95,24 @@ def targets(minimal: int, slower: float) -> Files:
             "targets_speed": speed}
 
 
-def rates(lora: list[float | None], full: list[float | None]) -> Files:
-    rows = {f"lora {rate:g}": x for rate, x in zip((1e-4, 1e-3, 1e-2), lora, strict=True)}
-    rows |= {f"full {rate:g}": x for rate, x in zip((1e-5, 1e-4, 1e-3), full, strict=True)}
-    return {"sweeps": {"learning_rate": {n: {"validation_loss": x} for n, x in rows.items()}}}
+def rates(*best: float | None) -> Files:
+    """Sweeps of three seeds: full fine-tuning's best rate is 1, LoRA's are these."""
+    def losses(mode: str, lowest: float | None) -> Files:
+        grid = [10.0 ** power for power in range(-2, 5)]
+        return {f"{mode} {rate:g}": {"validation_loss": lowest and math.exp(
+            math.log(rate / lowest) ** 2)} for rate in grid}
+
+    return {name: {"learning_rate": losses("lora", rate) | losses("full", 1)}
+            for name, rate in zip(("sweeps", "sweeps_1", "sweeps_2"), best, strict=True)}
 
 
-def grid(*lora: float) -> Files:
-    """A sweep whose best rates are the middle one of these and 1."""
-    losses = {f"lora {rate:g}": abs(math.log(rate / lora[1])) + 0.1 for rate in lora}
-    losses |= {f"full {rate:g}": abs(rate - 1) + 0.1 for rate in (0.5, 1, 2)}
-    return {"sweeps": {"learning_rate": {n: {"validation_loss": x} for n, x in losses.items()}}}
-
-
-def alphas(*seeds: tuple[float | None, ...]) -> Files:
-    return {name: {"alpha": {f"alpha {a}": {"validation_loss": x}
-                             for a, x in zip((8, 32, 128), losses, strict=True)}}
-            for name, losses in zip(("sweeps", "sweeps_1"), seeds, strict=False)}
+def alphas(*losses: float | None, apart: float = 1.01) -> Files:
+    """Sweeps of three seeds with these losses, alpha 32's `apart` from seed to seed."""
+    grid = (8, 32, 64, 512)
+    return {name: {"alpha": {f"alpha {a}": {"validation_loss": x and x * factor ** (a == 32)}
+                             for a, x in zip(grid, losses, strict=True)}}
+            for name, factor in zip(("sweeps", "sweeps_1", "sweeps_2"), (1 / apart, 1, apart),
+                                    strict=True)}
 
 
 def optimizers(mb: float) -> Files:
@@ -188,6 +190,25 @@ def searched(*gains: float) -> Files:
         for method, gain in zip(METHODS, gains, strict=True) for seed in SEARCHES}
 
 
+def forgotten(kl: float, right: int, apart: float = 1.1) -> Files:
+    """Full fine-tuning with 90 right and a KL of 1; LoRA with these, seeds `apart`."""
+    def ends(middle: float, score_of: int, seed: int) -> dict[str, Any]:
+        windows = [middle * apart ** seed * x for x in (0.9, 1.0, 1.1)]
+        row = {"test": score(score_of), "wikitext": {
+            "kl": {"value": middle}, "windows": {"kl": windows}}}
+        return {"steps": {step: row for step in ("25", "50", "100")}}
+
+    files: Files = {}
+    for arm, seeds, *values in (("full", (0, 0, 0), 1.0, 90), ("lora-16", SEEDS, kl, right)):
+        files |= {name.replace("/", "__"): ends(*values, seed)
+                  for name, seed in zip(field.of_seeds(arm), seeds, strict=True)}
+    return files
+
+
+def rank_four(kl: float, right: int) -> Files:
+    return {"forgetting__lora-4": forgotten(kl, right)["forgetting__lora-16"]}
+
+
 CASES = {
     "T1": [(model(5_000_000, 16_000_000, 40_000_000), YES), (model(8_000_000, 3e7, 4e7), NO),
            (model(12_000_000, 30_000_000, 40_000_000), PARTLY)],
@@ -199,14 +220,15 @@ CASES = {
     "T5": [(targets(50, 1.2), YES, 40), (targets(50, 1.0), PARTLY, 40),
            (targets(89, 1.2), PARTLY, 1), (targets(89, 1.0), OPEN, 1),
            (targets(99, 1.2), PARTLY, -9), (targets(99, 0.9), NO, -9)],
-    "T7": [(rates([1, 0.1, 0.5], [1, 0.1, 0.5]), OPEN, 10),
-           (rates([1, 0.1, None], [1, 0.1, 0.5]), OPEN, 10),
-           (rates([1, 0.5, 0.1], [1, 0.1, 0.5]), NOT_YET), (grid(20, 30, 40), YES, 30),
-           (grid(10, 30, 40), OPEN), (grid(20, 30, 60), OPEN), (grid(3, 4, 4.5), PARTLY, 4),
-           (grid(300, 400, 450), PARTLY, 400), (grid(1, 3, 4), NO, 3), (grid(0.2, 0.3, 0.4), NO)],
-    "T8": [(alphas((0.2, 0.1, 0.2)), YES, 1), (alphas((0.2, 0.105, 0.1)), OPEN),
-           (alphas((0.3, 0.2, 0.1)), PARTLY, 2), (alphas((0.1, 0.2, 0.15)), NO, 2),
-           (alphas((None, 0.1, 0.15)), YES, 1), (alphas((0.3, 0.2, 0.1), (0.3, 0.1, 0.2)), YES, 1)],
+    "T7": [(rates(25, 30, 36), YES, 30), (rates(8, 10, 12.5), PARTLY, 10),
+           (rates(300, 400, 500), PARTLY), (rates(4, 4.1, 4.2), PARTLY), (rates(0.3, 1, 3), OPEN),
+           (rates(0.2, 0.3, 0.4), NO), (rates(30, 1e4, 30), NOT_YET),
+           (rates(30, None, 9), NOT_YET)],
+    "T8": [(alphas(0.2, 0.1, 0.3, 0.3), YES, 1), (alphas(0.2, 0.105, 0.1, 0.3), YES, 1.05),
+           (alphas(0.2, 0.105, 0.1, None), YES), (alphas(0.2, 0.12, 0.1, 0.3), PARTLY, 1.2),
+           (alphas(0.2, 0.105, 0.1, 0.3, apart=1.1), PARTLY), (alphas(0.2, 0.1, 0.3, 0.09), OPEN),
+           (alphas(0.102, 0.1, 0.3, 0.2, apart=1.03), PARTLY),
+           (alphas(0.11, 0.12, 0.1, 0.115), NO), (alphas(0.2, 0.3, 0.1, 0.2), NO)],
     "T9": [(optimizers(25), YES, 7.5), (optimizers(99), PARTLY), (optimizers(101), NO)],
     "T10": [(disk(), YES, 7), (disk(merged=13.4), PARTLY, 7),
             (disk(merged=13.4, int8=6, half=0.08), NO, 6)],
@@ -235,6 +257,10 @@ CASES = {
     "P5": [(joint("coa", loss, right) | joint("lora", 0.1, 40), verdict, loss / 0.1)
            for loss, right, verdict in ((0.05, 40, YES), (0.1, 60, YES), (0.1, 40, OPEN),
                                         (0.05, 10, PARTLY), (0.4, 40, NO))],
+    "F1": [(forgotten(0.5, 70), YES), (forgotten(0.5, 90), PARTLY), (forgotten(0.5, 99), PARTLY),
+           (forgotten(2, 70), NO), (forgotten(0.9, 90), OPEN), (forgotten(0.9, 70), PARTLY),
+           (forgotten(2, 80) | rank_four(0.8, 70), PARTLY),
+           (forgotten(2, 80) | rank_four(1.2, 70), NO)],
 }
 
 
@@ -291,6 +317,17 @@ def test_a_claim_waits_for_its_seeds_and_old_pieces_are_made_again(tmp_path):
     assert entry["finding"] == "Still to be made: full_1, full_2, ..., full_1e-4_2."
     entry = judge("T5", tmp_path, targets(50, 1.0) | {"targets_speed": {}})
     assert entry["finding"] == "A stored piece lacks 'aggressive_step_ratio': make it again."
+
+
+def test_an_open_claim_says_how_many_seeds_would_narrow_it(tmp_path):
+    """t(n - 1) / sqrt(n), half a width in standard deviations, is 2.484 at n = 3, 0.715 at 10."""
+    assert ledger.seeds_needed(ledger.Interval(0, -2.48, 2.48), 2.49) == 3
+    assert ledger.seeds_needed(ledger.Interval(0, -2.484, 2.484), 0.72) == 10
+    files = sizes() | {f"{name}{seed}": run(90 + 3 * i * (name == "full"))
+                       for name in ("full", "lora", "full_1e-4")
+                       for i, seed in enumerate(("", "_1", "_2"))}
+    entry = judge("T14", tmp_path, files)
+    assert re.search(r"to know the first to 2 points takes at least \d+ seeds", entry["finding"])
 
 
 def test_p1_says_which_configuration_is_worst_and_what_more_steps_give(tmp_path):
