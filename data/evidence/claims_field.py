@@ -3,7 +3,6 @@
 import torch
 
 from data.evidence.ledger import (
-    PARTLY,
     REFUTED,
     SEEDS,
     Judgement,
@@ -23,13 +22,6 @@ def of_seeds(arm: str) -> list[str]:
     return [f"forgetting/{arm}", *(f"forgetting/{arm}-seed-{seed}" for seed in SEEDS[1:])]
 
 
-def holds_at(at: Stored, arm: str) -> bool:
-    """Whether one run clearly learns less and forgets less than the first of full fine-tuning."""
-    one, full = (at[f"forgetting/{name}"]["steps"]["100"] for name in (arm, "full"))
-    moved, base = (torch.tensor(row["wikitext"]["windows"]["kl"]).double() for row in (one, full))
-    return points([one["test"]], [full["test"]]).below() and ratio((moved / base).log()).below(1)
-
-
 @rule("F1", "LoRA learns less and forgets less than full fine-tuning (Biderman et al. 2024).",
       "100 steps on the sensors, full fine-tuning and rank 16 at the best rate of a first sweep, "
       "three seeds; ranks 4, 64 and QLoRA at rank 16's, one seed: right answers of 200, and how "
@@ -41,8 +33,7 @@ def holds_at(at: Stored, arm: str) -> bool:
 def f1(at: Stored) -> Judgement:
     """Two parts at rank 16, it learns less and it forgets less.
 
-    Refuted if it forgets more, for that is what the claim denies; partly right if it forgets more
-    at rank 16, but both parts hold at rank 4.
+    Refuted if it forgets more, for that is what the claim denies.
     """
     ends = {arm: [at[name]["steps"]["100"] for name in of_seeds(arm)]
             for arm in ("full", "lora-16")}
@@ -51,8 +42,7 @@ def f1(at: Stored) -> Judgement:
              for arm, rows in ends.items()}
     forgets = ratio((moved["lora-16"] / moved["full"]).log())
     less = [None if x is None else not x for x in (learns.shows(), forgets.shows(1))]
-    small = at.has("forgetting/lora-4") and holds_at(at, "lora-4")
-    verdict = of_parts(*less) if not forgets.above(1) else PARTLY if small else REFUTED
+    verdict = REFUTED if forgets.above(1) else of_parts(*less)
     half = {arm: at[f"forgetting/{arm}"]["steps"] for arm in ends}
     on_the_way = "; ".join(
         f"{label} {percent(rows[step]['test']['share'], 0)} right and KL "
@@ -65,6 +55,6 @@ def f1(at: Stored) -> Judgement:
     headline = f"LoRA of rank {RANK}: {forgets:.2f} times the KL, {learns:+.1f} points"
     finding = (f"At rank {RANK} the distribution of the next token moves {forgets:.2f} times as "
                f"far as with full fine-tuning, at {learns:+.1f} points on the task. On the way, "
-               f"one seed: {on_the_way}" + (f". KL at the end: {others}" if others else "")
-               + ". At rank 4 both parts hold" * small)
+               f"one seed: {on_the_way}" + (
+                   f". KL at the end, one seed each: {others}" if others else ""))
     return Judgement(verdict, headline, finding, forgets.value, forgets.ends)

@@ -183,13 +183,14 @@ def t5(at: Stored) -> Judgement:
     shares, mb = (", ".join(each) for each in zip(*(
         (f"{100 * r['test']['share']:.1f}", f"{r['saved_mb']:.1f}") for r in rows), strict=True))
     ranks = {n: at[n] for n in ("rank_4", "rank_64") if at.has(n)}
-    more = "".join(f"; rank {r['settings']['rank']}: {percent(r['test']['share'])}"
+    more = "".join(f"; all seven at rank {r['settings']['rank']}: {percent(r['test']['share'])}"
                    for r in ranks.values())
     headline = (f"Seven modules, not two: {gap:+.1f} points; a step takes {step.value:.2f} times "
                 "as long")
     doubt = " (no clear difference)" if slower is None else ""
-    finding = (f"{shares} % right with {mb} MB. All seven modules are {gap:+.1f} points above q "
-               f"and v; a step takes {step:.2f} times as long{doubt}{more}")
+    finding = (f"Minimal, standard, aggressive: {shares} % right with adapters of {mb} MB. All "
+               f"seven modules are {gap:+.1f} points above q and v; a step takes {step:.2f} times "
+               f"as long{doubt}{more}")
     return Judgement(of_parts(gap.shows(), slower), headline, finding, gap.value, gap.ends)
 
 
@@ -320,11 +321,11 @@ def t8(at: Stored) -> Judgement:
     ends = [ratio(every[RULED] - every[end]).below(1) for end in (alphas[0], alphas[-1])]
     worst = max(every, key=lambda alpha: float(every[alpha].mean()))
     verdict = REFUTED if worst == RULED else of_parts(near, all(ends))
-    ranks = ", ".join(
-        f"at {rank} {rows['alpha 2r']['validation_loss'] / least:.2f} times"
+    ranks = " and ".join(
+        f"{rows['alpha 2r']['validation_loss'] / least:.2f} times the lowest loss at {rank}"
         for rank, rows in (at["alpha"].items() if at.has("alpha") else ())
         for least in [min(r["validation_loss"] or math.inf for r in rows.values())])
-    more = f"; with other ranks, {ranks} the lowest loss" if ranks else ""
+    more = f". With one seed, alpha = 2 r has {ranks}" if ranks else ""
     edge = "" if best not in (alphas[0], alphas[-1]) else ", at the edge of the grid"
     headline = f"{above:.2f} times the loss of the best, alpha {best}{edge}"
     finding = (f"alpha {RULED} has {above:.2f} times the loss of alpha {best}, the best of "
@@ -452,7 +453,7 @@ def t13(at: Stored) -> Judgement:
 
 
 @rule("T14", "LoRA matches full fine-tuning at 1 % of the cost.",
-      "Three seeds of each on the same data, each at the best rate of the sweep, scored on the "
+      "Three seeds of each on the same data, each at the best rate of a first sweep, scored on the "
       "same examples and on new phrasings. Cost is peak memory, time and bytes, against full "
       "fine-tuning at a third of its rate, which ran under the same conditions as LoRA.",
       short="LoRA matches full tuning at 1 % of the cost", unit="points",

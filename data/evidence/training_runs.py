@@ -21,7 +21,7 @@ from lib.train.training import train
 REFERENCE = PROFILES["reference"].train
 # The sweeps compare many settings, so each run is short; the loss decides.
 SWEEP = dataclasses.replace(REFERENCE, mode="lora", steps=30, batch_size=8)
-# The best of `sweeps`, as LoRA's is: claim T14 compares them.
+# The best of a first, coarser sweep, as LoRA's is: claim T14 compares them.
 FULL_RATE = 3e-4
 SIZES = (100, 300, 1000, 1600, 5000)
 
