@@ -35,20 +35,19 @@ def f1(at: Stored) -> Judgement:
 
     Refuted if it forgets more, for that is what the claim denies.
     """
-    ends = {arm: [at[name]["steps"]["100"] for name in of_seeds(arm)]
-            for arm in ("full", "lora-16")}
+    runs = {arm: [at[name]["steps"] for name in of_seeds(arm)] for arm in ("full", "lora-16")}
+    ends = {arm: [steps["100"] for steps in rows] for arm, rows in runs.items()}
     learns = points(*([row["test"] for row in ends[arm]] for arm in ("lora-16", "full")))
     moved = {arm: torch.tensor([row["wikitext"]["windows"]["kl"] for row in rows]).double()
              for arm, rows in ends.items()}
     forgets = ratio((moved["lora-16"] / moved["full"]).log())
     less = [None if x is None else not x for x in (learns.shows(), forgets.shows(1))]
     verdict = REFUTED if forgets.above(1) else of_parts(*less)
-    half = {arm: at[f"forgetting/{arm}"]["steps"] for arm in ends}
     on_the_way = "; ".join(
         f"{label} {percent(rows[step]['test']['share'], 0)} right and KL "
         f"{rows[step]['wikitext']['kl']['value']:.2f}"
         for step in ("25", "50") for label, rows in (
-            (f"at step {step} LoRA", half["lora-16"]), ("full", half["full"])))
+            (f"at step {step} LoRA", runs["lora-16"][0]), ("full", runs["full"][0])))
     last = {arm: at[f"forgetting/{arm}"]["steps"]["100"]["wikitext"]["kl"]["value"]
             for arm in BESIDE if at.has(f"forgetting/{arm}")}
     others = ", ".join(f"{arm} {kl:.2f}" for arm, kl in last.items())

@@ -316,7 +316,8 @@ def t8(at: Stored) -> Judgement:
     alphas = sorted(every)
     best = min(every, key=lambda alpha: float(every[alpha].mean()))
     above = ratio(every[RULED] - every[best])
-    near = (None if best in (alphas[0], alphas[-1]) else True if above.high <= 1 + NEAR_LOSS
+    at_edge = best in (alphas[0], alphas[-1])
+    near = (None if at_edge else True if above.high <= 1 + NEAR_LOSS
             else False if above.above(1 + NEAR_LOSS) else None)
     ends = [ratio(every[RULED] - every[end]).below(1) for end in (alphas[0], alphas[-1])]
     worst = max(every, key=lambda alpha: float(every[alpha].mean()))
@@ -326,7 +327,7 @@ def t8(at: Stored) -> Judgement:
         for rank, rows in (at["alpha"].items() if at.has("alpha") else ())
         for least in [min(r["validation_loss"] or math.inf for r in rows.values())])
     more = f". With one seed, alpha = 2 r has {ranks}" if ranks else ""
-    edge = "" if best not in (alphas[0], alphas[-1]) else ", at the edge of the grid"
+    edge = ", at the edge of the grid" if at_edge else ""
     headline = f"{above:.2f} times the loss of the best, alpha {best}{edge}"
     finding = (f"alpha {RULED} has {above:.2f} times the loss of alpha {best}, the best of "
                f"{len(every)}{edge} ({len(SEEDS)} seeds), and is {'' if all(ends) else 'not '}"

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -112,15 +111,16 @@ def test_rules_name_pieces_that_can_be_made():
     assert (paper.METHODS, paper.SEARCHES) == (search.METHODS, search.ALL_SEEDS)
 
 
-def test_the_modes_are_compared_near_the_best_rates_of_the_sweep():
+def test_the_modes_are_compared_at_the_best_rates_of_the_first_sweep():
+    """It had these rates; those between came after the modes had been trained."""
+    first = {"lora": (3e-4, 1e-3, 3e-3, 1e-2), "full": (3e-5, 1e-4, 3e-4, 1e-3)}
     rows = read_json(RESULTS / "sweeps.json")["result"]["learning_rate"].values()
     for mode in ("lora", "full"):
-        best = tutorial.best_rate({
-            row["settings"]["learning_rate"]: math.log(row["validation_loss"] or math.inf)
-            for row in rows if row["settings"]["mode"] == mode})
+        losses = {row["settings"]["learning_rate"]: row["validation_loss"] for row in rows
+                  if row["settings"]["mode"] == mode and row["validation_loss"]}
         for name in tutorial.of_seeds(mode):
-            rate = read_json(RESULTS / f"{name}.json")["result"]["settings"]["learning_rate"]
-            assert best / 2 < rate < 2 * best, name
+            settings = read_json(RESULTS / f"{name}.json")["result"]["settings"]
+            assert settings["learning_rate"] == min(first[mode], key=lambda x: losses[x]), name
 
 
 def test_the_notebooks_verdicts_are_those_of_the_ledger():
