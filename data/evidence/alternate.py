@@ -1,27 +1,32 @@
-"""Training variants that plug into `lib.coa.adapter.train_over` as callbacks.
+"""Training variants around `lib.coa.adapter.train_over`: two callbacks and another loss.
 
 `Renewing` searches between the steps (Ye, Tang, Ngai, arXiv 2509.25214, section 4).
 `StartFromError` starts a plain adapter from the quantisation error (as LQ-LoRA does, Guo et al.
-2023, but without its alternation).
+2023, but without its alternation). `distilling` learns half from a teacher's distribution.
 """
 
-from collections.abc import Container, Iterable, Sequence
+import contextlib
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from peft import PeftModel
-from torch import Tensor
-from transformers import TrainerCallback
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainerCallback
 
 from lib.base.model import load_tokenizer
-from lib.base.records import Record
+from lib.base.records import IGNORED, Record
 from lib.coa.adapter import NAME, CoaLora, Switching, set_components
 from lib.coa.configuration import Configuration, Layers, Switchable
 from lib.coa.pareto import Evaluate, Evaluated, Features, Journal, front_by_segment, search
 from lib.evaluate.scores import held_out_loss
 from lib.quantize.correction import WEIGHED_BY, input_roots, low_rank
 from lib.quantize.formats import FAMILIES
+from lib.train import training
+
+TAUGHT = 0.5  # share of the loss that a teacher gives
 
 
 @dataclass(frozen=True)
@@ -115,3 +120,30 @@ def start_from_error(model: PeftModel, base: Switchable, configuration: Configur
         layer = model.get_submodule(f"base_model.model.{name}")
         error = base.weight(index) - base.weight(index, fmt)
         set_components(layer, range(layer.r[NAME]), *low_rank(error, roots[index], layer.r[NAME]))
+
+
+@contextlib.contextmanager
+def distilling(teacher: PreTrainedModel) -> Iterator[None]:
+    """Train in the block on (1 - s) cross-entropy + s KL(teacher || model), s = TAUGHT.
+
+    Both are summed over the learned tokens (Hinton et al. 2015, at temperature 1).
+    """
+    def loss(model: Any, ids: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+        target = labels[:, 1:]
+        columns = (target != IGNORED).any(0).nonzero()[:, 0]
+        target = target[:, columns]
+        keep = target != IGNORED
+
+        def logits(one: Any) -> Tensor:
+            output = one(input_ids=ids, use_cache=False, logits_to_keep=columns)
+            return output.logits[keep].float()
+
+        own = logits(model)
+        with torch.no_grad():
+            aim = logits(teacher).log_softmax(-1)
+        hard = nn.functional.cross_entropy(own, target[keep], reduction="sum")
+        soft = nn.functional.kl_div(own.log_softmax(-1), aim, reduction="sum", log_target=True)
+        return (1 - TAUGHT) * hard + TAUGHT * soft, int(keep.sum())
+
+    with mock.patch.object(training, "answer_loss", loss):
+        yield

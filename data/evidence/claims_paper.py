@@ -222,7 +222,7 @@ def useful(at: Stored, task: str, method: str) -> tuple[str, str, int, float]:
     words = (f"{task}, after {len(runs[0]['losses'])} steps: useful at {len(good)} of "
              f"{len(shares)} main configurations (the lowest, {least} bits: {value:.0f} "
              f"[{low:.0f}, {high:.0f}] %), {times:.2g} times the bare base's loss, at worst "
-             f"{worst:.1f} nats ({where} bits)")
+             f"{worst:.1f} nats ({where.removeprefix('more ')} bits)")
     return verdict, words, len(good), worst
 
 
@@ -264,7 +264,7 @@ def p2(at: Stored) -> Judgement:
     finding = "Against dedicated adapters, in equal steps, " + "; ".join(
         in_words(task, *pair) for task, pair in by_task.items()) + "".join(longer)
     if unknown:
-        finding += (f". To know what is open to a tenth of a loss, or to {MATCH_POINTS:g} points, "
+        finding += (f". To settle what is open, to a tenth of a loss or {MATCH_POINTS:g} points, "
                     f"takes at least {', '.join(unknown)}")
     return Judgement(over_tasks(verdicts), f"Times a dedicated adapter's loss: {brief(by_task)}",
                      finding, losses.value, losses.ends)
@@ -328,9 +328,9 @@ def p4(at: Stored) -> Judgement:
              for task in TASKS if at.has(f"coa/{task}-alternated-0", f"coa/{task}-coa-0")]
     headline = (f"Hypervolume {over['random']:+.2f} against random choice, "
                 f"{over['nsga2'].value:+.2f} against NSGA-II")
-    finding = (f"The search adds {gain:.3f} to {rows['ours'][0]['without_search']:.2f}: "
-               f"{over['random']:+.3f} against random configurations, {over['nsga2']:+.3f} against "
-               f"NSGA-II{''.join(turns)}")
+    finding = (f"The search adds {gain:.3f} to a hypervolume of "
+               f"{rows['ours'][0]['without_search']:.2f}: {over['random']:+.3f} against random "
+               f"configurations, {over['nsga2']:+.3f} against NSGA-II{''.join(turns)}")
     return Judgement(verdict, headline, finding, over["random"].value, over["random"].ends)
 
 

@@ -3,6 +3,7 @@
 The most telling come first, so a run of all that is cut off has those. It loses one piece.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -18,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.evidence.alternate import Renewing, StartFromError
+from data.evidence.alternate import Renewing, StartFromError, distilling
 from data.evidence.compare import MAIN
 from data.evidence.ledger import SEEDS
 from data.evidence.pieces import ADAPTERS, RESULTS, Piece, score_row, training_row
-from lib.base.model import load_tokenizer
+from lib.base.model import best_dtype, load_tokenizer
 from lib.coa.adapter import train_over
 from lib.coa.configuration import (
     Configuration,
@@ -40,6 +41,7 @@ from lib.errors import require
 from lib.evaluate.scores import held_out_loss, keyword_score
 from lib.files import BUILD, read_json, replacing
 from lib.quantize.formats import Format
+from lib.quantize.merging import merge
 from lib.settings import PROFILES, TrainSettings
 from lib.train.training import TrainResult
 
@@ -66,6 +68,7 @@ LONG = 260
 LONG_RATE = {"sensors": 4.5e-3, "movies": 1.5e-3}
 # Shared-LoRA with the steps and rates of "long" is the rival of "long".
 LONGER = {"long": "coa", "lora-long": "lora"}
+VARIANTS = {"alternated": "coa", "distilled": "coa"}
 # Search and training in turn: a search before each of these steps, with so many evaluations on
 # so many examples.
 RENEW_AT, EVALUATIONS, HELD = (34, 67), 20, 24
@@ -207,9 +210,10 @@ def digest(configurations: Sequence[Configuration]) -> str:
 def joint(task: str, method: str, seed: int, rate: float = 0.0) -> dict[str, Any]:
     """One adapter over the training set, at all test configurations.
 
-    Methods are those of `train_over`, those of LONGER, and "alternated": "coa" with a search
-    between its steps. A `rate` belongs to a sweep, which is measured on validation examples: a
-    setting must not be chosen by the examples that judge it. "long" is in no sweep.
+    Methods are those of `train_over`, those of LONGER, and two variants of "coa": "alternated",
+    with a search between its steps, and "distilled", from the unquantised model that has the
+    task's QLoRA adapter. A `rate` belongs to a sweep, which is measured on validation examples:
+    a setting must not be chosen by the examples that judge it. "long" is in no sweep.
     """
     base = CachedOnDisk.load(cache_mb=CACHE_MB)
     training, tests = plans_of(task, base.layers)
@@ -225,9 +229,13 @@ def joint(task: str, method: str, seed: int, rate: float = 0.0) -> dict[str, Any
         callbacks = [Renewing(base, training, seed, at=RENEW_AT, evaluations=EVALUATIONS,
                               features=Features.of(base, felt),
                               held=TASKS[task]("validation", HELD))]
-    run, coa = train_over(base, TASKS[task]("train"), training, settings, say_every=10,
-                          method=(LONGER | {"alternated": "coa"}).get(method, method),
-                          callbacks=callbacks)
+    learning = contextlib.nullcontext()
+    if method == "distilled":
+        learning = distilling(merge(**teacher(task)).to(best_dtype()))
+    with learning:
+        run, coa = train_over(base, TASKS[task]("train"), training, settings, say_every=10,
+                              method=(LONGER | VARIANTS).get(method, method),
+                              callbacks=callbacks)
     whole = time.monotonic() - start
     if (method, seed, rate) == ("long", 0, 0.0):
         coa.save_pretrained(ADAPTERS / f"{task}_coa", dtype=torch.float16)
@@ -237,6 +245,11 @@ def joint(task: str, method: str, seed: int, rate: float = 0.0) -> dict[str, Any
         "with_start_s": round(whole, 1),
         "plans": measure(base, run.model, task, tests, training,
                          "validation" if swept else "test")}
+
+
+def teacher(task: str) -> dict[str, Any]:
+    """The unquantised model that has learned a task, as `merge` takes it."""
+    return {"adapter": ADAPTERS / f"{task}_qlora", "route": "dequantized"}
 
 
 def dedicated(task: str, seed: int, name: str, *, rate: float = 0.0, from_error: bool = False
@@ -291,6 +304,7 @@ def pieces() -> dict[str, Piece]:
     for seed in SEEDS:
         rate = RATE["movies"]
         add(f"movies-long-rate{rate:g}-{seed}", joint, "movies", "long", seed, rate)
+        add(f"movies-distilled-{seed}", joint, "movies", "distilled", seed)
     return every
 
 

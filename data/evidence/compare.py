@@ -15,7 +15,7 @@ from lib.files import ROOT, read_json
 
 STORED = ROOT / "data" / "results" / "coa"
 # Methods with one adapter for all configurations; the others have one for each.
-JOINT = ("coa", "lora", "paper", "alternated", "long", "lora-long")
+JOINT = ("coa", "lora", "paper", "alternated", "distilled", "long", "lora-long")
 # The greedy configurations at the paper's budgets, and two random ones.
 MAIN = ("greedy 2.5", "greedy 3", "greedy 3.5", "greedy 4", "random 4.5", "random 6")
 

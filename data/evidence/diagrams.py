@@ -451,7 +451,6 @@ def search_round(p: Picture) -> None:
     p.label(218, 342, "bits a weight: known exactly", anchor="middle")
     p.label(72, 84, "log of the loss")
     p.box(240, 240, 46, 26, "", "loud", "area gained")
-    p.box(286, 266, 60, 20, "", "loud")
     steps = [front[0]]
     for x, y in front[1:]:
         steps += [(x, steps[-1][1]), (x, y)]

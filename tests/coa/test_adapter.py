@@ -39,11 +39,13 @@ from lib.coa.configuration import (
     random_configuration,
 )
 from lib.errors import UserError
+from lib.evaluate.scores import answer_loss
 from lib.files import read_json, write_json, writing
 from lib.quantize import merging
 from lib.quantize.correction import input_roots, low_rank
 from lib.quantize.formats import FORMATS, GRID, Format, GgufFormat, round_trip
 from lib.settings import TrainSettings
+from lib.train import training
 from lib.train.lora import count_trainable, fused, load_adapter
 
 IDS = torch.tensor([[5, 900, 17, 3, 42, 7]])
@@ -459,6 +461,26 @@ def test_started_from_the_error_it_is_nearer(base: Switchable) -> None:
         left = 2.0 * layer.lora_B[NAME].weight @ layer.lora_A[NAME].weight - error
         assert (left @ start.roots[index]).norm() < 0.6 * (error @ start.roots[index]).norm()
     assert (logits(model) - original).square().mean() < 0.5 * before
+
+
+def test_half_of_a_distilled_loss_is_the_distance_to_the_teacher(
+        base: Switchable, make_tiny: Make) -> None:
+    labels = torch.where(IDS > 10, IDS, -100)
+    plain, count = training.answer_loss(base.model, IDS, labels)
+    other = make_tiny()
+    other.get_input_embeddings().weight.data *= 2
+    for teacher, nearest in ((base.model, True), (other, False)):
+        with alternate.distilling(teacher):
+            taught, tokens = training.answer_loss(base.model, IDS, labels)
+        assert tokens == count
+        distance = (taught - plain / 2).item()
+        assert abs(distance) < 1e-5 if nearest else distance > 1e-3
+        with torch.no_grad():
+            p, q = (m(IDS).logits[0, :-1].log_softmax(-1) for m in (teacher, base.model))
+        rows = labels[0, 1:] != -100
+        expected = 0.5 * float((p.exp() * (p - q)).sum(-1)[rows].sum())
+        assert distance == pytest.approx(expected, abs=1e-4)
+    assert training.answer_loss is answer_loss
 
 
 @pytest.mark.parametrize(("family", "count"), [("nf", 12), ("gguf", 5)])
