@@ -7,13 +7,15 @@ import importlib
 import itertools
 import math
 import os
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from lib.errors import UserError, require
 from lib.files import MANIFEST, read_json, size_mb, write_json
-from lib.host import is_main_process, process_count
+from lib.host import is_main_process
 from lib.settings import MODES, PROFILES, ServeSettings, TrainSettings
 
 # Commands import what they need: torch takes seconds, and a mistake should show at once.
@@ -21,6 +23,7 @@ DIR: dict[str, Any] = {"type": Path, "metavar": "DIR"}
 ALIASES = {"search": "find the front of an adapter for all configurations", "bench": "run a "
            "benchmark: python -m data.evidence", "slides": "build a deck for each notebook",
            "site": "build the course as a static site"}
+REPEATED = ("--lora", "--ignore", "--budget-mb", "--budgets")
 LIMIT: dict[str, Any] = {"type": float, "default": math.inf}
 FIELDS: dict[str, Any] = {"action": "extend", "type": lambda text: text.split(","), "default": [],
                           "metavar": "FIELD", "help": "fields of the records to leave out"}
@@ -55,13 +58,12 @@ def parser() -> Parser:
     add_fields(train, TrainSettings, omit=("mode", "plain"))
 
     add = commands.add_parser("evaluate", help="score one or two systems on records").add_argument
-    add("systems", nargs="+", metavar="SYSTEM",
-        help="adapter, deployment or model: a folder, a hub id, embedded; or http://HOST/v1#NAME")
+    add("systems", nargs="+", metavar="SYSTEM", help="a folder, a hub id, or http://HOST/v1#NAME")
     add("--data", required=True, metavar="FILE", help="records, as for train")
     add("--ignore", **FIELDS)
     add("--learn", default="all", choices=("all", "last"), help="as in train; default all")
-    add("--route", default="", choices=("original", "dequantized"),
-        help="base of an adapter that does not state it")
+    add("--route", default="", choices=("original", "dequantized"), help="as for export")
+    add("--model", default="", help="base of an adapter, where it is now")
     add("--limit", type=int, default=None, metavar="N", help="only the first N records")
     add("--new-tokens", type=int, default=128, metavar="N", help="longest answer, default 128")
     add("--out", type=Path, metavar="FILE", help="also write the figures as JSON")
@@ -69,8 +71,7 @@ def parser() -> Parser:
     add = commands.add_parser("export", help="write GGUF files that `serve` serves").add_argument
     add("--out", required=True, **DIR)
     add("--merge", help="adapter to merge", **DIR)
-    add("--adapter", action="append", default=[], metavar="NAME=DIR",
-        help="adapter to keep beside the model; may be repeated")
+    add("--adapter", action="append", default=[], metavar="NAME=DIR", help="kept beside it")
     add("--type", default="Q8_0", help="Q8_0 (default), F16, IQ4_NL, Q4_K, ...")
     add("--importance", metavar="FILE", help="records that say which columns matter")
     add("--ignore", **FIELDS)
@@ -80,8 +81,7 @@ def parser() -> Parser:
 
     add = commands.add_parser("deploy", help="from a budget to files that run").add_argument
     add("--adapter", help="any adapter; with --data", **DIR)
-    add("--data", default="", metavar="FILE", help="records (the first 256) that choose and "
-        "score; default those that the adapter was trained on")
+    add("--data", default="", metavar="FILE", help="records (256) that choose; default its own")
     add("--ignore", **FIELDS)
     add("--task", default="", help="a shipped adapter and its records: sensors, movies")
     add("--format", default="", choices=("", "packed", "gguf"), help="default by the adapter")
@@ -160,8 +160,7 @@ def dispatch(args: argparse.Namespace) -> None:
                            held=held)
             if is_main_process():
                 print(f"{args.out}: {result.trainable:,} of {result.parameters:,} parameters "
-                      f"trained, {result.seconds:.0f} s, peak {result.peak_mb:.0f} MB"
-                      + f", {process_count()} processes" * (process_count() > 1))
+                      f"trained, {result.seconds:.0f} s, peak {result.peak_mb:.0f} MB")
         case "evaluate":
             from lib.base.records import Records
 
@@ -171,12 +170,16 @@ def dispatch(args: argparse.Namespace) -> None:
             records = Records(args.data, ignore=args.ignore)
             places, records = zip(*((records.where, record) for record
                                     in itertools.islice(records, args.limit)), strict=True)
-            require(not args.route or any(Path(system, "adapter_config.json").is_file()
-                    for system in args.systems), "--route is for adapters: none is named")
+            require(not (args.route or args.model) or any(
+                Path(system, "adapter_config.json").is_file() for system in args.systems),
+                "--route and --model are for adapters: none is named")
+            require(not args.out or args.out.resolve() != Path(args.data).resolve(),
+                    f"--out {args.out} would replace the records: choose another file")
             from lib.deploy.evaluation import differences, evaluate
 
             done = [evaluate(system, records, new_tokens=args.new_tokens, learn=args.learn,
-                             route=args.route, places=places) for system in args.systems]
+                             route=args.route, base=args.model, places=places)
+                    for system in args.systems]
             rows = [(system, row.figures()) for system, row in zip(args.systems, done, strict=True)]
             if len(done) == 2:
                 rows.append(("the second less the first", differences(*done)))
@@ -187,8 +190,8 @@ def dispatch(args: argparse.Namespace) -> None:
                     interval = " [{:.4g}, {:.4g}]".format(*ends) if ends else ""
                     print(f"  {figure:14} {middle:.4g}{interval}")
             if args.out:
-                write_json(args.out, {"data": args.data, "records": len(records),
-                                      "systems": dict(rows)})
+                facts = {"data": args.data, "records": len(records)}
+                write_json(args.out, facts | {"systems": dict(rows)})
         case "export":
             adapters: dict[str, Path] = {}
             for text in args.adapter:
@@ -196,6 +199,7 @@ def dispatch(args: argparse.Namespace) -> None:
                 require(name and directory and name not in adapters,
                         f"--adapter {text}: use NAME=DIR, and each name once")
                 adapters[name] = Path(directory)
+            require(args.importance or not args.ignore, "--ignore is for --importance: name both")
             records = first_records(args.importance, args.ignore) if args.importance else ()
             from lib.quantize.gguf import commands, export
 
@@ -231,8 +235,8 @@ def dispatch(args: argparse.Namespace) -> None:
             from lib.serve.server import serve
 
             with contextlib.suppress(KeyboardInterrupt):  # the ordinary way to stop it
-                serve(args.path, from_fields(ServeSettings, args), args.lora,
-                      until_eof=args.until_eof)
+                settings = from_fields(ServeSettings, args)
+                serve(args.path, settings, args.lora, until_eof=args.until_eof)
 
 
 def user_message(error: Exception) -> str:
@@ -241,8 +245,7 @@ def user_message(error: Exception) -> str:
     if isinstance(error, UserError):
         return text
     if isinstance(error, ModuleNotFoundError) and (error.name or "lib").split(".")[0] != "lib":
-        return (f"{error.name} is not installed in {sys.executable}: "
-                "`python -m lib doctor` says what is missing")
+        return f"{error.name} is not installed in {sys.executable}: run `python -m lib doctor`"
     # A full disk, a read-only folder, ...: safetensors reports them as an error of its own.
     system = isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError)
     if system or "os error " in text:
@@ -250,10 +253,21 @@ def user_message(error: Exception) -> str:
     return ""
 
 
+def require_once(words: Sequence[str]) -> None:
+    """UserError for an option given twice, of which argparse takes the last, or an empty value."""
+    named = [word.partition("=")[0] for word in words if word.startswith("--")]
+    repeated = (*REPEATED, *["--adapter"] * (words[:1] == ["export"]))
+    for option in {*named} - {*repeated}:
+        require(named.count(option) == 1, f"{option} is given twice: give it once")
+    require(all(word and not re.fullmatch("--[a-z-]+=", word) for word in words),
+            "an option has an empty value: give it one, or leave it out")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command; return 0, 2 after one line for a user's mistake, or 130 for Ctrl-C."""
     try:
         words = sys.argv[1:] if argv is None else argv
+        require_once(words)
         if words[:1] and words[0] in ALIASES:  # by name, because `lib` does without `data`
             return importlib.import_module("data.evidence.__main__").aliased(*words)
         dispatch(parser().parse_args(words))

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import random
+import re
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any
@@ -117,7 +118,7 @@ def get_profile(name: str, model: str = "") -> Profile:
 class ServeSettings:
     """How a server runs."""
 
-    context: int = 2048  # tokens of prompt and answer together, for each request
+    context: int = 0  # tokens of prompt and answer together; 0 is up to 2,048, as the model has
     slots: int = 4  # requests computed at the same time, in one batch
     threads: int = 0  # of the engine; 0 means all cores this process may use
     engine: str = ""  # a `llama-server` of one's own; empty is the wheel's
@@ -128,8 +129,11 @@ class ServeSettings:
     cors: str = ""  # web pages that may ask, as origins separated by commas
 
     def __post_init__(self) -> None:
-        check_bounds(self, context=(16, inf), slots=(1, 1024), threads=(0, 1024), port=(0, 65535),
+        require(not 0 < self.context < 16, f"context {self.context}: use 16 or more")
+        check_bounds(self, context=(0, inf), slots=(1, 1024), threads=(0, 1024), port=(0, 65535),
                      max_tokens=(1, inf))
+        pages = re.fullmatch(r"((\*|null|https?://[^/\s,]+)(,|$))*", self.cors)
+        require(pages, f"cors {self.cors!r}: use https://page.example,https://other.example, or *")
 
 
 def seed_everything(seed: int) -> None:

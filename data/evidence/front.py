@@ -93,7 +93,7 @@ def find_front(adapter: Path, records: Sequence[Record], *, evaluations: int, se
     manifest = verified(adapter)
     base = Switchable.load(manifest["base"], cache_mb=1500)
     tokenizer = load_tokenizer(
-        str(adapter) if (adapter / "tokenizer.json").is_file() else base.name)
+        str(adapter), base=base.name)
     options: dict[str, Any] = {"tokenizer": tokenizer,
                                "learn": manifest.get("settings", {}).get("learn", "all")}
     family, felt_by, held = manifest["grid"], records[:FELT_BY], records[-HELD:]

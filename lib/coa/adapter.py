@@ -33,8 +33,7 @@ from lib.train.lora import adapter_files, load_adapter, make_portable
 from lib.train.training import TrainResult, train
 
 NAME = "default"
-# U is a tenth of the network's output: Adam moves each weight by about the learning rate
-# regardless of its gradient, and U should move at a pace that suits A and B.
+# Of U: Adam moves all weights by about the learning rate, and U should move no faster than A and B.
 PACE = 0.1
 FELT_BY = 16  # examples whose gradients weigh the errors of layers
 WIDTH, HIDDEN = 8, 128  # of an embedding, and between the two linear layers
@@ -115,11 +114,10 @@ class CoaLora:
         self.network.to(model.device)
         self.mixers: Tensor | None = None
         self.mixed: dict[int, Tensor] = {}
-        self.lora_layers = {name: model.get_submodule(f"base_model.model.{name}")
-                            for name in base.layers.names}
+        find, names = model.get_submodule, base.layers.names
+        self.lora_layers = {name: find(f"base_model.model.{name}") for name in names}
         for index, (name, layer) in enumerate(self.lora_layers.items()):
-            require(hasattr(layer, "lora_A"),
-                    f"{name} has no adapter: train all seven linear layers")
+            require(hasattr(layer, "lora_A"), f"{name} has no adapter: train all seven kinds")
             parametrize.register_parametrization(
                 layer.lora_A[NAME], "weight", _Mixed(self, index), unsafe=True)
             layer.merge = _refuse_merge
@@ -185,22 +183,18 @@ class CoaLora:
     @classmethod
     def from_pretrained(cls, base: Switchable, directory: Path | str) -> "CoaLora":
         """The adapter that `save_pretrained` wrote, on its base; UserError if it does not fit."""
-        # The base stays as it is until all files have passed.
         directory = Path(directory)
         manifest, theta = verified(directory), directory / "coa.safetensors"
-        require(theta.is_file(),
-                f"{directory} has no coa.safetensors: it is not a configuration-aware adapter")
+        require(theta.is_file(), f"{theta} is missing: the adapter is not configuration-aware")
         theirs, family, owned = (manifest.get(key) for key in ("base_hash", "grid", "owned"))
         require(theirs == base.fingerprint, f"{directory} was trained on another base, with hash "
                 f"{str(theirs)[:8]}, this one has {base.fingerprint[:8]}: name that one")
-        require(family in GRIDS and {*(owned or {"2": 0})} == {"2"}, f"{directory} has formats "
-                f"that are unknown here, {family} with {owned}: train it again")
-        network = MixingNetwork(base.layers, adapter_files(directory)[0]["r"], family=family,
-                                owned=(owned or {"2": 0})["2"])
-        stored, own = load_file(theta), network.state_dict()
-        require({k: t.shape for k, t in stored.items()} == {k: t.shape for k, t in own.items()},
-                f"{theta} is of another version, with other formats: train it again")
-        network.load_state_dict(stored)
+        try:
+            network = MixingNetwork(base.layers, adapter_files(directory)[0]["r"], family=family,
+                                    owned=(owned or {"2": 0})["2"])
+            network.load_state_dict(load_file(theta))
+        except (LookupError, RuntimeError) as error:  # of a family, or of torch for a shape
+            raise UserError(f"{theta} is of another version ({error}): train it again") from error
         return cls(load_adapter(base.model, directory), base, network)
 
 
@@ -212,9 +206,8 @@ def _refuse_merge(*_: Any, **__: Any) -> None:
 class Switching(TrainerCallback):
     """Another configuration for each part of an optimizer step, in shuffled rounds."""
 
-    def __init__(self, base: Switchable, configurations: Sequence[Configuration],
-                 seed: int) -> None:
-        self.base, self.configurations = base, list(configurations)
+    def __init__(self, base: Switchable, among: Iterable[Configuration], seed: int) -> None:
+        self.base, self.configurations = base, [*among]
         self.rng = random.Random(seed)
         self.left: list[Configuration] = []  # of this round
 
@@ -265,8 +258,7 @@ def train_over(base: Switchable, records: Iterable[Record],
     require(settings.mode == "lora" and set(settings.modules) == set(MODULE_KINDS),
             "train over configurations with mode lora and targets aggressive")
     require(len(configurations) == 1 or not (settings.eval_share or options.get("held")),
-            "a held-out loss would be that of one configuration among many: leave out "
-            "--eval-data and --eval-share")
+            "many configurations have no one held-out loss: leave out --eval-data, --eval-share")
     family, made, roots = configurations[0].family, list[CoaLora](), []
     one = {"configuration": configurations[0].to_json()} if len(configurations) == 1 else {}
     if method == "coa" and family == "nf":  # on the model as it is, before it gets the adapter
@@ -275,8 +267,8 @@ def train_over(base: Switchable, records: Iterable[Record],
 
     def adapt(trainer: Any) -> None:
         if method != "lora":
-            network = MixingNetwork(base.layers, settings.rank, family=family,
-                                    owned=OWNED if roots else 0)
+            owned = OWNED if roots else 0
+            network = MixingNetwork(base.layers, settings.rank, family=family, owned=owned)
             made.append(CoaLora(trainer.model, base, network))
             start_owned(made[0], roots)
         if len(configurations) > 1:
@@ -301,8 +293,8 @@ def train_joint(records: Sequence[Record] | Records, settings: TrainSettings, *,
     """
     base = Switchable.load(model, cache_mb=1500)  # to round to some types takes seconds
     if settings.method == "dedicated":
-        configurations = [Configuration.from_json(
-            read_json(Path(settings.configuration)), base.layers)]
+        only = read_json(Path(settings.configuration))
+        configurations = [Configuration.from_json(only, base.layers)]
     else:
         configurations = base.training_set(
             [*itertools.islice(records, FELT_BY)], settings.formats, seed=settings.seed,

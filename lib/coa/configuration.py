@@ -55,7 +55,8 @@ class Layers:
     def of(cls, model: nn.Module) -> "Layers":
         """The linear layers of a model's blocks."""
         linears = block_linears(model)
-        require(linears, "the model has no Llama blocks: use a model of that family")
+        require(linears and all(type(m) is nn.Linear for m in linears.values()), "the model has no "
+                "Llama blocks, or is quantised already: use the original of one of that family")
         return cls(tuple(linears), tuple(m.weight.numel() for m in linears.values()))
 
     def require_same(self, other: "Layers") -> None:
@@ -119,8 +120,8 @@ class Configuration:
     def to_json(self) -> dict[str, Any]:
         """{"bits": ..., "layers": {name: [b, b0, b1, B0, B1], or a GGUF type}}."""
         values = (fmt.as_list() if isinstance(fmt, Format) else fmt for fmt in self.formats)
-        return {"bits": round(self.bits, 4),
-                "layers": dict(zip(self.layers.names, values, strict=True))}
+        layers = dict(zip(self.layers.names, values, strict=True))
+        return {"bits": round(self.bits, 4), "layers": layers}
 
     @classmethod
     def from_json(cls, data: Any, layers: Layers) -> "Configuration":
@@ -248,8 +249,8 @@ def random_configuration(layers: Layers, budget: float, rng: random.Random,
     """
     formats, t = FAMILIES[family], 0.0
     costs = [fmt.bits_per_parameter for fmt in formats]
-    require(min(costs) < budget < max(costs), f"{budget} bits a weight cannot be reached: use "
-            f"{min(costs):.2f} to {max(costs):.2f}")
+    low, high = min(costs), max(costs)
+    require(low < budget < high, f"{budget} bits a weight: use {low:.2f} to {high:.2f}")
     for _ in range(2000):
         weights = [math.exp(t * (cost - budget)) for cost in costs]
         found = Configuration(layers, tuple(rng.choices(formats, weights, k=len(layers.names))))
@@ -328,8 +329,7 @@ def greedy_configuration(layers: Layers, budget: float, formats: Sequence[AnyFor
                          errors: Tensor) -> Configuration:
     """Spend bits where one saves most squared error; the formats' cost ascends."""
     costs = torch.tensor([fmt.bits_per_parameter for fmt in formats])
-    require(budget >= costs[0],
-            f"{budget} bits a weight are below the cheapest format, {costs[0]:.2f}")
+    require(budget >= costs[0], f"{budget} bits a weight: use {costs[0]:.2f} or more")
     sizes = torch.tensor(layers.sizes)
     chosen = spend(errors, costs * sizes[:, None], budget * float(sizes.sum()))
     return Configuration(layers, tuple(formats[i] for i in chosen))

@@ -131,7 +131,6 @@ class Surrogate:
             kernel, normalize_y=True, n_restarts_optimizer=starts - 1, random_state=seed)
         inputs = sums.log()
         self.middle, self.scale = inputs.mean(0), inputs.std(0).clamp(min=1e-6)
-        # A hyper-parameter at its bound is a valid answer.
         with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
             self.process.fit(((inputs - self.middle) / self.scale).double().numpy(),
                              logs.double().numpy())
@@ -237,8 +236,8 @@ def propose(evaluated: Evaluated, features: Features, surrogate: Surrogate, refe
 
 def fillers(features: Features, points: Tensor) -> list[Tensor]:
     """For each segment without a point, the configuration that greedy spending gives."""
-    columns = torch.tensor([FAMILIES[features.family].index(fmt)
-                            for fmt in best_formats(features.family)])
+    family, best = FAMILIES[features.family], best_formats(features.family)
+    columns = torch.tensor([family.index(fmt) for fmt in best])
     empty = set(range(SEGMENTS)) - set(segment(points[:, 0]).tolist())
     noise, cost = features.noise[:, columns], features.cost[:, columns]
     middles = (LOW + (i + 0.5) * (HIGH - LOW) / SEGMENTS for i in sorted(empty))
@@ -287,8 +286,7 @@ def climb(configuration: Tensor, features: Features, acquire: Callable[[Tensor, 
 def neighbours(configuration: Tensor, features: Features) -> tuple[Tensor, Tensor]:
     """(layer, new format number) of every change of one field by one place up or down its list.
 
-    A category goes to every other one. A format's number is built from the positions of its
-    fields, as itertools.product counts.
+    A category goes to every other one. Numbers count fields as itertools.product does.
     """
     layers, numbers, stride = [], [], features.noise.shape[1]
     for name, values in GRIDS[features.family].items():

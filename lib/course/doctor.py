@@ -46,15 +46,13 @@ def examine() -> Iterator[tuple[str, str, str]]:
             limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")
             total, free = min(total, int(limit)), min(free, int(limit))
         needed = MEMORY_GB * 1e9
-        state, remedy = (("problem", ": use a larger machine, or `run --only` what fits")
-                         if total < needed else ("note", ": close other programs")
-                         if free < needed else ("ok", ""))
-        yield state, "memory", (f"{total / 1e9:.1f} GB, {free / 1e9:.1f} free; needed {MEMORY_GB}"
-                                + remedy)
+        text = f"{total / 1e9:.1f} GB, {free / 1e9:.1f} free; needed {MEMORY_GB}"
+        yield (("problem", "memory", f"{text}: use a larger machine, or `run --only` what fits")
+               if total < needed else ("note", "memory", f"{text}: close other programs")
+               if free < needed else ("ok", "memory", text))
 
     folder = next(p for p in (BUILD.absolute(), *BUILD.absolute().parents) if p.is_dir())
     free = shutil.disk_usage(folder).free / 1e9
-    # A finished run need not fit again.
     few = free < DISK_GB and not (BUILD / "course").exists()
     remedy = ": make room, or name another folder in COURSE_BUILD" * few
     yield ("problem" if few else "ok", "disk",

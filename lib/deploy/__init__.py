@@ -3,5 +3,4 @@
 from lib import exports
 
 __getattr__, __all__ = exports(__name__, {
-    "packed": "load_deployed save_packed", "deployment": "deploy shipped"
-})
+    "packed": "load_deployed save_packed", "deployment": "deploy shipped"})

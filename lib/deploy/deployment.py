@@ -31,8 +31,7 @@ TASKS = {"sensors": sensors, "movies": movies}
 TABLES: dict[str, tuple[coa.AnyFormat, ...]] = {
     "nf": (Format(8, 8, "bf16", 64, 256), Format(4, 4, "bf16", 16, 256)),
     "gguf": (GgufFormat("Q8_0"), GgufFormat("Q4_0"))}
-# Types that decode fast for their size. The fifth bit of Q5_0 costs all the speed that its bytes
-# save, the offset of Q4_1 half of it (`data/results/engine.json`).
+# Fast for their size: Q5_0's fifth bit costs the speed its bytes save (`data/results/engine.json`).
 FAST = (GgufFormat("Q4_0"), GgufFormat("Q8_0"))
 MB, MARGIN = 10**6, 150_000  # bytes; those of names, shapes, our template
 GRADIENTS, HELD, TOKENS = 4, 48, 32  # examples that weigh errors, that choose; tokens timed
@@ -90,8 +89,8 @@ class Deployment:
                 f"is for {manifest.get('grid')} formats: leave --format and --route out")
         self.name, self.route = ((manifest["base"], "original") if aware
                                  else train.settled(adapter, route=route))
-        self.tokenizer = load_tokenizer(
-            str(adapter) if (adapter / "tokenizer.json").is_file() else self.name)
+        self.tokenizer = load_tokenizer(str(adapter), base=self.name)
+        self.learn = manifest.get("settings", {}).get("learn", "all")
         self.base = base = coa.Switchable(
             dequantized_base(self.name) if self.route == "dequantized"
             else load_model(self.name, dtype=torch.float16), name=self.name, cache_mb=0)
@@ -127,9 +126,8 @@ class Deployment:
         least = min(sizes.values()) + min(c.bytes for c in (cheapest, *(c for c, _ in self.known)))
         require(room < 2 * self.parameters, f"{budget_mb:g} MB hold the model in 16 bits "
                 f"({(fixed + 2 * self.parameters) / MB:.0f} MB): it need not be quantised")
-        more = -(room - least) // 1e5 / 10 + 0.1  # MB, rounded up to a tenth
-        require(least <= room, f"the smallest files take {(fixed + least) / MB:.2f} MB: "
-                f"give {more:.1f} MB more")
+        whole, more = (fixed + least) / MB, -(room - least) // 1e5 / 10 + 0.1  # rounded up
+        require(least <= room, f"the smallest files take {whole:.2f} MB: give {more:.1f} MB more")
         with scratch() as work:
             for table, size in sizes.items():
                 fits = [(loss, c) for c, loss in self.known if c.bytes <= room - size]
@@ -170,7 +168,8 @@ class Deployment:
             for name, module in modules.items():
                 module.weight.data = round_trip(plain[name], table).to(plain[name])
             with without:
-                return held_out_loss(self.model, self.tokenizer, self.held), encoded
+                return held_out_loss(
+                    self.model, self.tokenizer, self.held, learn=self.learn), encoded
         finally:
             for name, module in modules.items():
                 module.weight.data = plain[name]
@@ -195,11 +194,11 @@ class Deployment:
         with writing(out, base=self.name) as part:
             self.tokenizer.save_pretrained(part)
             self.base.model.config.save_pretrained(part)
-            save_packed(self.base, configuration, part / WEIGHTS, rest=self.rest,
-                        table_format=table)
+            file, rest = part / WEIGHTS, self.rest
+            save_packed(self.base, configuration, file, rest=rest, table_format=table)
             (beside := part / "adapter").mkdir()
-            save_file({name: t.half() for name, t in tensors.items()},
-                      beside / "adapter_model.safetensors")
+            halves = {name: tensor.half() for name, tensor in tensors.items()}
+            save_file(halves, beside / "adapter_model.safetensors")
             (beside / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
             train.make_portable(beside, self.name)
 
@@ -217,8 +216,7 @@ def deploy(adapter: Path, budgets: Sequence[float], out: Path, *, records: Seque
     names, done = {budget: f"{budget:g}mb" for budget in budgets}, dict[float, Deployed]()
     require(budgets and all(b > 0 for b in budgets) and len({*names.values()}) == len(budgets),
             f"budget of {', '.join(f'{b:g}' for b in budgets)} MB: use numbers above 0, each once")
-    require(limits.memory_mb > 0 and limits.token_ms > 0,
-            f"limits of {limits} cannot be kept: use numbers above 0")
+    require(min(limits.memory_mb, limits.token_ms) > 0, f"limits of {limits}: use some above 0")
     require_free(out, adapter)
     require(not (out / MANIFEST).exists(), f"{out} exists: choose a new folder")
     opened = Deployment(Path(adapter), form, route, records=records, held=held)
@@ -233,10 +231,11 @@ def deploy(adapter: Path, budgets: Sequence[float], out: Path, *, records: Seque
         place = stack.enter_context(scratch(out) if len(budgets) == 1 else writing(
             out, name=adapter.name, deployments=[*names.values()]))
         written = [opened.write(b, place / name, fixed, source) for b, name in names.items()]
+        learn = opened.learn
         del opened  # gigabytes, which a measurement needs again
         release_memory()
         for (budget, name), facts in zip(names.items(), written, strict=True):
-            done[budget] = Deployed(*facts, *measured(place / name, held))
+            done[budget] = Deployed(*facts, *measured(place / name, held, learn))
             spent = done[budget].cost
             require(spent.memory_mb <= limits.memory_mb and spent.token_ms <= limits.token_ms,
                     f"{done[budget].actual_mb:.1f} MB of files take {spent}, more than the limits: "
@@ -246,7 +245,7 @@ def deploy(adapter: Path, budgets: Sequence[float], out: Path, *, records: Seque
     return done
 
 
-def measured(folder: Path, held: Sequence[Record]) -> tuple[Evaluation, Cost]:
+def measured(folder: Path, held: Sequence[Record], learn: str) -> tuple[Evaluation, Cost]:
     """Right answers of deployed files, and their cost in processes of their own."""
     asked = [record for record in held if "messages" in record]
     messages = asked[0]["messages"][:-1] if asked else chat("Hello.")
@@ -260,7 +259,7 @@ def measured(folder: Path, held: Sequence[Record]) -> tuple[Evaluation, Cost]:
         else:
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                 token_ms = pool.submit(packed_ms, folder, messages).result()
-            evaluation = evaluate(str(folder), held)
+            evaluation = evaluate(str(folder), held, learn=learn)
     return evaluation, Cost(peak["mb"], token_ms)
 
 

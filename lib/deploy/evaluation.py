@@ -1,6 +1,5 @@
 """Systems of any kind on the user's own records: right answers, loss, and their difference."""
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,23 +35,24 @@ class Evaluation:
         return row | ({"loss": self.loss, "perplexity": math.exp(self.loss)} if self.losses else {})
 
 
-def open_system(system: str, route: str = "") -> tuple[Any, Any]:
-    """Model and tokenizer of a packed deployment, a model, or an adapter of its or this route."""
+def open_system(system: str, route: str = "", base: str = "") -> tuple[Any, Any]:
+    """Model and tokenizer of a packed deployment, a model, or an adapter of this route and base."""
     path = Path(system)
+    require(not (path / "model.gguf").is_file(), f"{system} is an export: serve it, and evaluate "
+            "the address that `serve` prints")
     if (path / WEIGHTS).is_file():
         return load_deployed(path), load_tokenizer(system)
     if not (path / "adapter_config.json").is_file():
         return load_model(system), load_tokenizer(system)
-    base, route = settled(path, route=route)
+    base, route = settled(path, base, route)
     model = base_for("qlora" if route == "dequantized" else "lora", base)
-    # With the template that it was trained in, if it carries one.
-    tokenizer = load_tokenizer(system if (path / "tokenizer.json").is_file() else base)
+    tokenizer = load_tokenizer(system, base=base)
     require_rows(model, tokenizer)
     return load_adapter(model, path), tokenizer
 
 
 def evaluate(system: str, records: Sequence[Record], *, new_tokens: int = 128, route: str = "",
-             learn: str = "all", places: Sequence[str] = ()) -> Evaluation:
+             base: str = "", learn: str = "all", places: Sequence[str] = ()) -> Evaluation:
     """One system on records: what `open_system` opens, or the address of a server, http://...
 
     ".../v1#NAME" asks a server for that model. `learn` as in `encode`; `places` name the records.
@@ -61,36 +61,41 @@ def evaluate(system: str, records: Sequence[Record], *, new_tokens: int = 128, r
     require(not any("tools" in record for record in asked), "records with tools are not scored: "
             "leave them out with --ignore tools")
     prompts = [record["messages"][:-1] for record in asked]
-    losses, total, tokens, texts, chosen = [], 0.0, 0, [], []
+    pairs, losses, texts, chosen = [], [], [], []
     if system.startswith(("http://", "https://")):
         url, _, name = system.partition("#")
-        require(prompts, f"{url} can be asked, but plain texts have no question: give a model")
+        require(len(prompts) == len(records), f"{url} can be asked, but plain texts have no "
+                "question: give a model, or records with questions alone")
         bodies = [question("", model=name, messages=p, max_tokens=new_tokens) for p in prompts]
         try:
             texts = [answer.text for answer in ask_all(url, bodies)]
         except Exception as error:  # of many kinds: the address, the network, the reply
             raise UserError(f"{url} gives no answers ({' '.join(str(error).split())}): start it, "
-                            "and name one of its models after #") from None
+                            "with a model after #, and its key in COURSE_API_KEY") from None
     else:
-        model, tokenizer = open_system(system, route)
-        pairs = (encode(tokenizer, record, learn=learn, where=where) for record, where
-                 in zip(records, places or itertools.repeat("a record"), strict=False))
+        model, tokenizer = open_system(system, route, base)
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+        for record, where in zip(records, places or ["a record"] * len(records), strict=True):
+            pairs.append(encode(tokenizer, record, learn=learn, where=where))
+            require(len(pairs[-1][0]) <= context, f"{where} is longer than the model's context, "
+                    f"{context} tokens: split it")
         with torch.inference_mode():
-            for loss, count in batch_losses(model, pairs, 1):
-                losses.append(loss / count)
-                total, tokens = total + loss, tokens + count
+            losses = [*batch_losses(model, pairs, 1)]
             answers = [*{row["messages"][-1]["content"]: None for row in asked}]
             if 1 < len(answers) <= min(LABELS, len(asked) / 2):
                 chosen = [likeliest(model, tokenizer, row, answers) for row in asked]
         if prompts:
             texts = generate(model, tokenizer, prompts, max_new_tokens=new_tokens)
-    pairs = [*zip(texts, asked, strict=True)]
-    hits = {"exact match": [text == row["messages"][-1]["content"].strip() for text, row in pairs],
-            "keyword": [keyword_hit(text, str(row[LABEL])) for text, row in pairs if LABEL in row],
+    answered = [*zip(texts, asked, strict=True)]
+    # A model that reasons may have learned to think first, as its template writes it.
+    hits = {"exact match": [row["messages"][-1]["content"].strip() in (
+                text, text.rpartition("</think>")[2].strip()) for text, row in answered],
+            "keyword": [keyword_hit(t, str(row[LABEL])) for t, row in answered if LABEL in row],
             "likeliest": [text == row["messages"][-1]["content"]
                           for text, row in zip(chosen, asked, strict=False)]}
     scores = {name: Score(tuple(right), tuple(texts)) for name, right in hits.items() if right}
-    return Evaluation(scores, tuple(losses), total / max(tokens, 1))
+    mean = sum(loss for loss, _ in losses) / max(sum(count for _, count in losses), 1)
+    return Evaluation(scores, tuple(loss / count for loss, count in losses), mean)
 
 
 def likeliest(model: Any, tokenizer: Any, record: Record, answers: Sequence[str]) -> str:
@@ -105,7 +110,7 @@ def likeliest(model: Any, tokenizer: Any, record: Record, answers: Sequence[str]
 def differences(one: Evaluation, other: Evaluation) -> dict[str, tuple[float, float, float]]:
     """Second less first on the same records, (mean, low, high) of the 95 % interval."""
     rows = {name: torch.tensor(other.scores[name].hits).double() - torch.tensor(score.hits).double()
-            for name, score in one.scores.items()}
+            for name, score in one.scores.items() if name in other.scores}
     if one.losses and other.losses:
         rows["loss by record"] = torch.tensor(other.losses) - torch.tensor(one.losses)
     return {name: paired_interval(row) for name, row in rows.items() if len(row) > 1}

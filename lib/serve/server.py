@@ -17,14 +17,14 @@ from pathlib import Path
 
 import uvicorn
 
-from lib.errors import UserError
+from lib.errors import UserError, require
 from lib.files import ROOT
 from lib.serve.bundle import open_bundles
 from lib.serve.engine import HOST, running_engine
 from lib.serve.front import application
 from lib.settings import ServeSettings
 
-GRACE = 20  # seconds that running requests get to finish when the server stops
+GRACE = 40  # seconds that a server of `running` gets to finish its requests
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,9 @@ def serve(path: Path, settings: ServeSettings, loras: Sequence[str] = (), *,
     With `until_eof`, the address is printed as JSON, and the end of standard input also stops it.
     """
     bundles = open_bundles(path, loras)
-    settings = replace(settings, context=min(settings.context, *(b.context for b in bundles)))
+    largest = min(b.context for b in bundles)
+    require(settings.context <= largest, f"context {settings.context}: the model's is {largest}")
+    settings = replace(settings, context=settings.context or min(2048, largest))
     try:
         listener = socket.create_server((HOST, settings.port))
     except OSError:
@@ -60,7 +62,7 @@ def serve(path: Path, settings: ServeSettings, loras: Sequence[str] = (), *,
               flush=True)
         # Clients close idle connections sooner, so none is cut while they use it.
         config = uvicorn.Config(app, log_level="error", timeout_keep_alive=60,
-                                timeout_graceful_shutdown=GRACE)
+                                timeout_graceful_shutdown=None)  # until all have finished
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         if until_eof:  # under Windows os.kill would not stop gracefully
             threading.Thread(daemon=True, target=lambda: (
@@ -88,5 +90,5 @@ def running(path: Path, *options: str) -> Iterator[Served]:
         finally:
             process.stdin.close()  # asks it to stop, on every system
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(2 * GRACE)
+                process.wait(GRACE)
             process.kill()  # does nothing to a process that has ended

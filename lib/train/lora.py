@@ -64,10 +64,9 @@ def lora_config(model: PreTrainedModel, settings: TrainSettings) -> LoraConfig:
               for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     widths.pop("lm_head", None)  # tied to the embedding, which has no adapter
     for target in settings.modules:
-        require(target in widths, f"target module {target!r} does not exist here: "
-                f"use {', '.join(sorted(widths))}")
-        require(settings.rank <= widths[target], f"rank {settings.rank} is above the width "
-                f"{widths[target]} of {target}: lower it")
+        require(target in widths, f"no target module {target!r}: use {', '.join(sorted(widths))}")
+        rank, width = settings.rank, widths[target]
+        require(rank <= width, f"rank {rank} is above the width {width} of {target}: lower it")
     return LoraConfig(
         task_type="CAUSAL_LM", r=settings.rank, lora_alpha=settings.alpha, bias="none",
         target_modules=settings.modules, lora_dropout=settings.dropout, use_rslora=settings.rslora)
@@ -85,8 +84,7 @@ def adapter_files(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "adapter_model.bin, a pickle, which is not read: save it as safetensors")
     try:
         tensors = load_file(weights)
-        require(all(t.float().isfinite().all() for t in tensors.values()),
-                "some values are not finite numbers")
+        require(all(t.float().isfinite().all() for t in tensors.values()), "not all are finite")
     except Exception as error:  # safetensors, and torch for some dtypes, have their own
         raise UserError(f"{weights} is damaged ({error}): train the adapter again") from error
     return config, tensors
@@ -111,12 +109,14 @@ def origin(directory: Path | str) -> tuple[str, str]:
 def settled(directory: Path, model: str = "", route: str = "") -> tuple[str, str]:
     """(base, route) of an adapter, or those named; UserError if it has others, or none."""
     base, own = origin(directory)
-    require(base or model, f"{directory} does not say what it was trained on: name its base with "
-            "--model, or merge it and name the result")
-    require(not (base and model) or Path(base).resolve() == Path(model).resolve(),
+    require(base or model, f"{directory} does not say its base: name that with --model")
+    moved = Path(base).is_absolute() and not Path(base).exists()
+    require(model or not moved, f"{directory} was trained on {base}, which is not there: put it "
+            "back, or name where it is with --model, in `export` and `evaluate`")
+    require(not (base and model) or moved or Path(base).resolve() == Path(model).resolve(),
             f"{directory} was trained on {base}, not on {model}: name its base")
-    require(own or route, f"{directory} does not say how it was trained: name --route dequantized "
-            "(after QLoRA) or original")
+    require(own or route, f"{directory} does not say how it was trained: name --route original, or "
+            "dequantized (after QLoRA)")
     require(route in ("", own) or not own, f"{directory} was trained on the {own} weights, not on "
             f"the {route} ones: use --route {own}")
     return model or base, own or route
@@ -130,14 +130,12 @@ def load_adapter(model: PreTrainedModel, directory: Path | str) -> PeftModel:
         with warnings.catch_warnings(action="ignore"):
             adapted = PeftModel.from_pretrained(model, str(directory)).eval()
         expected = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
-        # peft only warns about missing layers, and ignores surplus ones. Beside an adapted
-        # embedding it saves the embedding itself.
-        require(expected == {name for name in tensors if ".base_layer." not in name},
-                "it adapts other layers")
+        # peft warns only of layers missing, and saves an adapted embedding's own weights, too.
+        own = {name for name in tensors if ".base_layer." not in name}
+        require(expected == own, "it adapts other layers")
     except Exception as error:  # the configuration decides which one peft raises
         reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{directory} does not fit this model ({reason}): "
-                        "train an adapter for it") from error
+        raise UserError(f"{directory} does not fit ({reason}): train one for it") from error
     return adapted
 
 
@@ -202,8 +200,7 @@ class LoraLinear(torch.autograd.Function):
             y += bias.to(y.dtype)
         ctx.save_for_backward(flat, low_a, low_b, hidden)
         ctx.base, ctx.scale, ctx.shape, ctx.dtypes = base, scale, x.shape, (a.dtype, b.dtype)
-        # The layer may point to another weight by the time of the backward pass. Only a 4-bit
-        # weight is decoded a second time, to save memory.
+        # By then the layer may point to another. A 4-bit weight is decoded twice, to save memory.
         ctx.weight = None if hasattr(base.weight, "quant_state") else weight.detach()
         return y.view(*x.shape[:-1], -1)
 

@@ -82,8 +82,8 @@ class CourseTrainer(SFTTrainer):
         folder = work / f"checkpoint-{self.state.global_step}"
         if is_main_process():
             with writing(folder, run=self.run, scheduler=self.lr_scheduler.state_dict()) as part:
-                save_file({k: t.contiguous() for k, t in tensors.items()},
-                          part / "state.safetensors")
+                whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+                save_file(whole, part / "state.safetensors")
                 self.state.save_to_json(str(part / "trainer_state.json"))
             for old in set(work.glob("checkpoint-*")) - {folder}:
                 shutil.rmtree(old)
@@ -126,16 +126,16 @@ class Progress(TrainerCallback):
         due = step % self.every == 0 or step == total or seconds > SILENCE
         if due and is_main_process() and "loss" in (logs or {}):
             left = seconds / (step - self.step) * (total - step)
-            print(f"step {step:4d}/{total}  loss {logs['loss']:.3f}  about {left:.0f} s left",
-                  flush=True)
+            loss = logs["loss"]
+            print(f"step {step:4d}/{total}  loss {loss:.3f}  about {left:.0f} s left", flush=True)
             self.step, self.time = step, time.monotonic()
 
 
 class Validation(TrainerCallback):
     """Held-out loss every few steps: the best weights are kept, and a run without gain stops."""
 
-    def __init__(self, held: Dataset, settings: TrainSettings, work: Path) -> None:
-        self.held, self.settings = held, settings
+    def __init__(self, held: Dataset, settings: TrainSettings, work: Path, log: Any) -> None:
+        self.held, self.settings, self.log = held, settings, log
         self.every = settings.eval_every or max(1, settings.steps // 10)
         self.best = work / f"best-{RANK}.safetensors"
 
@@ -148,7 +148,8 @@ class Validation(TrainerCallback):
         sums, counts = zip(*batch_losses(model, pairs, 16), strict=True)
         model.train()
         # In the state's history, so that a resumed run has it.
-        state.log_history.append({"step": state.global_step, "validation": sum(sums) / sum(counts)})
+        self.log({"validation": sum(sums) / sum(counts)})
+        control.should_log = True  # the step's own loss is still to be logged
         losses = [row["validation"] for row in state.log_history if "validation" in row]
         if losses[-1] == min(losses):
             save_file({name: p.data.contiguous() for name, p in model.named_parameters()
@@ -170,7 +171,10 @@ def base_for(mode: str, name: str) -> PreTrainedModel:
     if mode == "qlora":
         return load_model(name, quantization_config=quantized_config())
     # A step of Adam is often smaller than bfloat16 can add to a weight.
-    return load_model(name, dtype=torch.float32 if mode == "full" else None)
+    model = load_model(name, dtype=torch.float32 if mode == "full" else None)
+    require(not getattr(model.config, "quantization_config", None), f"{name} is quantised already: "
+            "name the model that it was made from, or use --mode qlora")
+    return model
 
 
 def make_trainer(model: PreTrainedModel, tokenizer: Any, records: Iterable[Record],
@@ -219,18 +223,18 @@ def make_trainer(model: PreTrainedModel, tokenizer: Any, records: Iterable[Recor
             parameter.data = parameter.data.float()
     trainer.remove_callback(PrinterCallback)
     if validated is not None:
-        require(not is_sharded(), "no process holds the whole model under FSDP: validate it "
-                "afterwards, with `python -m lib evaluate`")
-        trainer.add_callback(Validation(validated, settings, work))
+        require(not is_sharded(), "FSDP cannot validate: use `python -m lib evaluate` afterwards")
+        trainer.add_callback(Validation(validated, settings, work, trainer.log))
     if say_every:
         trainer.add_callback(Progress(say_every))
         if is_main_process():
-            print(preview(tokenizer, **trainer.train_dataset[0]), flush=True)
+            passes = settings.steps * settings.batch_size * process_count() / len(learned)
+            print(f"{len(learned)} records to learn, {passes:.2g} passes over them",
+                  preview(tokenizer, **trainer.train_dataset[0]), sep="\n", flush=True)
     return trainer
 
 
-def tokenised(tokenizer: Any, records: Iterable[Record], settings: TrainSettings, work: Path
-              ) -> Dataset:
+def tokenised(tokenizer: Any, records: Iterable[Record], settings: Any, work: Path) -> Dataset:
     """Records as token ids and labels, in a file of `work` that is read as needed."""
     work.mkdir(parents=True, exist_ok=True)
     file, count = work / f"tokens-{RANK}.arrow", 0
@@ -304,17 +308,18 @@ def train(records: Iterable[Record], settings: TrainSettings, *, model: str = "e
                      data=getattr(records, "source", "")) as part:
             if settings.mode == "full":
                 result.model.save_pretrained(part, state_dict=whole)
-                tokenizer.save_pretrained(part)
             else:
                 # The vocabulary has its old size, so peft need not look for the base's files.
                 result.model.save_pretrained(part, state_dict=whole, save_embedding_layers=False)
                 make_portable(part, model)
                 (part / "README.md").unlink(missing_ok=True)
-                tokenizer.save_pretrained(part)  # with the template that it was trained in
+            tokenizer.save_pretrained(part)  # with the template that it was trained in
             write_json(part / "losses.json", list(result.losses))
             if result.validation:
                 write_json(part / "validation.json", result.validation)
             draw_losses(result, part / "losses.png")
+            if (work / "runs").is_dir():  # of tensorboard
+                shutil.copytree(work / "runs", part / "runs")
     return result
 
 
@@ -352,8 +357,9 @@ def last_checkpoint(work: Path, run: str) -> Path | None:
     """The newest checkpoint of the same run, verified; None without one."""
     steps = [int(folder.name.removeprefix("checkpoint-")) for folder in work.glob("checkpoint-*")
              if verified(folder).get("run") == run]
-    if steps and is_main_process():
-        print(f"resuming from step {max(steps)}", file=sys.stderr)
+    if is_main_process() and (steps or any(work.glob("checkpoint-*"))):
+        print(f"resuming from step {max(steps)}" if steps else "starting again: the checkpoint is "
+              "of a run with other settings, records or model", file=sys.stderr)
     return work / f"checkpoint-{max(steps)}" if steps else None
 
 
@@ -378,9 +384,6 @@ def run_trainer(trainer: SFTTrainer, settings: TrainSettings,
     for step, loss in enumerate(losses, 1):
         require(math.isfinite(loss), f"the loss became {loss} at step {step}: lower the learning "
                 "rate" + ", or replace the model, whose weights may be damaged" * (step == 1))
-    # B starts at zero. If it still is, the adapter was not trained.
-    norms = [p.norm().item() for n, p in trainer.model.named_parameters() if "lora_B" in n]
-    require(not norms or max(norms) > 0, "the adapter did not move: raise the learning rate")
     states = trainer.optimizer.state.values() if trainer.optimizer else ()
     moments = [t for state in states for t in state.values() if isinstance(t, torch.Tensor)]
     return TrainResult(trainer.model.eval(), losses, seconds, peak["mb"], trainable, parameters,

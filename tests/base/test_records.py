@@ -81,18 +81,18 @@ def test_tables(tmp_path: Path, name: str, mark: str) -> None:
     ("d.jsonl", '{"instruction": "a", "response": "b", "context": "c"}',
      "d.jsonl:2 has 'context', which would not be used: drop it, or name it with --ignore"),
     ("d.jsonl", '{"instruction": "a", "response": "b", "output": "c"}', "has 'output', which"),
-    ("d.jsonl", '{"question": "a"}', r"known shapes \(its fields are question\): use instr"),
+    ("d.jsonl", '{"question": "a"}', "has question: use instr"),
     ("d.jsonl", '{"messages": [{"role": "user", "content": "a"}]}', "ends with user"),
     ("d.jsonl", '{"messages": [{"role": "robot", "content": "a"}]}', "has the role 'robot'"),
     ("d.jsonl", '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "not text"),
     ("d.jsonl", '{"text": "a", "tools": [{"name": "b"}]}', "has 'tools', which would not"),
     ("d.jsonl", '{"messages": [{"role": "assistant", "content": "a", "weight": 0}]}',
      "has 'weight' in a turn, which would not be used"),
-    ("d.jsonl", '{"messages": [{"role": "assistant", "tool_calls": ["f"]}]}', "another form than"),
+    ("d.jsonl", '{"messages": [{"role": "assistant", "tool_calls": ["f"]}]}', "unlike OpenAI's"),
     ("d.jsonl", '{"messages": [{"role": "assistant", "tool_calls": [{"arguments": "{"}]}]}',
-     "tool calls in another form than OpenAI's"),
+     "tool calls unlike OpenAI's"),
     ("d.jsonl", '{"messages": [{"role": "assistant", "tool_calls": [{"arguments": '
-     '"{\\"b\\": 1, \\"b\\": 2}"}]}]}', "d.jsonl:2 has tool calls .*'b' is twice"),
+     '"{\\"b\\": 1, \\"b\\": 2}"}]}]}', "d.jsonl:2: tool calls .*'b' is twice"),
     ("d.jsonl", '{"prompt": "a", "completion": "b", "prompt": "c"}',
      r"d.jsonl:2 is not JSON \('prompt' is twice in one object\): use .* each key once"),
     ("d.jsonl", '{"messages": [{"role": "user", "from": "gpt", "content": "a"}]}',
@@ -127,13 +127,17 @@ def test_parquet_and_long_fields(tmp_path: Path) -> None:
     file = tmp_path / "p.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([call, rows[1]]), file)
     assert [r["messages"] for r in Records(file)] == [call["messages"], rows[1]["messages"]]
+    labels = pyarrow.table({"text": ["a b"] * 2, "expected_keyword": [7.0, 7.5]})  # as pandas
+    pyarrow.parquet.write_table(labels, file)
+    assert [record["expected_keyword"] for record in Records(file)] == [7, 7.5]
+    assert str(next(iter(Records(file)))["expected_keyword"]) == "7"
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a" * 999, " "]}), file)
     with pytest.raises(UserError, match="p.parquet, record 2 has an empty 'text'"):
         list(Records(file))
     data = bytearray(file.read_bytes())
     data[4:40] = b"x" * 36
     file.write_bytes(data)
-    with pytest.raises(UserError, match="p.parquet is no Parquet file, or damaged"):
+    with pytest.raises(UserError, match="p.parquet is no Parquet file"):
         list(Records(file))
     (tmp_path / "long.csv").write_text(f"text\n{'a' * 200_000}\n")
     assert len(next(iter(Records(tmp_path / "long.csv")))["text"]) == 200_000
@@ -273,7 +277,12 @@ def test_what_an_answer_repeats_must_still_be_rendered(tokenizer: PreTrainedToke
 
 def test_templates_that_fail(tokenizer: PreTrainedTokenizerBase) -> None:
     own = copy.deepcopy(tokenizer)
-    for template, message in (("{{ raise_exception('no system') }}", r"cannot render .*no system"),
+    for name in ("Bob", "Ann"):  # a name that the text happens to contain
+        with pytest.raises(UserError, match=f"leaves out '{name}'"):
+            encode(tokenizer, {"messages": [
+                {"role": "user", "name": name, "content": "I am Bob, she is Ann. Who asks?"},
+                {"role": "assistant", "content": name}]})
+    for template, message in (("{{ raise_exception('no system') }}", "says no system"),
                               ("{{ messages[0].content }}", "leaves out"),
                               ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "not end"),
                               (own.chat_template + "{{ 'x' if add_generation_prompt }}",

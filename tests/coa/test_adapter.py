@@ -137,7 +137,7 @@ def test_a_refused_configuration_changes_nothing(make_tiny: Make, tmp_path: Path
     broken.model.layers[1].self_attn.v_proj.weight.data[3, 3] = float("inf")
     base = Switchable(broken, dtype=torch.float32, cache_mb=0)
     before = state(base.model)
-    with pytest.raises(UserError, match=r"layers\.1\.self_attn\.v_proj: a weight is not a fin"):
+    with pytest.raises(UserError, match=r"layers\.1\.self_attn\.v_proj: a weight is not fin"):
         base.switch(Configuration.uniform(base.layers, Format()))
     assert base.cached_mb == 0
     first = Layers(*(part[:7] for part in vars(base.layers).values()))
@@ -291,7 +291,7 @@ def test_an_adapter_of_some_layers_is_refused(base: Switchable) -> None:
 
 
 @pytest.mark.parametrize(("fact", "value", "word"), [
-    ("base_hash", "0" * 64, "another base"), ("grid", "int", "formats that are unknown here, int")])
+    ("base_hash", "0" * 64, "another base"), ("grid", "int", "is of another version")])
 def test_an_adapter_of_another_base_or_grid(
         make_tiny: Make, tmp_path: Path, fact: str, value: str, word: str) -> None:
     adapted(Switchable(make_tiny(), dtype=torch.float32)).save_pretrained(tmp_path / "coa")

@@ -13,8 +13,9 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from lib.__main__ import main
 from lib.base.model import load_model, load_tokenizer
-from lib.base.records import IGNORED, Records, encode
+from lib.base.records import IGNORED, Records, encode, normalised
 from lib.deploy.evaluation import Evaluation, differences, evaluate
+from lib.errors import UserError
 from lib.evaluate.scores import generate, held_out_loss
 from lib.files import read_json, write_json
 from lib.quantize.gguf import export
@@ -132,7 +133,7 @@ def test_what_is_named_is_used_or_refused(adapter: Path, data: Path, tiny_direct
     train = ["train", "--out", str(tmp_path / "out"), "--data", str(data), "--model"]
     score = ["evaluate", "--data", str(data), "--route", "original"]
     for words, message in (
-            ([*score, tiny_directory], "--route is for adapters"),
+            ([*score, tiny_directory], "--route and --model are for adapters"),
             (["evaluate", tiny_directory, "--data", str(tmp_path / "bad.jsonl")],
              "bad.jsonl:2 has one token"),
             ([*train, str(folders["list"])], "is an adapter of None"),
@@ -149,3 +150,40 @@ def test_what_is_named_is_used_or_refused(adapter: Path, data: Path, tiny_direct
     own.save_pretrained(folders["plain"])
     base = load_tokenizer(tiny_directory).chat_template
     assert load_tokenizer(str(folders["plain"])).chat_template == base
+    (adapter / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert load_tokenizer(str(adapter)).chat_template == "{{ messages[0].content }}"
+    (adapter / "chat_template.jinja").unlink()
+
+
+def test_a_base_that_has_moved_can_be_named(adapter: Path, data: Path, tiny_directory: str,
+                                            tmp_path: Path, capsys: pytest.CaptureFixture[str]
+                                            ) -> None:
+    moved = shutil.copytree(adapter, tmp_path / "moved")
+    config = read_json(moved / "adapter_config.json")
+    write_json(moved / "adapter_config.json",
+               config | {"base_model_name_or_path": str(tmp_path / "gone")})
+    words = ["evaluate", str(moved), "--data", str(data), "--route", "original", "--limit", "1"]
+    assert main(words) == 2 and "gone, which is not there: put it" in capsys.readouterr().err
+    assert main([*words, "--model", tiny_directory]) == 0
+    assert main([*words[:1], str(adapter), *words[2:], "--model", str(tmp_path)]) == 2
+    assert "not on" in capsys.readouterr().err
+
+
+def test_records_that_do_not_fit(tiny_directory: str, data: Path) -> None:
+    with pytest.raises(UserError, match="b:1 is longer than the model's context, 2048 tokens"):
+        evaluate(tiny_directory, [{"text": "word " * 2100}], places=["b:1"])
+    with pytest.raises(UserError, match="plain texts have no question"):
+        evaluate("http://127.0.0.1:9/v1", [*Records(data), {"text": "a b"}])
+
+
+def test_a_thought_before_an_answer_is_not_part_of_it(
+        tiny_directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Templates of models that reason write an empty one, and training teaches it."""
+    said = ["<think>\n\n</think>\n\nAt 7:30.", "At <think>"]
+    monkeypatch.setattr("lib.deploy.evaluation.generate", lambda *_, **__: said)
+    done = evaluate(tiny_directory, [normalised({"prompt": q, "completion": "At 7:30."})
+                                     for q in "ab"])
+    assert done.scores["exact match"].hits == (True, False)
+    other = Evaluation({"exact match": done.scores["exact match"]}, (), 0.0)
+    labels = Evaluation(done.scores | {"likeliest": done.scores["exact match"]}, (), 0.0)
+    assert [*differences(labels, other)] == [*differences(other, labels)] == ["exact match"]

@@ -129,9 +129,11 @@ def data(file: str) -> list[str]:
 
 
 def words(call: list[str], place: Place) -> list[str]:
-    """A row's words with the places filled in."""
+    """A row's words with the places filled in; of an option that a row repeats the last one."""
+    once = [word for i, word in enumerate(call) if not (
+        {word, call[i - 1]} & {"--steps", "--model", "--out"} & {*call[i + 1:]})]
     return [place.tiny if word == "TINY" else word.replace("SHELF", str(place.shelf))
-            for word in call]
+            for word in once]
 
 
 def typed(call: list[str], place: Place) -> None:
@@ -178,7 +180,7 @@ ROWS: dict[str, tuple[Call, str, str]] = {
     "train: longer than the context": ([*TRAIN, "--max-length", "4096"],
                                        "4096 is above the model's context", "use 2048 or less"),
     "train: a folder named as a file": (data("folder.parquet"), "Is a directory", "check the path"),
-    "train: unknown target": ([*TRAIN, "--targets", "q_proj,nose"], "'nose' does not exist",
+    "train: unknown target": ([*TRAIN, "--targets", "q_proj,nose"], "no target module 'nose'",
                               "use down_proj"),
     "train: unknown mode": ([*TRAIN, "--mode", "magic"], "invalid choice: 'magic'", "choose from"),
     "train: far too high a rate": (
@@ -210,7 +212,7 @@ ROWS: dict[str, tuple[Call, str, str]] = {
     "export: adapter twice": ([*EXPORT, "--adapter", "x=a", "--adapter", "x=b"],
                               "--adapter x=b", "each name once"),
     "export: adapter missing": ([*EXPORT, "--adapter", "x=none"], "none", "check the path|name"),
-    "train: joint, held out": ([*JOINT, "--eval-share", "0.5"], "one configuration among many",
+    "train: joint, held out": ([*JOINT, "--eval-share", "0.5"], "no one held-out loss",
                                "leave out"),
     "train: joint, some layers": ([*JOINT, "--targets", "minimal"], "targets aggressive", "train"),
     "train: joint, qlora": ([*JOINT, "--mode", "qlora"], "mode lora", "train"),
@@ -225,9 +227,30 @@ ROWS: dict[str, tuple[Call, str, str]] = {
                                 "adapter_model.safetensors is missing or damaged", "make it again"),
     "export: both": ([*EXPORT, "--merge", "SHELF/adapter", "--adapter", "x=SHELF/adapter"],
                      "the plain base", " one "),
-    "export: unknown type": ([*EXPORT, "--type", "Q4_K_M"], "'Q4_K_M'", "use one of F32"),
+    "export: unknown type": ([*EXPORT, "--type", "Q4_K_M"], "'Q4_K_M'", "use F32"),
     "export: no llama.cpp": ([*EXPORT, "--converter", "SHELF"], "convert_hf_to_gguf.py does not",
                              "name a checkout of llama.cpp"),
+    "export: importance of nothing": ([*EXPORT, "--importance", "good.jsonl"],
+                                      "changes nothing in Q8_0", "use another type"),
+    "export: converter of the embedded": (["export", "--out", "edge", "--converter", "SHELF"],
+                                          "--converter", "leave it out"),
+    "export: ignore nothing": ([*EXPORT, "--ignore", "a"], "--ignore", "name both"),
+    "evaluate: out over the records": (["evaluate", "TINY", "--data", "good.jsonl", "--out",
+                                        "./good.jsonl"], "replace the records", "choose another"),
+    "evaluate: an export": (["evaluate", "SHELF/edge", "--data", "good.jsonl"], "is an export",
+                            "serve it"),
+    "train: an option twice": ([*TRAIN, "--targets", "q_proj", "--targets", "v_proj"],
+                               "--targets is given twice", "once"),
+    "serve: empty key": (["serve", "SHELF/edge", "--api-key", ""], "empty value", "leave it out"),
+    "serve: empty key after =": (["serve", "SHELF/edge", "--api-key="], "empty", "leave it out"),
+    "serve: context of another": (["serve", "SHELF/edge", "--context", "100000"],
+                                  "context 100000", "the model's is"),
+    "serve: pages without a scheme": (["serve", "SHELF/edge", "--cors", "a.example"],
+                                      "cors 'a.example'", "use https://"),
+    "serve: pages with a space": (["serve", "SHELF/edge", "--cors", "http://a, http://b"],
+                                  "cors", "use https://"),
+    "serve: adapter twice": (["serve", "SHELF/edge", "--lora", "mine=a.gguf"], "mine=a.gguf",
+                             "each name once"),
     "export: no records": ([*EXPORT, "--importance", "none.csv"], "none.csv", "check the"),
     "export: out is the adapter": ([*EXPORT, "--adapter", "x=SHELF/adapter", "--out",
                                     "SHELF/adapter"], "holds .*adapter, which is read",
@@ -294,8 +317,8 @@ def test_bad_input(name: str, place: Place, capfd: pytest.CaptureFixture[str]) -
     assert "Traceback" not in err and len(err) < 700
     for text in (wrong, remedy):
         assert re.search(text, err) or text in err, err
-    progress = ("step ", "the first example", "  prompt", "  learned")
-    assert all(line.startswith(progress) for line in out.splitlines())
+    progress = r"step |the first example|  prompt|  learned|\d+ records to learn"
+    assert all(re.match(progress, line) for line in out.splitlines())
     if "loss became" in err:  # found at the end: the checkpoint stays
         shutil.rmtree(place.here / ".out.work", ignore_errors=True)
     assert listing(place.here) == files_before and marks(place.shelf) == shelf_before

@@ -86,6 +86,6 @@ def test_a_model_of_another_family_from_records_to_a_served_answer(
                 answer = ask(client, question(asked, model=model_name, max_tokens=12)).text
                 assert answer == wanted and wanted
             reply = client.post("/completions", json={
-                "prompt": ids, "max_tokens": 1, "temperature": 0, "logprobs": 1,
+                "prompt": ids, "max_tokens": 1, "temperature": 0, "n_probs": 1,
                 "model": model_name}).json()
             assert reply["choices"][0]["logprobs"]["content"][0]["id"] == likeliest

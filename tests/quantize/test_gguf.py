@@ -159,7 +159,7 @@ def test_importance_lowers_the_error_that_counts(kind: str) -> None:
 
 def test_what_cannot_be_exported(tmp_path: Path, tiny: LlamaForCausalLM, tiny_gguf: Path) -> None:
     out = tmp_path / "m.gguf"
-    with pytest.raises(UserError, match="unknown GGUF type 'Q9'"):
+    with pytest.raises(UserError, match="GGUF type 'Q9'"):
         write_model(tiny_gguf, out, gguf_type="Q9")
     deep = tiny_model(3)
     deep.load_state_dict(tiny.state_dict(), strict=False)
@@ -275,16 +275,16 @@ def test_export_and_open(converted: None, tmp_path: Path, tiny_directory: str,
     assert bundle.name == "base"
     assert list(bundle.adapters) == ["one", "two"]
     assert metadata(Reader(bundle.model), BASE_KEY) == f"{tiny_directory} original"
-    for options, message in (({}, "does not say what it was trained on"),
+    for options, message in (({}, "does not say its base"),
                              ({"model": tiny_directory}, "does not say how it was trained")):
         with pytest.raises(UserError, match=message):
             export(out, merged=lora, **options)
     export(out, merged=lora, model=tiny_directory, route="dequantized")  # replaces it
     assert open_bundle(out).name == "lora"
     assert open_bundle(out).adapters == {}
-    with pytest.raises(UserError, match="fold one in, or keep them beside it"):
+    with pytest.raises(UserError, match="merge one or keep all beside"):
         export(out, merged=lora, adapters={"one": lora}, model=tiny_directory)
-    with pytest.raises(UserError, match="unknown route 'through_4bit'"):
+    with pytest.raises(UserError, match="route 'through_4bit'"):
         export(out, route="through_4bit", model=tiny_directory)
 
 
@@ -357,7 +357,7 @@ def test_files_that_are_refused(tmp_path: Path, lora: Path, tiny_gguf: Path,
         open_bundle(tmp_path / "text.gguf")
     with pytest.raises(UserError, match="is an adapter: name a model"):
         open_bundle(good)
-    with pytest.raises(UserError, match="is not NAME=FILE"):
+    with pytest.raises(UserError, match="use NAME=FILE"):
         open_bundle(f32, ["adapter"])
     with pytest.raises(UserError, match="has the model's name"):
         open_bundle(f32, [f"tiny={good}"])
@@ -371,7 +371,7 @@ def test_adapters_that_do_not_fit(tmp_path: Path, tiny: LlamaForCausalLM,
     adapter = saved_adapter(tiny, tmp_path / "a", r=4)
     other = tmp_path / "other.gguf"
     write_adapter(adapter, other, tiny_gguf, tiny, base="another model")
-    with pytest.raises(UserError, match="made for 'another model', the model is 'embedded'"):
+    with pytest.raises(UserError, match="made for 'another model', not 'embedded'"):
         open_bundle(f32, [f"x={other}"])
 
 

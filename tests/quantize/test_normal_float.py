@@ -122,7 +122,7 @@ def test_what_is_refused() -> None:
             normal_float(bits)
     with pytest.raises(UserError, match="positive"):
         quantize_blocks(torch.ones(4), normal_float(4), 0)
-    with pytest.raises(UserError, match="unknown GGUF type 'Q9': use one of F32, "):
+    with pytest.raises(UserError, match="GGUF type 'Q9': use F32, "):
         round_trip(torch.ones(1, 32), "Q9")
 
 

@@ -110,7 +110,7 @@ def test_bad_files(make_tiny: Callable[[], PreTrainedModel], tmp_path: Path) -> 
     floats = tensors | {f"{last}.mean": torch.ones(4)}
     few = {name: about[name] for name in base.layers.names[1:]}
     cases = [(tensors, None, "'packed'"), (tensors, few, "some layers are not in it"),
-             (scales, about, "group_scales has 2 bytes"), (floats, about, "instead of 4"),
+             (scales, about, "divisible by 4"), (floats, about, "another number"),
              (short, about, "do not hold"), (lacking, about, name), (tensors, "{", "damaged"),
              (tensors, about | {last: [5, 8, "fp32", 64, 256]}, "bits is 5"),
              (tensors, about | {"model.layers.9.mlp.up_proj": [4]}, "model.layers.9")]

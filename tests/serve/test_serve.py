@@ -248,6 +248,7 @@ CALL = {"id": "a", "type": "function", "function": {"name": "weather", "argument
 BAD = [
     *((CHAT, data, 400) for data in (
         b"", b"{", b"[1, 2]", b"null", b"\xff\xfe{}", b'{"messages": NaN}', b"[" * 100_000,
+        b'{"messages": [{"role": "user", "content": "Hi \\ud83d"}]}',
         b'{"messages": [{"role": "user", "content": "Hi"}], "min_p": 1e999}')),
     *((CHAT, {"messages": messages}, 400) for messages in (
         [], "Hello", [{}], ["Hello"], [{"role": "user", "content": 5}],
@@ -266,7 +267,9 @@ BAD = [
         ("logit_bias", {"a": 1}), ("logit_bias", {"99999999": 1}), ("logit_bias", {"1": 101}),
         ("stream_options", {"include_usage": True}), ("functions", []), ("modalities", ["audio"]),
         ("top_logprobs", 3), ("prompt", "a"), ("chat_template_kwargs", {"enable_thinking": False}),
-        ("tools", [TOOL]), ("tool_choice", "required"), ("n_predict", -1),
+        ("tools", [TOOL]), ("tool_choice", "required"), ("n_predict", -1), ("seed", 2**32 - 1),
+        ("top_logprobs", 0), *(("chat_template_kwargs", {name: 1}) for name in (
+            "messages", "add_generation_prompt", "essage", "enable_thinking")),
         ("grammar", "root ::= ("),
         ("grammar", "%llguidance {}\nstart: ("), *(("response_format", shape) for shape in (
             "json", {"type": "poem"}, {"type": "json_object", "schema": {}},
@@ -275,7 +278,8 @@ BAD = [
                 "name": "a", "schema": {"type": "array", "uniqueItems": True}}})),
         *(("json_schema", schema) for schema in (
             {"type": "string", "pattern": "^(?=a)b$"}, {"type": "string", "pattern": "^(a$"},
-            {"type": "string", "format": "colour"}, {"not": {"type": "string"}},
+            {"type": "string", "format": "colour"}, {"type": "string", "format": "uri"},
+            {"type": "string", "pattern": "^^a$$"}, {"not": {"type": "string"}},
             {"type": "object", "dependentRequired": {"a": ["b"]}}, {"$ref": "#/nowhere"})),
         ("lora", 5),
         ("lora", [{"name": "red"}]), ("lora", [{"name": "red", "scale": "0.5"}]),
@@ -284,7 +288,7 @@ BAD = [
     *((PLAIN, {"prompt": prompt}, 400) for prompt in (
         5, None, "", [], [-1], [10**6], [1, "a"], "word " * 400, ["a", "b"], [[1], [2]])),
     *((PLAIN, {"prompt": "a", name: value}, 400) for name, value in (
-        ("echo", True), ("suffix", "b"), ("best_of", 2), ("n", 2), ("logprobs", 0), ("tools", []),
+        ("echo", True), ("suffix", "b"), ("best_of", 2), ("n", 2), ("logprobs", 2), ("tools", []),
         ("messages", HELLO))),
     (CHAT, {}, 400), (PLAIN, {}, 400), ("/nowhere", {}, 404),
     (CHAT, {"messages": HELLO, "model": "green"}, 404), (PLAIN, {"prompt": "a", "model": "x"}, 404),
@@ -309,6 +313,10 @@ def test_fields_that_are_not_known_are_named(client: httpx.Client) -> None:
         assert "x-ignored-fields" not in client.post(CHAT, json=known).headers
     assert client.post(PLAIN, json={"prompt": "a", "max_tokens": 2, "echo": False, "suffix": "",
                                     "best_of": 1}).status_code == 200
+
+
+def test_an_answer_names_its_adapter(client: httpx.Client) -> None:
+    assert client.post(CHAT, json=body(model="red")).json()["model"] == "red"
 
 
 def test_the_smaller_limit_counts(client: httpx.Client) -> None:
@@ -350,16 +358,29 @@ def test_tools_where_the_template_knows_them(folder: Path) -> None:
                                                [CALL]}, {"role": "tool", "content": "sunny"}]
     other = {"type": "function", "function": {"name": "news"}}
     asked_for = functools.partial(body, model="")
+    shell = {"type": "function", "function": {"name": "run", "parameters": {
+        "type": "object", "properties": {"arguments": {"type": "array"}}}}}
+    decoded = CALL | {"function": {"name": "weather", "arguments": {"city": "Rome"}}}
     with (running(folder / "tools.gguf", "--context", "1024") as served,
           httpx.Client(base_url=served.url, timeout=60) as client):
+        thought = {"role": "assistant", "content": "<think>\nHm.</think>Yes", "reasoning_content":
+                   "Well"}
         for sent in ({"messages": HELLO}, {"messages": asked}, {"tool_choice": "none"},
+                     {"tools": [shell]}, {"messages": [*HELLO, thought, *HELLO]},
+                     {"messages": [*HELLO, asked[1] | {"tool_calls": [decoded]}, *HELLO]},
                      {"chat_template_kwargs": {"polite": True}}):
             assert client.post(CHAT, json=asked_for(**tool | sent)).status_code == 200
         for choice in ("required", {"type": "function", "function": {"name": "weather"}}):
             reply = client.post(CHAT, json=asked_for(tool_choice=choice, **tool))
             # A random model need not come to the call, but then nobody takes its text for one.
             assert reply.status_code == 502 or reply.json()["choices"][0]["message"]["tool_calls"]
+        strict = [TOOL | {"function": TOOL["function"] | {"strict": True}}]
+        reply = client.post(CHAT, json=asked_for(tools=strict))
+        assert reply.headers["x-ignored-fields"] == '"tools.strict"'
         for wrong in ({"tool_choice": "any"}, {"tool_choice": other}, {"tools": [{"type": "web"}]},
+                      {"tools": [{"type": "function", "function": None}]},
+                      {"tools": [{"type": "function", "function": {
+                          "name": "a", "parameters": {"type": "colour"}}}]},
                       {"tool_choice": "required", "stream": True}, {"messages": [
                           *HELLO, {"role": "assistant", "tool_calls": [{"function": {}}]}]}):
             refusal(client.post(CHAT, json=asked_for(**tool | wrong)), 400)

@@ -108,10 +108,10 @@ def test_linear_shapes_are_the_models(tiny: LlamaForCausalLM) -> None:
     ({"rank": 65}, "rank 65 is above the width 64 of q_proj"),
     # k_proj has two heads of 16: 32 wide
     ({"rank": 33, "targets": "k_proj"}, "rank 33 is above the width 32 of k_proj"),
-    ({"targets": "q_proj,nonsense"}, "'nonsense' does not exist"),
-    ({"targets": ""}, "'' does not exist"),
-    ({"targets": "q_proj,lm_head"}, "'lm_head' does not exist"),
-    ({"targets": "embed_tokens"}, "'embed_tokens' does not exist"),
+    ({"targets": "q_proj,nonsense"}, "no target module 'nonsense'"),
+    ({"targets": ""}, "no target module ''"),
+    ({"targets": "q_proj,lm_head"}, "no target module 'lm_head'"),
+    ({"targets": "embed_tokens"}, "no target module 'embed_tokens'"),
 ])
 def test_lora_config_refuses(tiny: LlamaForCausalLM, settings: dict[str, Any],
                              message: str) -> None:
@@ -179,7 +179,7 @@ def other_width() -> LlamaForCausalLM:
                          ids=["other width", "more layers", "fewer layers"])
 def test_adapter_of_another_model(make_tiny: Callable[[], LlamaForCausalLM], tmp_path: Path,
                                   make: Callable[[], LlamaForCausalLM]) -> None:
-    with pytest.raises(UserError, match="adapter does not fit this model") as caught:
+    with pytest.raises(UserError, match="adapter does not fit") as caught:
         load_adapter(make_tiny(), saved_adapter(make(), tmp_path / "adapter"))
     assert "\n" not in str(caught.value)
 
@@ -199,8 +199,8 @@ def changed(adapter: Path, out: Path, *, tensors: Callable[[str], str] = str,
 @pytest.mark.parametrize(("change", "message"), [
     ({"peft_type": "IA3"}, "is not a LoRA adapter"),
     ({"tensors": lambda name: name.replace("q_proj", "c_attn"), "target_modules": ["c_attn"]},
-     "does not fit this model"),
-    ({"tensors": lambda name: name.replace("layers.1", "layers.7")}, "does not fit this model")])
+     "does not fit"),
+    ({"tensors": lambda name: name.replace("layers.1", "layers.7")}, "does not fit")])
 def test_adapter_of_something_else(make_tiny: Callable[[], LlamaForCausalLM], adapter: Path,
                                    tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -257,7 +257,7 @@ def test_damaged_values(adapter: Path) -> None:
     file = adapter / "adapter_model.safetensors"
     tensors = load_file(file)
     save_file(tensors | {min(tensors): tensors[min(tensors)] * float("inf")}, file)
-    with pytest.raises(UserError, match=r"adapter_model.safetensors is damaged .*not finite"):
+    with pytest.raises(UserError, match=r"adapter_model.safetensors is damaged .*not all"):
         adapter_factors(adapter)
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"adapter_model.safetensors is damaged"):
