@@ -9,7 +9,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib.base.model import load_tokenizer
-from lib.base.records import encode, sensors
+from lib.base.records import encode, prompt_ids, sensors
 from lib.evaluate.scores import generate
 from lib.quantize.gguf import base_file, export
 from lib.quantize.merging import merge
@@ -41,6 +41,20 @@ def sentencepiece_files(folder: Path) -> None:
         user_defined_symbols=["<|endoftext|>"])  # which llama.cpp looks for in a Phi 3
     (folder / "tokenizer.vocab").unlink()
     transformers.LlamaTokenizer.from_pretrained(folder).save_pretrained(folder)
+
+
+def until_a_tie(model: PreTrainedModel, tokens: PreTrainedTokenizerBase, asked: str) -> str:
+    """The greedy answer up to a token that another one nearly equals; "" if none does.
+
+    There the last bits decide, and they depend on the processor.
+    """
+    ids = torch.tensor([prompt_ids(tokens, asked)])
+    done = model.generate(ids, max_new_tokens=12, do_sample=False, output_logits=True,
+                          return_dict_in_generate=True)
+    best = torch.stack(done.logits)[:, 0].float().topk(2).values
+    ties = (best[:, 0] - best[:, 1] < 0.01).nonzero().flatten().tolist()
+    answer = done.sequences[0, ids.shape[1]:]
+    return tokens.decode(answer[:ties[0]], skip_special_tokens=True).strip() if ties else ""
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -76,6 +90,7 @@ def test_a_model_of_another_family_from_records_to_a_served_answer(
     merged, tokens = merge(out), load_tokenizer(str(out))
     asked = sensors("test", 1)[0]["instruction"]
     wanted = generate(merged, tokens, [asked], max_new_tokens=12)[0]
+    start = until_a_tie(merged, tokens, asked)
     ids = encode(tokens, {"prompt": asked, "completion": "a"})[0]
     with torch.no_grad():
         likeliest = int(merged(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
@@ -84,7 +99,7 @@ def test_a_model_of_another_family_from_records_to_a_served_answer(
               connect(served.url) as client):
             if family != "Qwen2":  # transformers reads this vocabulary otherwise than llama.cpp
                 answer = ask(client, question(asked, model=model_name, max_tokens=12)).text
-                assert answer == wanted and wanted
+                assert wanted and (answer == wanted or (start and answer.startswith(start)))
             reply = client.post("/completions", json={
                 "prompt": ids, "max_tokens": 1, "temperature": 0, "n_probs": 1,
                 "model": model_name}).json()
