@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from lib.errors import UserError, require
 from lib.files import MANIFEST, read_json, size_mb, write_json
-from lib.host import is_main_process
+from lib.host import is_main_process, process_count
 from lib.settings import MODES, PROFILES, ServeSettings, TrainSettings
 
 # Commands import what they need: torch takes seconds, and a mistake should show at once.
@@ -63,7 +63,7 @@ def parser() -> Parser:
     add("--ignore", **FIELDS)
     add("--learn", default="all", choices=("all", "last"), help="as in train; default all")
     add("--route", default="", choices=("original", "dequantized"), help="as for export")
-    add("--model", default="", help="base of an adapter, where it is now")
+    add("--model", default="", help="the adapter's base, where it is now")
     add("--limit", type=int, default=None, metavar="N", help="only the first N records")
     add("--new-tokens", type=int, default=128, metavar="N", help="longest answer, default 128")
     add("--out", type=Path, metavar="FILE", help="also write the figures as JSON")
@@ -86,6 +86,7 @@ def parser() -> Parser:
     add("--task", default="", help="a shipped adapter and its records: sensors, movies")
     add("--format", default="", choices=("", "packed", "gguf"), help="default by the adapter")
     add("--route", default="", choices=("", "original", "dequantized"), help="as for export")
+    add("--model", default="", help="the adapter's base, where it is now")
     add("--budget-mb", "--budgets", required=True, metavar="MB", action="extend", type=lambda t: [
         *map(float, t.split(","))], help="size of all files, MB (10^6 bytes); or several: 75,90")
     add("--memory-mb", metavar="MB", help="limit, measured here", **LIMIT)
@@ -160,7 +161,8 @@ def dispatch(args: argparse.Namespace) -> None:
                            held=held)
             if is_main_process():
                 print(f"{args.out}: {result.trainable:,} of {result.parameters:,} parameters "
-                      f"trained, {result.seconds:.0f} s, peak {result.peak_mb:.0f} MB")
+                      f"trained, {result.seconds:.0f} s, peak {result.peak_mb:.0f} MB"
+                      + f", {process_count()} processes" * (process_count() > 1))
         case "evaluate":
             from lib.base.records import Records
 
@@ -214,8 +216,9 @@ def dispatch(args: argparse.Namespace) -> None:
             print("serve it with one of", *commands(args.out), sep="\n  ")
         case "deploy":
             adapter, source = args.adapter, args.data
-            require(not args.task if adapter else not (source or args.route or args.ignore), "name "
-                    "--adapter DIR, perhaps with --data, --ignore and --route, or --task alone")
+            more = source or args.route or args.ignore or args.model
+            require(not (args.task if adapter else more), "name --adapter DIR, perhaps with "
+                    "--data, --ignore, --route and --model, or --task alone")
             if adapter and not source and (adapter / MANIFEST).is_file():
                 source = read_json(adapter / MANIFEST).get("data")
             require(source or not adapter, f"{adapter} does not say its records: name --data FILE")
@@ -225,7 +228,7 @@ def dispatch(args: argparse.Namespace) -> None:
             what = {"adapter": adapter, "form": args.format, "route": args.route,
                     "records": records, "held": records[-HELD:]} if adapter else shipped(
                         args.task or "sensors", args.format or "packed")
-            done = deploy(**what, budgets=args.budget_mb, out=args.out,
+            done = deploy(**what, budgets=args.budget_mb, out=args.out, model=args.model,
                           limits=Cost(args.memory_mb, args.token_ms))
             for budget, deployed in done.items():
                 print(f"{args.out}, {budget:g} MB, by {len(what['held'])} records: {deployed}")

@@ -70,7 +70,6 @@ def scratch(target: Path | None = None) -> Iterator[Path]:
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A scratch file that becomes `path` only if the block succeeds."""
-    path = Path(path)
     with scratch(path) as folder:
         yield folder / "part"
         (folder / "part").replace(path)
@@ -79,7 +78,6 @@ def replacing(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def writing(target: Path, **facts: Any) -> Iterator[Path]:
     """A scratch folder that becomes an artifact if the block succeeds, `facts` in its manifest."""
-    target = Path(target)
     require_free(target)
     with scratch(target) as part:
         yield part
@@ -140,7 +138,6 @@ def recover(target: Path) -> None:
 
 def verified(target: Path) -> dict[str, Any]:
     """The manifest of an artifact. UserError unless each file has its hash."""
-    target = Path(target)
     recover(target)
     manifest = _manifest(target)
     require(manifest, f"{target} is not an artifact of this course, or its {MANIFEST} is "

@@ -25,7 +25,7 @@ TABLES = {"claims": "write data/claims.json from the stored results",
 # The pieces of a group that have no file yet: a run that was cut off goes on where it stopped.
 MISSING = {"missing": "make", "missing-coa": "coa", "missing-search": "search",
            "missing-edge": "edge", "missing-wikitext": "wikitext",
-           "missing-forgetting": "forgetting"}
+           "missing-forgetting": "forgetting", "missing-equal": "equal"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,11 +37,11 @@ class Parser(argparse.ArgumentParser):
 
 def groups() -> dict[str, dict[str, "Piece"]]:
     """{group: {name: piece}}; imports torch and the trainer."""
-    from data.evidence import coa, edge_coa, forgetting, make, search, wikitext
+    from data.evidence import coa, edge_coa, equal_bytes, forgetting, make, search, wikitext
 
     return {"make": make.PIECES, "coa": coa.PIECES, "search": search.PIECES,
             "edge": edge_coa.PIECES, "wikitext": wikitext.PIECES,
-            "forgetting": forgetting.PIECES}
+            "forgetting": forgetting.PIECES, "equal": equal_bytes.PIECES}
 
 
 def pieces() -> dict[str, "Piece"]:

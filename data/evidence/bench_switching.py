@@ -119,7 +119,7 @@ def _step_ratios(configurations: list[Configuration]) -> list[float]:
     time, and for longer than a step. So the runs take turns, and the shortest
     time of each step counts.
     """
-    taken: dict[str, list[list[float]]] = {"coa": [], "lora": []}
+    taken: dict[str, list[list[float]]] = {"coa": [], "shared": []}
     for turn in range(RUNS):
         for method in sorted(taken, reverse=bool(turn % 2)):
             taken[method].append(_steps(method, configurations))

@@ -543,8 +543,8 @@ def t16(at: Stored) -> Judgement:
     arguments = [name for name in row["arguments"] if name in broken]
     named = f" ({', '.join(calls)}; arguments: {', '.join(arguments) or 'none'})" if broken else ""
     headline = (f"{len(calls)} of {len(row['calls'])} calls fail; {len(wrong)} of "
-                f"{len(row['faults'])} silent faults show")
-    finding = (f"{len(calls)} of {len(row['calls'])} calls fail{named}; {len(wrong)} of "
-               f"{len(row['faults'])} suspected faults that raise no error show")
+                f"{len(row['faults'])} silent faults are real")
+    finding = (f"{len(calls)} of {len(row['calls'])} calls fail{named}; of "
+               f"{len(row['faults'])} suspected silent faults, {len(wrong)} are real")
     return Judgement(verdict, headline, finding, len(calls))
 

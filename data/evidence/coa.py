@@ -67,8 +67,9 @@ LONG = 260
 # shows (the pieces movies-long-rateRATE-SEED), so they have half of it.
 LONG_RATE = {"sensors": 4.5e-3, "movies": 1.5e-3}
 # Shared-LoRA with the steps and rates of "long" is the rival of "long".
-LONGER = {"long": "coa", "lora-long": "lora"}
-VARIANTS = {"alternated": "coa", "distilled": "coa"}
+LONGER = {"long": "coa", "lora-long": "shared"}
+# Names of pieces that are not those of `train_over`.
+VARIANTS = {"alternated": "coa", "distilled": "coa", "lora": "shared"}
 # Search and training in turn: a search before each of these steps, with so many evaluations on
 # so many examples.
 RENEW_AT, EVALUATIONS, HELD = (34, 67), 20, 24
@@ -210,10 +211,10 @@ def digest(configurations: Sequence[Configuration]) -> str:
 def joint(task: str, method: str, seed: int, rate: float = 0.0) -> dict[str, Any]:
     """One adapter over the training set, at all test configurations.
 
-    Methods are those of `train_over`, those of LONGER, and two variants of "coa": "alternated",
-    with a search between its steps, and "distilled", from the unquantised model that has the
-    task's QLoRA adapter. A `rate` belongs to a sweep, which is measured on validation examples:
-    a setting must not be chosen by the examples that judge it. "long" is in no sweep.
+    Methods are those of `train_over`, those of LONGER, "lora" (shared), and two variants of "coa":
+    "alternated", with a search between its steps, and "distilled", from the unquantised model that
+    has the task's QLoRA adapter. A `rate` belongs to a sweep, which is measured on validation
+    examples: a setting must not be chosen by the examples that judge it. "long" is in no sweep.
     """
     base = CachedOnDisk.load(cache_mb=CACHE_MB)
     training, tests = plans_of(task, base.layers)
@@ -260,7 +261,7 @@ def dedicated(task: str, seed: int, name: str, *, rate: float = 0.0, from_error:
     settings = dataclasses.replace(SETTINGS, seed=seed, learning_rate=rate or RATE_ALONE[task])
     records = TASKS[task]("train")
     callbacks = [StartFromError(base, configuration, records)] if from_error else []
-    run, _ = train_over(base, records, [configuration], settings, say_every=10, method="lora",
+    run, _ = train_over(base, records, [configuration], settings, say_every=10, method="dedicated",
                         callbacks=callbacks)
     return _row(run, settings, [configuration]) | {
         "plans": measure(base, run.model, task, {name: configuration}, [configuration],

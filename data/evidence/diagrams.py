@@ -427,7 +427,7 @@ def coa_adapter(p: Picture) -> None:
     p.arrow((x + 33, 185), (x + 58, 185))
     p.box(x + 58, 158, 84, 54, "*U\n16 × 16")
     p.arrow((x + 100, 212), (x + 100, 240), (406, 240), (406, 286))
-    p.label(424, 264, "U = 0: plain LoRA. To serve, (I + U) A becomes one A.")
+    p.label(424, 264, "U = 0: plain LoRA.")
     p.label(28, 240, "blue above: θ, 40,864 trained numbers")
     p.box(28, 330, 56, 50, "*x")
     p.box(150, 290, 140, 52, "*A\n16 × d_in", "trained")

@@ -9,6 +9,7 @@ import importlib.metadata
 import os
 import random
 import re
+import shutil
 import socket
 import statistics
 import subprocess
@@ -30,7 +31,7 @@ from lib.coa.adapter import CoaLora
 from lib.coa.configuration import Switchable, known_configurations
 from lib.errors import require
 from lib.evaluate.scores import Score, keyword_hit
-from lib.files import BUILD
+from lib.files import BUILD, MANIFEST
 from lib.quantize.gguf import export
 from lib.quantize.merging import save_model
 from lib.serve.client import ask_all, question
@@ -116,7 +117,9 @@ def compared(count: int = 100) -> dict[str, Any]:
     source = ADAPTERS / "sensors_coa"
     known = known_configurations(source, switchable)
     configuration = max((c for c, _ in known), key=lambda c: c.bits)
+    shutil.rmtree(coa, ignore_errors=True)
     CoaLora.from_pretrained(switchable, source).materialise(configuration, coa)
+    (coa / MANIFEST).unlink()  # it says that the adapter fits no other weights
     adapters = {"sensors": ADAPTERS / "sensors_qlora", "movies": ADAPTERS / "movies_qlora",
                 "sensors_coa": coa}
     rng = random.Random(0)

@@ -28,7 +28,7 @@ from lib.files import read_json, verified, writing
 from lib.host import process_count
 from lib.quantize.correction import WEIGHED_BY, input_roots, low_rank
 from lib.quantize.formats import GRIDS
-from lib.settings import TrainSettings
+from lib.settings import METHODS, TrainSettings
 from lib.train.lora import adapter_files, load_adapter, make_portable
 from lib.train.training import TrainResult, train
 
@@ -38,7 +38,6 @@ PACE = 0.1
 FELT_BY = 16  # examples whose gradients weigh the errors of layers
 WIDTH, HIDDEN = 8, 128  # of an embedding, and between the two linear layers
 OWNED = 1 / 4  # the share of the rank that only layers of 2 bits use
-METHODS = ("lora", "coa", "paper")
 LEAST_LOSS = 0.02  # nats; below it a step follows the gradient of the loss itself again
 
 
@@ -153,9 +152,8 @@ class CoaLora:
     @property
     def facts(self) -> dict[str, Any]:
         """What a manifest says of it."""
-        owned = {"2": self.network.owned / self.network.rank}
         return {"base": self.base.name, "base_hash": self.base.fingerprint,
-                "grid": self.network.family, "owned": owned}
+                "grid": self.network.family, "owned": {"2": self.network.owned / self.network.rank}}
 
     def write(self, part: Path | str, configuration: Configuration | None = None, *,
               dtype: torch.dtype = torch.float32, **_: Any) -> None:
@@ -249,9 +247,9 @@ def train_over(base: Switchable, records: Iterable[Record],
     """Train one adapter on a base that changes its configuration in each part of a step.
 
     `base` is fresh and gets the adapter, which is also returned if it has a network. `method`:
-    "lora", plain; "paper", with the paper's network; "coa", also with owned components, which
-    start from the quantisation error (NormalFloat's 2 bits). A `Switching` in `callbacks`
-    replaces the default one; `options` are those of `train`.
+    "paper", with the paper's network; "coa", also with owned components, which start from the
+    quantisation error (NormalFloat's 2 bits); with the others it is plain LoRA. A `Switching` in
+    `callbacks` replaces the default one; `options` are those of `train`.
     """
     require(process_count() == 1, "it takes one process: start it without `accelerate launch`")
     require(method in METHODS, f"unknown method {method!r}: use one of {', '.join(METHODS)}")
@@ -266,7 +264,7 @@ def train_over(base: Switchable, records: Iterable[Record],
             records, WEIGHED_BY)], tokenizer=load_tokenizer(base.name, template=settings.template))
 
     def adapt(trainer: Any) -> None:
-        if method != "lora":
+        if method in ("coa", "paper"):
             owned = OWNED if roots else 0
             network = MixingNetwork(base.layers, settings.rank, family=family, owned=owned)
             made.append(CoaLora(trainer.model, base, network))
@@ -299,8 +297,8 @@ def train_joint(records: Sequence[Record] | Records, settings: TrainSettings, *,
         configurations = base.training_set(
             [*itertools.islice(records, FELT_BY)], settings.formats, seed=settings.seed,
             learn=settings.learn, tokenizer=load_tokenizer(model, template=settings.template))
-    method = {"shared": "lora", "dedicated": "lora"}.get(settings.method, settings.method)
-    return train_over(base, records, configurations, settings, method=method, **options)[0]
+    return train_over(base, records, configurations, settings, method=settings.method,
+                      **options)[0]
 
 
 def set_components(layer: torch.nn.Module, rows: range, b: Tensor, a: Tensor) -> None:

@@ -54,7 +54,6 @@ class Deployed:
 
     configuration: coa.Configuration
     table: coa.AnyFormat  # of the embedding
-    predicted_mb: float
     actual_mb: float
     loss: float  # held-out, nats a token, of the weights as they are written
     evaluation: Evaluation  # of answers by the files as they are read back
@@ -62,9 +61,8 @@ class Deployed:
 
     def __str__(self) -> str:
         scores = "".join(f", {name} {score}" for name, score in self.evaluation.scores.items())
-        return (f"{self.actual_mb:.1f} MB ({self.predicted_mb:.1f} predicted)\nheld-out loss "
-                f"{self.loss:.4f}{scores}\n{self.configuration}, embedding in {self.table}\n"
-                f"measured here: {self.cost}")
+        return (f"{self.actual_mb:.1f} MB\nheld-out loss {self.loss:.4f}{scores}\n"
+                f"{self.configuration}, embedding in {self.table}\nmeasured here: {self.cost}")
 
 
 def shipped(task: str, form: str = "packed") -> dict[str, Any]:
@@ -80,15 +78,15 @@ class Deployment:
     """An adapter on its base, opened once for any number of budgets."""
 
     def __init__(self, adapter: Path, form: str, route: str, *, records: Sequence[Record],
-                 held: Sequence[Record]) -> None:
+                 held: Sequence[Record], model: str = "") -> None:
         self.adapter, self.records, self.held = adapter, records[:WEIGHED_BY], held
         aware, file = (adapter / "coa.safetensors").is_file(), adapter / MANIFEST
         manifest = read_json(file) if file.is_file() else {}
         self.family = {"packed": "nf", "": manifest.get("grid")}.get(form) or "gguf"
         require(manifest.get("grid") in (None, self.family) and not (aware and route), f"{adapter} "
                 f"is for {manifest.get('grid')} formats: leave --format and --route out")
-        self.name, self.route = ((manifest["base"], "original") if aware
-                                 else train.settled(adapter, route=route))
+        self.name, self.route = train.settled(
+            adapter, model, "original" if aware else route, rounded=True)
         self.tokenizer = load_tokenizer(str(adapter), base=self.name)
         self.learn = manifest.get("settings", {}).get("learn", "all")
         self.base = base = coa.Switchable(
@@ -148,10 +146,9 @@ class Deployment:
             else:  # all matrices are encoded already: the rest are vectors
                 export(out, weights=load_model(self.name, dtype=torch.float32), encoded=encoded,
                        model=self.name, route=self.route, merged=mine, source=source)
-        predicted = fixed + sizes[table] + configuration.bytes
         actual = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
         require(actual <= budget_mb * MB, f"the files have {actual / MB:.2f} MB: lower --budget-mb")
-        return configuration, table, predicted / MB, actual / MB, loss
+        return configuration, table, actual / MB, loss
 
     def tried(self, configuration: coa.Configuration, table: coa.AnyFormat, mine: Path
               ) -> tuple[float, dict[str, Encoded]]:
@@ -204,14 +201,14 @@ class Deployment:
 
 
 def deploy(adapter: Path, budgets: Sequence[float], out: Path, *, records: Sequence[Record],
-           held: Sequence[Record], form: str = "", route: str = "", limits: Cost = Cost()
-           ) -> dict[float, Deployed]:
+           held: Sequence[Record], form: str = "", route: str = "", limits: Cost = Cost(),
+           model: str = "") -> dict[float, Deployed]:
     """Write one artifact: the files of a budget in MB, or a folder for each of several.
 
     `form`: "packed", NormalFloat with the adapter beside, or "gguf", llama.cpp's types with the
-    adapter folded in; by default what the adapter knows, else GGUF. `route`: as in `export`. The
-    first `records` say what errors matter; those `held` choose, and are answered. UserError for
-    a budget or limit that cannot be kept; nothing is written.
+    adapter folded in; by default what the adapter knows, else GGUF. `route` and `model` are as in
+    `export`. The first `records` say what errors matter; those `held` choose, and are answered.
+    UserError for a budget or limit that cannot be kept; nothing is written.
     """
     names, done = {budget: f"{budget:g}mb" for budget in budgets}, dict[float, Deployed]()
     require(budgets and all(b > 0 for b in budgets) and len({*names.values()}) == len(budgets),
@@ -219,7 +216,7 @@ def deploy(adapter: Path, budgets: Sequence[float], out: Path, *, records: Seque
     require(min(limits.memory_mb, limits.token_ms) > 0, f"limits of {limits}: use some above 0")
     require_free(out, adapter)
     require(not (out / MANIFEST).exists(), f"{out} exists: choose a new folder")
-    opened = Deployment(Path(adapter), form, route, records=records, held=held)
+    opened = Deployment(Path(adapter), form, route, records=records, held=held, model=model)
     with contextlib.ExitStack() as stack:
         if opened.family == "gguf":
             source = stack.enter_context(base_file(opened.name, out))

@@ -11,7 +11,6 @@ import sys
 import zipfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import gguf
 import huggingface_hub
@@ -82,11 +81,6 @@ def base_file(model: str, near: Path, converter: Path | None = None) -> Iterator
         yield work / "base.gguf"
 
 
-def decoded(tensor: gguf.ReaderTensor, rows: Any = slice(None)) -> Tensor:
-    """Weights of a file's tensor, or of some rows, float32."""
-    return decode(tensor.data[rows], tensor.tensor_type.name)
-
-
 def places(reader: Reader, weights: PreTrainedModel, modules: Collection[str] = ()) -> Places:
     """Where a file has all of a model's weights, or some modules'; UserError if it has not."""
     architecture, config = metadata(reader, "general.architecture"), weights.config
@@ -108,7 +102,7 @@ def places(reader: Reader, weights: PreTrainedModel, modules: Collection[str] = 
                        for heads in (config.num_attention_heads, config.num_key_value_heads)
                        if count % (2 * heads) == 0]
         rows = np.linspace(0, count - 1, 64).astype(int)  # that show the file's order
-        stored = decoded(tensor, rows)
+        stored = decode(tensor.data[rows], tensor.tensor_type.name)
         alike = [float(torch.cosine_similarity(
             weight[order[rows]].float().flatten(), stored.flatten(), 0)) for order in orders
             if weight[rows].shape == stored.shape]
@@ -144,9 +138,10 @@ def write_model(source: Path, out: Path, *, weights: PreTrainedModel | None = No
             if module in (encoded or {}):
                 stored, data = encoded[module][0], encoded[module][1][order]
             else:
-                value = state[key][order].float() if key else decoded(tensor)
+                own = None if key and matrix else decode(tensor.data, tensor.tensor_type.name)
+                value = state[key][order].float() if key else own
                 if key and not matrix:  # perhaps stored plus 1
-                    value = value + (decoded(tensor) - value).mean().round()
+                    value = value + (own - value).mean().round()
                 weigh = (importance or {}).get(module)
                 data = encode(value, stored, name=module or tensor.name, importance=weigh)
             if matrix:
@@ -224,15 +219,15 @@ def export(out: Path, *, gguf_type: str = "Q8_0", route: str = "", merged: Path 
         require(re.fullmatch(r"\w[\w.-]*", name) and name not in ("base", "model"),
                 f"adapter name {name!r}: use letters and digits, and neither base nor model")
     require(not (merged and adapters), "adapters fit the plain base: merge one or keep all beside")
-    uses = {settled(adapter, model, route) for adapter in sources}
+    uses = {settled(one, model, route, rounded=bool(encoded)) for one in sources}
     bases = " and ".join(map(" ".join, uses))
     require(len(uses) < 2, f"the adapters were trained on {bases} weights: export them apart")
     model, route = next(iter(uses), (model or EMBEDDED, route or "original"))
     require(not converter or model != EMBEDDED, "--converter: leave it out for the embedded model")
-    tokenizers = [load_tokenizer(str(source), base=model) for source in sources or [model]]
-    require(len({t.chat_template for t in tokenizers}) == 1, "the adapters were trained in "
+    tokenizers = [load_tokenizer(model), *(load_tokenizer(str(s), base=model) for s in sources)]
+    require(len({t.chat_template for t in tokenizers[1:]}) < 2, "the adapters were trained in "
             "different chat templates, and a model file has one: export them apart")
-    vocabularies = [(t.get_vocab(), t.eos_token) for t in (*tokenizers, load_tokenizer(model))]
+    vocabularies = [(t.get_vocab(), t.eos_token) for t in tokenizers]
     require(vocabularies[1:] == vocabularies[:-1],
             f"an adapter's tokenizer has tokens that its base's lacks: {BY_PEFT}")
     base = f"{model} {route}" + (f" + {merged.name}" if merged else "")
@@ -248,19 +243,19 @@ def export(out: Path, *, gguf_type: str = "Q8_0", route: str = "", merged: Path 
                        else load_model(model, dtype=torch.float32))
         linears = [n for n, m in (weights.named_modules() if records else ())
                    if isinstance(m, torch.nn.Linear) and n != "lm_head"]
-        importance = input_sums(weights, linears, records, tokenizer=tokenizers[0],
+        importance = input_sums(weights, linears, records, tokenizer=tokenizers[-1],
                                 statistic=lambda x: x.square().mean(0)) if records else {}
         with writing(out, name=name, model="model.gguf", adapters=files, kind=gguf_type,
                      base=base) as part:
             kinds = write_model(source, part / "model.gguf", base=base, gguf_type=gguf_type,
                                 weights=weights if swapped else None, encoded=encoded,
-                                importance=importance, tokenizer=tokenizers[0])
+                                importance=importance, tokenizer=tokenizers[-1])
             for adapter_name, adapter in adapters.items():
                 write_adapter(adapter, part / files[adapter_name], source, weights, base=base)
             model_reader(part / "model.gguf", {n: part / file for n, file in files.items()})
             (part / "README.md").write_text(card(name, base, kinds, sources), encoding="utf-8")
             if not adapters:
-                (part / "Modelfile").write_text(modelfile(tokenizers[0]), encoding="utf-8")
+                (part / "Modelfile").write_text(modelfile(tokenizers[-1]), encoding="utf-8")
     return kinds
 
 

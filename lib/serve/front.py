@@ -62,7 +62,6 @@ async def error_reply(_: Any, error: Exception) -> Response:
 def engine_request(body: bytes, path: str, bundles: Mapping[str, Bundle], settings: ServeSettings
                    ) -> tuple[str, dict[str, Any], list[str]]:
     """The engine's address, the request for it, and the names of the fields that it leaves out."""
-    insist(len(body) <= 4_000_000, None, "over 4 MB: send less", 413, "request_too_large")
     try:
         fields = json.loads(body, parse_constant=int)  # which refuses NaN
         fields = {name: value for name, value in fields.items() if value is not None}
@@ -171,8 +170,11 @@ def application(bundles: Mapping[str, Bundle], key: str, settings: ServeSettings
 
     async def complete(request: Request) -> ASGIApp:
         admit(request, settings)
-        path = request.url.path
-        url, fields, ignored = engine_request(await request.body(), path, bundles, settings)
+        path, body = request.url.path, bytearray()
+        async for part in request.stream():  # `body()` would first read gigabytes
+            body += part
+            insist(len(body) <= 4_000_000, None, "over 4 MB: send less", 413, "request_too_large")
+        url, fields, ignored = engine_request(bytes(body), path, bundles, settings)
         insist(not (ignored and settings.strict), ", ".join(ignored), "unknown: leave it out")
         if "messages" in fields:
             rendered = await engine_json(

@@ -90,15 +90,17 @@ def adapter_files(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, tensors
 
 
-def origin(directory: Path | str) -> tuple[str, str]:
+def origin(directory: Path | str, *, rounded: bool = False) -> tuple[str, str]:
     """(base, route) of an adapter: the model it was trained on, and which form of its weights.
 
     The route is "dequantized" after QLoRA and "original" after LoRA; "" where files do not say.
+    UserError if it was trained for configurations, unless the weights will be `rounded` to one.
     """
     config, file = adapter_files(Path(directory))[0], Path(directory) / MANIFEST
-    require(not Path(directory, "coa.safetensors").is_file(), f"{directory} serves any "
-            "configuration: make files for one of them with `python -m lib deploy --adapter`")
     manifest = read_json(file) if file.is_file() else {}
+    aware = Path(directory, "coa.safetensors").is_file() or "configuration" in manifest
+    require(rounded or not aware, f"{directory} was trained for weights of fewer bits: use `python "
+            "-m lib deploy --adapter`, then evaluate or serve what that writes")
     require(config.get("revision") in (None, "", "main"), f"{directory} names a revision of its "
             "base, and only main is loaded: download that, and name its folder in its place")
     mode = manifest.get("settings", {}).get("mode")
@@ -106,13 +108,14 @@ def origin(directory: Path | str) -> tuple[str, str]:
             {"qlora": "dequantized", "lora": "original"}.get(mode, ""))
 
 
-def settled(directory: Path, model: str = "", route: str = "") -> tuple[str, str]:
+def settled(directory: Path, model: str = "", route: str = "", *, rounded: bool = False
+            ) -> tuple[str, str]:
     """(base, route) of an adapter, or those named; UserError if it has others, or none."""
-    base, own = origin(directory)
+    base, own = origin(directory, rounded=rounded)
     require(base or model, f"{directory} does not say its base: name that with --model")
     moved = Path(base).is_absolute() and not Path(base).exists()
     require(model or not moved, f"{directory} was trained on {base}, which is not there: put it "
-            "back, or name where it is with --model, in `export` and `evaluate`")
+            "back, or name where it is with --model")
     require(not (base and model) or moved or Path(base).resolve() == Path(model).resolve(),
             f"{directory} was trained on {base}, not on {model}: name its base")
     require(own or route, f"{directory} does not say how it was trained: name --route original, or "

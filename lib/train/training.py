@@ -241,6 +241,8 @@ def tokenised(tokenizer: Any, records: Iterable[Record], settings: Any, work: Pa
     with ArrowWriter(path=str(file)) as writer:
         for count, record in enumerate(records, 1):
             where = getattr(records, "where", f"record {count}")
+            require(settings.learn == "all" or "text" not in record, f"{where} is plain text, of "
+                    "which all is learned: leave --learn out")
             ids, labels = encode(tokenizer, record, learn=settings.learn, where=where)
             # A model that never sees an end does not stop.
             require(len(ids) <= settings.max_length, f"{where} has {len(ids)} tokens and would be "
@@ -284,7 +286,6 @@ def train(records: Iterable[Record], settings: TrainSettings, *, model: str = "e
     if model != EMBEDDED and Path(model).is_dir():
         model = str(Path(model).resolve())  # it is stored, and read from any folder
     if out is not None:
-        out = Path(out)
         require_free(out, model)
     processes = join()
     with processes.local_main_process_first():
@@ -384,6 +385,10 @@ def run_trainer(trainer: SFTTrainer, settings: TrainSettings,
     for step, loss in enumerate(losses, 1):
         require(math.isfinite(loss), f"the loss became {loss} at step {step}: lower the learning "
                 "rate" + ", or replace the model, whose weights may be damaged" * (step == 1))
+    # A plain adapter's B starts at zero.
+    norms = [p.norm().item() for n, p in trainer.model.named_parameters() if "lora_B" in n]
+    require(is_sharded() or not norms or max(norms) > 0, "the adapter did not move: no step was "
+            "better than none; change the learning rate or the warm-up")
     states = trainer.optimizer.state.values() if trainer.optimizer else ()
     moments = [t for state in states for t in state.values() if isinstance(t, torch.Tensor)]
     return TrainResult(trainer.model.eval(), losses, seconds, peak["mb"], trainable, parameters,

@@ -20,7 +20,6 @@ from lib.base.model import MODULE_KINDS, load_tokenizer
 from lib.base.records import sensors
 from lib.coa.adapter import (
     LEAST_LOSS,
-    METHODS,
     NAME,
     OWNED,
     CoaLora,
@@ -44,7 +43,7 @@ from lib.files import read_json, write_json, writing
 from lib.quantize import merging
 from lib.quantize.correction import input_roots, low_rank
 from lib.quantize.formats import FORMATS, GRID, Format, GgufFormat, round_trip
-from lib.settings import TrainSettings
+from lib.settings import METHODS, TrainSettings
 from lib.train import training
 from lib.train.lora import count_trainable, fused, load_adapter
 
@@ -345,7 +344,7 @@ def test_each_method_trains_and_leaves_the_base_alone(make_tiny: Make, method: s
     original = make_tiny().state_dict()
     base = Switchable(make_tiny(), dtype=torch.float32)
     run, coa = train_over(base, sensors("train", 12), several(base), SETTINGS, method=method)
-    assert len(run.losses) == 6 and (coa is not None) == (method != "lora")
+    assert len(run.losses) == 6 and (coa is not None) == (method in ("coa", "paper"))
     base.restore()
     tensors = {n.replace(".base_layer", ""): t for n, t in base.model.state_dict().items()}
     assert all(torch.equal(tensors[name], original[name]) for name in original)
@@ -385,7 +384,7 @@ def test_each_part_of_a_step_uses_the_next_configuration(
     configurations = several(Switchable(make_tiny()))
     for seed in (0, 0, 1):
         train_over(Switchable(make_tiny(), dtype=torch.float32), sensors("train", 12),
-                   configurations, method="lora",
+                   configurations, method="shared",
                    settings=dataclasses.replace(SETTINGS, accumulate=accumulate, seed=seed))
         orders.append([configurations.index(configuration) for configuration in seen])
         seen.clear()
@@ -515,7 +514,7 @@ def test_a_killed_joint_training_goes_on_to_the_same_adapter(
     other = {"nf": GgufFormat("Q4_0"), "gguf": Format()}[family]
     with pytest.raises(UserError, match="knows formats of the family"):
         loaded.network(Configuration.uniform(loaded.base.layers, other))
-    with pytest.raises(UserError, match="serves any configuration: .* deploy"):
+    with pytest.raises(UserError, match="trained for weights of fewer bits: .* deploy"):
         merging.merge(tmp_path / "cut")
 
 

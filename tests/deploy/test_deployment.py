@@ -1,7 +1,9 @@
 """From a budget to files: sizes, what is read back, a server of several budgets, bad budgets."""
 
+import contextlib
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +27,14 @@ from lib.coa.configuration import (
 )
 from lib.deploy import deployment as module
 from lib.deploy.deployment import FAST, Cost, Deployed, deploy
-from lib.deploy.evaluation import Evaluation
+from lib.deploy.evaluation import Evaluation, evaluate
 from lib.deploy.packed import load_deployed
 from lib.errors import UserError
 from lib.evaluate.scores import held_out_loss
 from lib.files import read_json, sha256, verified
 from lib.quantize.correction import encode_with_feedback, input_roots
 from lib.quantize.formats import FAMILIES, Format, decode
-from lib.quantize.gguf import decoded, permute
+from lib.quantize.gguf import export, permute
 from lib.serve.bundle import Reader, metadata
 from lib.serve.client import ask, connect, question
 from lib.serve.server import running
@@ -77,6 +79,14 @@ def served(tiny_directory: str, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return out
 
 
+@pytest.fixture(autouse=True)
+def _converted(tiny_directory: str, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The converter's file of the tiny model, which takes it seconds each time."""
+    real = module.base_file
+    monkeypatch.setattr(module, "base_file", lambda model, near: contextlib.nullcontext(
+        tiny_gguf) if model == tiny_directory else real(model, near))
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files are written, but neither asked nor timed."""
@@ -96,8 +106,7 @@ def size(folder: Path) -> int:
 def test_packed_files_keep_the_budget(packed: Path, tmp_path: Path, budget: float) -> None:
     done = run(packed, budget, tmp_path / "out")
     assert done.actual_mb == pytest.approx(size(tmp_path / "out") / 1e6)
-    assert done.actual_mb <= done.predicted_mb <= budget
-    assert done.predicted_mb - done.actual_mb < 0.16
+    assert done.actual_mb <= budget
     assert not list(tmp_path.glob(".*"))
     # At 6.2 MB only the 4-bit embedding fits; of the known ones the best that fits is taken.
     assert str(done.table) == "4 bits" if budget < 7 else done.configuration.formats[0] == HIGH
@@ -110,8 +119,7 @@ def test_packed_files_keep_the_budget(packed: Path, tmp_path: Path, budget: floa
 @pytest.mark.usefixtures("quick")
 def test_gguf_files_keep_the_budget(served: Path, tiny_directory: str, tmp_path: Path) -> None:
     done = run(served, 5.6, tmp_path / "out")
-    assert done.actual_mb <= done.predicted_mb <= 5.6
-    assert done.predicted_mb - done.actual_mb < 0.5
+    assert 5 < done.actual_mb <= 5.6
     assert verified(tmp_path / "out")["name"] == "mine"
     kinds = {t.name: t.tensor_type.name
              for t in gguf.GGUFReader(tmp_path / "out/model.gguf").tensors}
@@ -178,7 +186,23 @@ def test_one_that_was_trained_for_a_configuration_gets_it(served: Path, tiny_dir
     done = run(tmp_path / "one", 5, tmp_path / "out", route="original")
     assert done.configuration == mixed
     with pytest.raises(UserError, match="the smallest files take"):
-        run(tmp_path / "one", done.predicted_mb - 0.01, tmp_path / "other", route="original")
+        run(tmp_path / "one", done.actual_mb - 0.01, tmp_path / "other", route="original")
+    # On the unquantised weights it would be measured, or merged, without a word.
+    with pytest.raises(UserError, match="was trained for weights of fewer bits: use"):
+        evaluate(str(tmp_path / "one"), HELD, route="original")
+    for words in ({"merged": tmp_path / "one"}, {"adapters": {"one": tmp_path / "one"}}):
+        with pytest.raises(UserError, match="was trained for weights of fewer bits: use"):
+            export(tmp_path / "edge", route="original", **words)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_base_that_has_moved_is_named(tiny_directory: str, tmp_path: Path) -> None:
+    moved = shutil.copytree(tiny_directory, tmp_path / "base")
+    adapter = aware(str(moved), tmp_path / "mine", "gguf")
+    moved.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="base, which is not there: .* name where it is"):
+        run(adapter, 5.6, tmp_path / "out")
+    assert run(adapter, 5.6, tmp_path / "out", model=str(tmp_path / "elsewhere")).actual_mb < 5.6
 
 
 @pytest.mark.usefixtures("quick")
@@ -194,15 +218,16 @@ def test_a_head_of_its_own_and_biases(tiny_directory: str, tmp_path: Path, form:
     adapter = aware(str(tmp_path / "untied"), tmp_path / "mine",
                     {"packed": "nf"}.get(form, "gguf"))
     done = run(adapter, 12, tmp_path / "out")
-    assert done.actual_mb <= done.predicted_mb <= 12
+    assert done.actual_mb <= 12
     if form == "packed":
         state = load_deployed(tmp_path / "out").get_base_model().state_dict()
         bias, head = (state[name] for name in (
             "model.layers.0.self_attn.q_proj.base_layer.bias", "lm_head.weight"))
     else:
         tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / "out/model.gguf").tensors}
-        bias = decoded(tensors["blk.0.attn_q.bias"])[permute(np.arange(64), 4).argsort()]
-        head = decoded(tensors["output.weight"])
+        bias, head = (decode(tensors[name].data, tensors[name].tensor_type.name)
+                      for name in ("blk.0.attn_q.bias", "output.weight"))
+        bias = bias[permute(np.arange(64), 4).argsort()]
     plain = other.state_dict()
     for value, name in ((bias, "model.layers.0.self_attn.q_proj.bias"), (head, "lm_head.weight")):
         assert 0 <= float((value - plain[name]).norm() / plain[name].norm()) < 0.1

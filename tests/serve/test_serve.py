@@ -392,9 +392,14 @@ def test_clients_do_not_choose_the_slot(client: httpx.Client, slot: object) -> N
         client.post(CHAT, json=body()))
 
 
-def test_a_body_of_50_mb(client: httpx.Client) -> None:
+def test_a_body_of_50_mb(client: httpx.Client, server: Served) -> None:
     error = refusal(client.post(CHAT, content=b"x" * 50_000_000), 413)
     assert error["code"] == "request_too_large"
+    address = ("127.0.0.1", httpx.URL(server.url).port)
+    with socket.create_connection(address, timeout=30) as connection:  # before all has come
+        connection.sendall(f"POST /v1{CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: "
+                           "600000000\r\n\r\n".encode() + b"x" * 4_100_000)
+        assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
     assert content(client.post(CHAT, json=body()))
 
 

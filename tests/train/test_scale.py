@@ -120,7 +120,7 @@ def test_the_first_process_writes_and_prints(together: Together) -> None:
     assert [f["written"] for f in facts] == [[[2, states], [4, states], [5, states]], []]
     assert done.stderr.count("resuming from step 2") == 1
     lines = done.stdout.splitlines()
-    assert lines[-2].startswith("step    5/5") and " parameters trained" in lines[-1]
+    assert lines[-2].startswith("step    5/5") and lines[-1].endswith(", 2 processes")
     assert len(lines) == 2 + 2 * 4  # both runs show what is learned, once
     assert verified(folder / "out")["processes"] == 2
     assert not list(folder.glob(".out*"))

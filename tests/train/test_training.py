@@ -420,6 +420,20 @@ def test_a_loss_that_is_not_a_number(tiny_directory: str, tmp_path: Path, first:
     assert not list(tmp_path.iterdir())  # a checkpoint would resume the failure
 
 
+def test_an_adapter_that_did_not_move(tiny_directory: str,
+                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_, **__: None)
+    settings = dataclasses.replace(SETTINGS["lora"], steps=1)
+    with pytest.raises(UserError, match="did not move"):
+        train(RECORDS, settings, model=tiny_directory)
+
+
+def test_of_plain_text_no_last_turn_is_learned(tiny_directory: str) -> None:
+    settings = dataclasses.replace(SETTINGS["lora"], learn="last")
+    with pytest.raises(UserError, match="record 1 is plain text, of which all is learned"):
+        train([{"text": "a b c"}], settings, model=tiny_directory)
+
+
 def test_no_records() -> None:
     with pytest.raises(UserError, match="at least one"):
         train([], SETTINGS["lora"])
