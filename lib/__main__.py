@@ -64,8 +64,8 @@ def parser() -> Parser:
     add("--learn", default="all", choices=("all", "last"), help="as in train; default all")
     add("--route", default="", choices=("original", "dequantized"), help="as for export")
     add("--model", default="", help="the adapter's base, where it is now")
-    add("--limit", type=int, default=None, metavar="N", help="only the first N records")
-    add("--new-tokens", type=int, default=128, metavar="N", help="longest answer, default 128")
+    add("--limit", type=int, default=1 << 62, metavar="N", help="only the first N records")
+    add("--new-tokens", type=int, default=0, metavar="N", help="longest answer, default by FILE")
     add("--out", type=Path, metavar="FILE", help="also write the figures as JSON")
 
     add = commands.add_parser("export", help="write GGUF files that `serve` serves").add_argument
@@ -166,9 +166,9 @@ def dispatch(args: argparse.Namespace) -> None:
         case "evaluate":
             from lib.base.records import Records
 
-            require(len({*args.systems}) == len(args.systems) <= 2 and args.new_tokens > 0 and
-                    (args.limit is None or args.limit > 0), "name one system, or two to compare, "
-                    "and give --limit and --new-tokens above 0")
+            require(len({*args.systems}) == len(args.systems) <= 2 and args.limit > 0 and
+                    args.new_tokens >= 0, "name one system, or two to compare, and give --limit "
+                    "and --new-tokens above 0")
             records = Records(args.data, ignore=args.ignore)
             places, records = zip(*((records.where, record) for record
                                     in itertools.islice(records, args.limit)), strict=True)
@@ -183,8 +183,7 @@ def dispatch(args: argparse.Namespace) -> None:
                              route=args.route, base=args.model, places=places)
                     for system in args.systems]
             rows = [(system, row.figures()) for system, row in zip(args.systems, done, strict=True)]
-            if len(done) == 2:
-                rows.append(("the second less the first", differences(*done)))
+            rows += [("the second less the first", differences(*done))] if done[1:] else []
             for name, row in rows:
                 print(f"{name}, {len(records)} records")
                 for figure, value in row.items():
@@ -217,8 +216,8 @@ def dispatch(args: argparse.Namespace) -> None:
         case "deploy":
             adapter, source = args.adapter, args.data
             more = source or args.route or args.ignore or args.model
-            require(not (args.task if adapter else more), "name --adapter DIR, perhaps with "
-                    "--data, --ignore, --route and --model, or --task alone")
+            require(not args.task if adapter else args.task and not more, "name --adapter DIR, "
+                    "perhaps with --data, --ignore, --route and --model, or --task alone")
             if adapter and not source and (adapter / MANIFEST).is_file():
                 source = read_json(adapter / MANIFEST).get("data")
             require(source or not adapter, f"{adapter} does not say its records: name --data FILE")
@@ -227,7 +226,7 @@ def dispatch(args: argparse.Namespace) -> None:
 
             what = {"adapter": adapter, "form": args.format, "route": args.route,
                     "records": records, "held": records[-HELD:]} if adapter else shipped(
-                        args.task or "sensors", args.format or "packed")
+                        args.task, args.format or "packed")
             done = deploy(**what, budgets=args.budget_mb, out=args.out, model=args.model,
                           limits=Cost(args.memory_mb, args.token_ms))
             for budget, deployed in done.items():

@@ -42,14 +42,14 @@ def from_numbers(layers: Layers, positions: Iterable[int], family: str = "nf") -
     return Configuration(layers, tuple(FAMILIES[family][i] for i in positions))
 
 
-def loss_with(adapter: Any, held: Sequence[Record], *, tokenizer: Any = None, family: str = "nf"
-              ) -> Evaluate:
+def loss_with(adapter: Any, held: Sequence[Record], *, tokenizer: Any = None, family: str = "nf",
+              learn: str = "all") -> Evaluate:
     """The held-out loss of a configuration's numbers with an adapter (`base`, `model`) as it is."""
     base, tokenizer = adapter.base, tokenizer or load_tokenizer(adapter.base.name)
 
     def evaluate(positions: Tensor) -> float:
         base.switch(from_numbers(base.layers, positions.tolist(), family))
-        return held_out_loss(adapter.model, tokenizer, held)
+        return held_out_loss(adapter.model, tokenizer, held, learn=learn)
 
     return evaluate
 

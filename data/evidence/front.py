@@ -90,6 +90,7 @@ def find_front(adapter: Path, records: Sequence[Record], *, evaluations: int, se
     require((adapter / "coa.safetensors").is_file(), f"{adapter} serves one configuration only: "
             "train one for all of them with `python -m lib train --method coa`")
     require(evaluations > 0, f"{evaluations} evaluations: use 1 or more")
+    require(0 <= seed < 2**32, f"seed {seed}: use 0 to 4294967295")
     manifest = verified(adapter)
     base = Switchable.load(manifest["base"], cache_mb=1500)
     tokenizer = load_tokenizer(
@@ -105,7 +106,7 @@ def find_front(adapter: Path, records: Sequence[Record], *, evaluations: int, se
         [base.fingerprint[:12], sha256(adapter / MANIFEST)[:12], digest[:12], str(seed)]))
     total, began, calls = len(first) + evaluations, time.monotonic(), itertools.count(1)
     left = total - len(journal.known)
-    judge = loss_with(coa, held, tokenizer=tokenizer, family=family)
+    judge = loss_with(coa, held, family=family, **options)
 
     def evaluate(positions: Tensor) -> float:
         loss = judge(positions)

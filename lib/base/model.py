@@ -76,10 +76,11 @@ def load_model(model: str = EMBEDDED, *, dtype: torch.dtype | None = None, **opt
     quiet()
     hold_memory()
     release_memory()
-    loader = transformers.AutoModelForCausalLM
-    loaded = _load(loader, model, dtype=dtype or best_dtype(), **options)
+    loaded, info = _load(transformers.AutoModelForCausalLM, model, dtype=dtype or best_dtype(),
+                         output_loading_info=True, **options)
     require(not getattr(loaded, "_hf_peft_config_loaded", False),  # as transformers does by itself
             f"{model} is an adapter on the hub: download it, or name its base as the model")
+    require(not info["missing_keys"], f"{model} lacks {[*info['missing_keys']][:2]}: save it again")
     tokenizer = load_tokenizer(model)
     require_rows(loaded, tokenizer)
     loaded.config.pad_token_id = loaded.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -208,8 +209,7 @@ def best_dtype() -> torch.dtype:
         return getattr(torch, name)
     if torch.cuda.is_available():
         return torch.bfloat16
-    seconds = product_seconds()
-    return min(seconds, key=lambda dtype: seconds[dtype])
+    return min(seconds := product_seconds(), key=seconds.__getitem__)
 
 
 def product_seconds() -> dict[torch.dtype, float]:

@@ -152,7 +152,7 @@ def normalised(row: Any, where: str = "it", ignore: Collection[str] | None = Non
         del left[name]
         return value
 
-    require(isinstance(left.get(LABEL, ""), str | int | float),
+    require(isinstance(label := left.get(LABEL, ""), str | int | float) and label == label,  # NaN
             f"{where} has a {LABEL!r} that is neither text nor a number: use one of them")
     record: Record = {LABEL: left.pop(LABEL)} if LABEL in left else {}
     if isinstance(number := record.get(LABEL), float) and number.is_integer():
@@ -201,8 +201,9 @@ def _message(turn: Any, where: str, ignore: Collection[str] | None) -> Record:
     require(role, f"{where} has the role {message.get('role')!r}: use one of {', '.join(ROLES)}")
     content = message.get("content", "")
     if isinstance(content, list) and all(
-            isinstance(part, dict) and part.keys() == {"type", "text"} for part in content):
-        content = "".join(str(part["text"]) for part in content)
+            isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text"
+            and isinstance(part["text"], str) for part in content):
+        content = "".join(part["text"] for part in content)
     require(isinstance(content, str), f"{where} has a turn whose content is not text: use text")
     require(content.strip() or message.get("tool_calls"),
             f"{where} has an empty turn of the {role}: fill it or drop the record")

@@ -292,13 +292,12 @@ def train_joint(records: Sequence[Record] | Records, settings: TrainSettings, *,
     base = Switchable.load(model, cache_mb=1500)  # to round to some types takes seconds
     if settings.method == "dedicated":
         only = read_json(Path(settings.configuration))
-        configurations = [Configuration.from_json(only, base.layers)]
+        training_set = [Configuration.from_json(only, base.layers)]
     else:
-        configurations = base.training_set(
+        training_set = base.training_set(
             [*itertools.islice(records, FELT_BY)], settings.formats, seed=settings.seed,
             learn=settings.learn, tokenizer=load_tokenizer(model, template=settings.template))
-    return train_over(base, records, configurations, settings, method=settings.method,
-                      **options)[0]
+    return train_over(base, records, training_set, settings, method=settings.method, **options)[0]
 
 
 def set_components(layer: torch.nn.Module, rows: range, b: Tensor, a: Tensor) -> None:

@@ -51,16 +51,18 @@ def open_system(system: str, route: str = "", base: str = "") -> tuple[Any, Any]
     return load_adapter(model, path), tokenizer
 
 
-def evaluate(system: str, records: Sequence[Record], *, new_tokens: int = 128, route: str = "",
+def evaluate(system: str, records: Sequence[Record], *, new_tokens: int = 0, route: str = "",
              base: str = "", learn: str = "all", places: Sequence[str] = ()) -> Evaluation:
     """One system on records: what `open_system` opens, or the address of a server, http://...
 
     ".../v1#NAME" asks a server for that model. `learn` as in `encode`; `places` name the records.
     """
     asked = [record for record in records if "messages" in record]
-    require(not any("tools" in record for record in asked), "records with tools are not scored: "
-            "leave them out with --ignore tools")
+    require(not any("tools" in row or row["messages"][-1].get("tool_calls") for row in asked),
+            "tools are not scored: leave them out with --ignore tools, and records that call one")
     prompts = [record["messages"][:-1] for record in asked]
+    longest = max((len(row["messages"][-1]["content"].encode()) for row in asked), default=0)
+    new_tokens = new_tokens or min(max(128, longest), 1024)  # a token has a byte or more
     pairs, losses, texts, chosen = [], [], [], []
     if system.startswith(("http://", "https://")):
         url, _, name = system.partition("#")

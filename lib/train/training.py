@@ -161,9 +161,8 @@ class Validation(TrainerCallback):
         control.should_training_stop |= 0 < self.settings.patience <= stale
 
     def on_train_end(self, *_: Any, model: Any = None, **__: Any) -> None:
-        parameters = dict(model.named_parameters())
-        for name, tensor in (load_file(self.best) if self.best.is_file() else {}).items():
-            parameters[name].data.copy_(tensor)
+        if self.best.is_file():
+            model.load_state_dict(load_file(self.best), strict=False)  # of what is trained
 
 
 def base_for(mode: str, name: str) -> PreTrainedModel:
@@ -228,8 +227,8 @@ def make_trainer(model: PreTrainedModel, tokenizer: Any, records: Iterable[Recor
     if say_every:
         trainer.add_callback(Progress(say_every))
         if is_main_process():
-            passes = settings.steps * settings.batch_size * process_count() / len(learned)
-            print(f"{len(learned)} records to learn, {passes:.2g} passes over them",
+            times = settings.steps / math.ceil(len(learned) / settings.batch_size / process_count())
+            print(f"{len(learned)} records to learn, {times:.2g} passes over them",
                   preview(tokenizer, **trainer.train_dataset[0]), sep="\n", flush=True)
     return trainer
 
@@ -296,8 +295,8 @@ def train(records: Iterable[Record], settings: TrainSettings, *, model: str = "e
                                settings, work=work, say_every=say_every, held=held)
         adapt(trainer)
         files = [(f.name, f.stat().st_mtime_ns) for f in sorted(Path(model).glob("*.safetensors"))]
-        every = [dataclasses.asdict(settings), model, files, processes.num_processes, *identity,
-                 *map(sha256, sorted(work.rglob(f"tokens-{RANK}.arrow")))]
+        every = [dataclasses.asdict(settings), model, files, processes.num_processes, bool(held),
+                 *identity, *map(sha256, sorted(work.rglob(f"tokens-{RANK}.arrow")))]
         trainer.run = hashlib.sha256(json.dumps(every).encode()).hexdigest()
         result = run_trainer(trainer, settings, resume=last_checkpoint(work, trainer.run))
         # FSDP leaves each process a part of the weights: all must take part in joining them.
@@ -360,7 +359,7 @@ def last_checkpoint(work: Path, run: str) -> Path | None:
              if verified(folder).get("run") == run]
     if is_main_process() and (steps or any(work.glob("checkpoint-*"))):
         print(f"resuming from step {max(steps)}" if steps else "starting again: the checkpoint is "
-              "of a run with other settings, records or model", file=sys.stderr)
+              "of a run with other settings, records, model or date", file=sys.stderr)
     return work / f"checkpoint-{max(steps)}" if steps else None
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from lib.base import embedded
@@ -201,3 +202,16 @@ def test_the_real_model_speaks() -> None:
     answer = generate(model, load_tokenizer(), ["What is the capital of France?"],
                       max_new_tokens=8, own=True)[0]
     assert "Paris" in answer
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+def test_weights_that_are_missing_are_not_random(tiny_directory: str, tmp_path: Path, prefix: str
+                                                 ) -> None:
+    """As a file has them that was cut, or that torch.compile has named."""
+    folder = Path(shutil.copytree(tiny_directory, tmp_path / "model"))
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file({f"{prefix}{name}": tensor for name, tensor in weights.items()},
+              folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks \['model\..*'.*\]: save it again"):
+        load_model(str(folder))

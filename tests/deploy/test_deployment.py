@@ -302,9 +302,9 @@ def test_a_searched_front_is_what_deploy_takes(tiny_directory: str, tmp_path: Pa
              "device,fault", "--evaluations"]
     evaluate, left = alternate.held_out_loss, iter(range(30))
 
-    def failing(*args: Any) -> float:
+    def failing(*args: Any, learn: str) -> float:
         next(left)
-        return evaluate(*args)
+        return evaluate(*args, learn=learn)
 
     monkeypatch.setattr(alternate, "held_out_loss", failing)
     with pytest.raises(StopIteration):
@@ -321,6 +321,7 @@ def test_a_searched_front_is_what_deploy_takes(tiny_directory: str, tmp_path: Pa
     assert {c.family for c, _ in found} == {family}
     CoaLora.from_pretrained(base, adapter)
     assert main([*words, "0"]) == main([*words, "3", "--seed", "1"]) == 2  # other: refused
+    assert main([*words, "3", "--seed", "-1"]) == 2
     assert read_json(adapter / "front.json") == stored
 
 

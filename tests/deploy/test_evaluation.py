@@ -176,6 +176,20 @@ def test_records_that_do_not_fit(tiny_directory: str, data: Path) -> None:
         evaluate("http://127.0.0.1:9/v1", [*Records(data), {"text": "a b"}])
 
 
+@pytest.mark.parametrize(("answer", "given", "allowed"), [
+    ("yes", 0, 128), ("word " * 60, 0, 300), ("word " * 60, 40, 40), ("word " * 300, 0, 1024)])
+def test_an_answer_may_be_as_long_as_the_right_one(
+        tiny_directory: str, monkeypatch: pytest.MonkeyPatch, answer: str, given: int, allowed: int
+        ) -> None:
+    """Cut off, it would be wrong whatever it says."""
+    seen = []
+    monkeypatch.setattr("lib.deploy.evaluation.generate", lambda *_, max_new_tokens: (
+        seen.append(max_new_tokens), [answer])[1])
+    record = normalised({"prompt": "a", "completion": answer})
+    evaluate(tiny_directory, [record], new_tokens=given)
+    assert seen == [allowed]
+
+
 def test_a_thought_before_an_answer_is_not_part_of_it(
         tiny_directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Templates of models that reason write an empty one, and training teaches it."""

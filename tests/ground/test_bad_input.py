@@ -117,6 +117,7 @@ def place(tmp_path: Path, shelf: Path, tiny_directory: str, monkeypatch: pytest.
 TRAIN = ["train", "--data", "good.jsonl", "--out", "out", "--model", "TINY", "--steps", "2"]
 EXPORT = ["export", "--model", "TINY", "--out", "edge"]
 DEPLOY = ["deploy", "--out", "small", "--budget-mb"]
+SENSORS = ["deploy", "--task", "sensors", "--out", "small", "--budget-mb"]
 HELP = "see `python -m lib --help`"
 Call = list[str] | Callable[[Place], Any]
 
@@ -257,20 +258,21 @@ ROWS: dict[str, tuple[Call, str, str]] = {
                                    "choose another folder"),
 
     "deploy: no budget": (["deploy", "--out", "small"], "required: --budget-mb", HELP),
-    "deploy: budget 0": ([*DEPLOY, "0"], "budget of 0 MB", "use numbers above 0"),
+    "deploy: budget 0": ([*SENSORS, "0"], "budget of 0 MB", "use numbers above 0"),
     "deploy: unknown task": ([*DEPLOY, "80", "--task", "poems"], "'poems'", "use one of"),
-    "deploy: no number": ([*DEPLOY, "80MB"], "budget-mb", HELP),
-    "deploy: twice": ([*DEPLOY, "80,80"], "budget of 80, 80 MB", "each once"),
-    "deploy: several times": ([*DEPLOY, "80", "--budget-mb", "0"], "budget of 80, 0 MB", "above 0"),
+    "deploy: no number": ([*SENSORS, "80MB"], "budget-mb", HELP),
+    "deploy: twice": ([*SENSORS, "80,80"], "budget of 80, 80 MB", "each once"),
+    "deploy: several times": ([*SENSORS, "80", "--budget-mb", "0"], "of 80, 0 MB", "above 0"),
     "deploy: route of a task": ([*DEPLOY, "80", "--route", "original"], "--route", "--task alone"),
+    "deploy: no adapter": ([*DEPLOY, "80"], "name --adapter DIR", "or --task alone"),
     "deploy: two adapters": ([*DEPLOY, "80", "--task", "movies", "--adapter", "SHELF/adapter"],
                              "or --task", "name --adapter"),
     "deploy: no records": ([*DEPLOY, "80", "--adapter", "SHELF/adapter"], "its records",
                            "name --data FILE"),
     "deploy: not an adapter": ([*DEPLOY, "80", "--adapter", "SHELF/edge", "--data", "good.jsonl"],
                                "edge is not a LoRA adapter", "name the folder of one"),
-    "deploy: memory 0": ([*DEPLOY, "80", "--memory-mb", "0"], "0 MB", "above 0"),
-    "deploy: place in use": ([*DEPLOY, "80", "--out", "folder"], "thesis.txt would be lost",
+    "deploy: memory 0": ([*SENSORS, "80", "--memory-mb", "0"], "0 MB", "above 0"),
+    "deploy: place in use": ([*SENSORS, "80", "--out", "folder"], "thesis.txt would be lost",
                              "choose another folder"),
 
     "serve: nothing": (["serve", "nothing"], "nothing does not exist", "check the path"),

@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import itertools
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -462,7 +463,7 @@ def test_progress(tiny_directory: str, capsys: pytest.CaptureFixture[str],
     lines = [re.fullmatch(r"step +(\d)/3  loss \d+\.\d+  about \d+ s left", line)
              for line in said[4 * bool(every):]]
     assert not every or said[0] == f"{len(RECORDS)} records to learn, " + (
-        f"{3 * SETTINGS['lora'].batch_size / len(RECORDS):.2g} passes over them")
+        f"{3 / math.ceil(len(RECORDS) / SETTINGS['lora'].batch_size):.2g} passes over them")
     assert not every or said[2:4] == ["  prompt  '### Instruction:\\nUnit?\\n\\n### Response:\\n'",
                                       "  learned 'It is 0 .<|im_end|>'"]
     assert [line and int(line[1]) for line in lines] == expected
