@@ -161,8 +161,8 @@ class Validation(TrainerCallback):
         control.should_training_stop |= 0 < self.settings.patience <= stale
 
     def on_train_end(self, *_: Any, model: Any = None, **__: Any) -> None:
-        if self.best.is_file():
-            model.load_state_dict(load_file(self.best), strict=False)  # of what is trained
+        for name, tensor in (load_file(self.best) if self.best.is_file() else {}).items():
+            model.get_parameter(name).data.copy_(tensor)  # an error where it has none
 
 
 def base_for(mode: str, name: str) -> PreTrainedModel:
