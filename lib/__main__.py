@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lib.base.records import Records
 from lib.errors import UserError, require
 from lib.files import MANIFEST, read_json, size_mb, write_json
 from lib.host import is_main_process, process_count
@@ -122,8 +123,6 @@ def from_fields(settings: type, args: argparse.Namespace) -> Any:
 
 def first_records(source: str, ignore: list[str]) -> list[Any]:
     """The first 256 records of a source."""
-    from lib.base.records import Records
-
     return [*itertools.islice(Records(source, ignore=ignore), 256)]
 
 
@@ -144,8 +143,6 @@ def dispatch(args: argparse.Namespace) -> None:
 
             print(f"open {run(args.profile, only=args.only, store=args.store) / 'index.html'}")
         case "train":
-            from lib.base.records import Records
-
             args.mode = args.mode or ("qlora" if args.method == "plain" else "lora")
             settings, ignore = from_fields(TrainSettings, args), args.ignore
             records = Records(args.data, ignore=ignore)
@@ -164,8 +161,6 @@ def dispatch(args: argparse.Namespace) -> None:
                       f"trained, {result.seconds:.0f} s, peak {result.peak_mb:.0f} MB"
                       + f", {process_count()} processes" * (process_count() > 1))
         case "evaluate":
-            from lib.base.records import Records
-
             require(len({*args.systems}) == len(args.systems) <= 2 and args.limit > 0 and
                     args.new_tokens >= 0, "name one system, or two to compare, and give --limit "
                     "and --new-tokens above 0")

@@ -60,11 +60,9 @@ def scratch(target: Path | None = None) -> Iterator[Path]:
     """A private folder for one block, beside `target` or among the system's temporary ones."""
     place = target or Path(tempfile.gettempdir(), "course")
     place.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(".part", f".{place.name}.", place.parent))
-    try:
-        yield part
-    finally:
-        shutil.rmtree(part, ignore_errors=True)  # Windows keeps a file that a tensor maps
+    with tempfile.TemporaryDirectory(  # Windows keeps a file that a tensor maps
+            ".part", f".{place.name}.", place.parent, ignore_cleanup_errors=True) as part:
+        yield Path(part)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import random
 import re
 from dataclasses import dataclass, field
 from math import inf
@@ -138,8 +137,5 @@ class ServeSettings:
 
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch: the one place where seeds are set."""
-    import numpy as np  # here, because the server reads this module and needs no torch
-    import torch
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    from transformers import set_seed  # here, because the server reads this module
+    set_seed(seed)

@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from lib.deploy.deployment import FAST, TASKS, Deployment, deploy, shipped
 from lib.errors import UserError, require
 from lib.evaluate.scores import batch_losses, held_out_loss
 from lib.files import size_mb
+from lib.quantize import correction
 from lib.quantize.correction import (
     BLOCK,
     encode_with_feedback,
@@ -38,7 +40,6 @@ from lib.quantize.correction import (
 from lib.quantize.formats import decode, encode
 from lib.quantize.gguf import Encoded, export
 from lib.quantize.merging import merge
-from lib.train.lora import adapter_factors
 
 # MB of all files. In the first every matrix is Q4_0; `deploy`, which leaves room for metadata,
 # starts a little higher.
@@ -50,7 +51,6 @@ LOSSES, ANSWERS = 256, 500
 GENERATIONS, CHILDREN, FINALISTS, FEW, MANY, DRAWN_FROM = 15, 8, 2, 8, 48, 256
 # AutoRound's light recipe (Cheng et al. 2024): steps and rate of each block, examples.
 STEPS, RATE, TUNED_BY = 50, 5e-3, 128
-DAMPING = 1e-2  # of the inputs' mean variance, as in GPTQ's code
 FOLDER = WORK / "equal"
 Judge = Callable[[Configuration, Sequence[Record]], float]
 
@@ -63,9 +63,8 @@ class MergedLayers:
         self.opened = opened = Deployment(self.given["adapter"], "gguf", self.given["route"],
                                           records=self.given["records"], held=self.given["held"])
         self.names = names = opened.base.layers.names
-        self.weights = {name: opened.base.weight(i) for i, name in enumerate(names)}
-        for name, (a, b, scale) in adapter_factors(opened.adapter).items():
-            self.weights[name] = self.weights[name] + scale * b @ a
+        merged = merge(opened.adapter, route=opened.route)
+        self.weights = {name: merged.get_submodule(name).weight.data for name in names}
         # From here on the adapter is in the weights.
         opened.base.point([*self.weights.values()])
         with opened.model.disable_adapter():
@@ -77,15 +76,19 @@ class MergedLayers:
             "plain": {name: encode(weight, "Q4_0") for name, weight in self.weights.items()},
             "importance": {name: encode(weight, "Q4_0", importance=squares[name])
                            for name, weight in self.weights.items()},
-            "feedback": self.with_feedback()}
+            **self.with_feedback()}
 
-    def with_feedback(self, **options: float) -> dict[str, np.ndarray]:
-        """All layers in Q4_0, rounded with feedback; `options` are those of `input_roots`."""
+    def with_feedback(self) -> dict[str, dict[str, np.ndarray]]:
+        """All layers in Q4_0 as `deploy` rounds them, and with each block's scale as in "plain"."""
         opened = self.opened
         opened.base.switch(Configuration.uniform(opened.base.layers, FAST[0]))
-        roots = input_roots(opened.base.model, self.names, opened.records,
-                            tokenizer=opened.tokenizer, **options)
-        return encode_with_feedback(self.weights, dict(zip(self.names, roots, strict=True)))
+        roots = dict(zip(self.names, input_roots(
+            opened.base.model, self.names, opened.records, tokenizer=opened.tokenizer),
+            strict=True))
+        rounded = {"feedback": encode_with_feedback(self.weights, roots)}
+        with mock.patch.object(correction.formats, "encode", lambda w, kind, importance: encode(
+                w, kind)):
+            return rounded | {"feedback, plain scales": encode_with_feedback(self.weights, roots)}
 
     def encoded(self, configuration: Configuration, rounding: str) -> dict[str, Encoded]:
         """The layers of a configuration, Q4_0 rounded in one of the ways."""
@@ -154,7 +157,8 @@ def rivals(task: str, budget: float) -> dict[str, Any]:
     else:
         done = deploy(budgets=[budget], out=FOLDER / "deployed", **merged.given)[budget]
         configuration, kept = done.configuration, {"table": str(done.table)}
-    ways = {way: (configuration, way) for way in ("plain", "importance", "feedback")}
+    ways = {way: (configuration, way) for way in (
+        "plain", "importance", "feedback", "feedback, plain scales")}
     if budget != min(BUDGETS):
         records = TASKS[task]("validation", DRAWN_FROM)
         losses = {way: merged.judge(configuration, records, rounding=way)
@@ -198,10 +202,9 @@ def file_row(merged: MergedLayers, encoded: dict[str, Encoded], table: str) -> d
 
 
 def slower(task: str) -> dict[str, Any]:
-    """Two other ways to round all blocks to Q4_0.
+    """All blocks by AutoRound, whose symmetric 4 bits in groups of 32 are Q4_0.
 
-    "damped" is feedback with ten times the damping of `deploy`. AutoRound's symmetric 4 bits in
-    groups of 32 are Q4_0: a float16 scale and codes from -8 to 7.
+    Both have a float16 scale and codes from -8 to 7.
     """
     try:
         from auto_round import AutoRound
@@ -219,10 +222,10 @@ def slower(task: str) -> dict[str, Any]:
         batch_size=1, gradient_accumulate_steps=8, device_map="cpu", amp=False)
     rounded, _ = tuning.quantize()
     seconds = round(time.monotonic() - start)
-    merged.layers |= {"damped": merged.with_feedback(damping=DAMPING), "autoround": {
-        name: as_q4_0(name, rounded.get_submodule(name)) for name in merged.names}}
+    merged.layers["autoround"] = {
+        name: as_q4_0(name, rounded.get_submodule(name)) for name in merged.names}
     only = Configuration.uniform(opened.base.layers, FAST[0])
-    ways = {way: (only, way) for way in ("damped", "autoround")}
+    ways = {"autoround": (only, "autoround")}
     return {"ways": rows_of(merged, ways, "Q4_0"), "autoround_seconds": seconds,
             "autoround": importlib.metadata.version("auto-round")}
 

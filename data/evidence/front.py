@@ -43,7 +43,7 @@ class JournalFile(Journal):
                 lines = path.read_text("utf-8").split("\n")[:-1]  # a line cut short has no end
             header, *rows = map(json.loads, lines)
             require(header == key, f"it belongs to another search, {header}")
-            self.known = {tuple(positions): float(loss) for loss, positions in rows}
+            self.update((tuple(positions), float(loss)) for loss, positions in rows)
         except (UserError, ValueError, TypeError) as error:
             raise UserError(f"{path} is not the journal of this search ({error}): remove it "
                             "or name another") from None
@@ -52,9 +52,9 @@ class JournalFile(Journal):
 
     def __call__(self, configuration: Tensor, bits: float, evaluate: Evaluate) -> float:
         """As in a `Journal`; what is new goes into the file as well."""
-        count = len(self.known)
+        count = len(self)
         loss = super().__call__(configuration, bits, evaluate)
-        if len(self.known) > count:
+        if len(self) > count:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps([loss, configuration.tolist()]) + "\n")
         return loss
@@ -93,9 +93,7 @@ def find_front(adapter: Path, records: Sequence[Record], *, evaluations: int, se
     require(0 <= seed < 2**32, f"seed {seed}: use 0 to 4294967295")
     manifest = verified(adapter)
     base = Switchable.load(manifest["base"], cache_mb=1500)
-    tokenizer = load_tokenizer(
-        str(adapter), base=base.name)
-    options: dict[str, Any] = {"tokenizer": tokenizer,
+    options: dict[str, Any] = {"tokenizer": load_tokenizer(str(adapter), base=base.name),
                                "learn": manifest.get("settings", {}).get("learn", "all")}
     family, felt_by, held = manifest["grid"], records[:FELT_BY], records[-HELD:]
     features = Features.of(base, sensitivities(base, felt_by, **options), family)
@@ -105,7 +103,7 @@ def find_front(adapter: Path, records: Sequence[Record], *, evaluations: int, se
     journal = JournalFile(adapter / "front.jsonl", " ".join(
         [base.fingerprint[:12], sha256(adapter / MANIFEST)[:12], digest[:12], str(seed)]))
     total, began, calls = len(first) + evaluations, time.monotonic(), itertools.count(1)
-    left = total - len(journal.known)
+    left = total - len(journal)
     judge = loss_with(coa, held, family=family, **options)
 
     def evaluate(positions: Tensor) -> float:
@@ -121,7 +119,7 @@ def find_front(adapter: Path, records: Sequence[Record], *, evaluations: int, se
         start = Evaluated.at(numbers_of(first), features, evaluate, journal)
         search(start, features, evaluate, evaluations=evaluations, seed=seed, journal=journal)
     command = f"python -m lib search --evaluations {evaluations} --seed {seed}"
-    return write_front(adapter, base, features, journal.known, command=command), len(journal.known)
+    return write_front(adapter, base, features, journal, command=command), len(journal)
 
 
 def numbers_of(configurations: Sequence[Configuration]) -> Tensor:

@@ -67,7 +67,7 @@ def starting() -> dict[str, Any]:
     own = journal("start")
     start = Evaluated.at(first_configurations(base), features, evaluate, own)
     return {"key": key,
-            "losses": [own.known[tuple(c)] for c in start.configurations.tolist()]}
+            "losses": [own[tuple(c)] for c in start.configurations.tolist()]}
 
 
 def start(own: Journal) -> Evaluated:
@@ -78,7 +78,7 @@ def start(own: Journal) -> Evaluated:
             "`python -m data.evidence search-start`")
     first = first_configurations(base)
     for configuration, loss in zip(first.tolist(), stored["losses"], strict=True):
-        own.known[tuple(configuration)] = loss
+        own[tuple(configuration)] = loss
     return Evaluated.at(first, features, evaluate, own)
 
 
@@ -117,7 +117,7 @@ def store_front() -> None:
     base, features, _, key = problem()
     known = {tuple(c.numbers.tolist()): loss for c, loss in known_configurations(ADAPTER, base)}
     for file in sorted(JOURNALS.glob("*.jsonl")):
-        known |= JournalFile(file, key).known
+        known |= JournalFile(file, key)
     count = write_front(ADAPTER, base, features, known, command="python -m data.evidence front")
     print(f"{ADAPTER.name}: {count} of {len(known)} configurations")
 

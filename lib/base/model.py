@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lib.base.embedded import EMBEDDED, locate, quiet
@@ -52,6 +53,9 @@ def load_tokenizer(model: str = EMBEDDED, *, template: str = "auto", base: str =
             tokenizer.chat_template = own.read_text(encoding="utf-8")
         return tokenizer
     tokenizer = _load(transformers.AutoTokenizer, model)
+    if isinstance(tokenizer.chat_template, dict):  # of several; a GGUF file has one
+        tokenizer.chat_template = tokenizer.chat_template.get("default")
+        require(tokenizer.chat_template, f"{model} has no template 'default': rename one")
     if not tokenizer.chat_template and base:  # trained in its base's
         tokenizer.chat_template = load_tokenizer(base, template=template).chat_template
     own = tokenizer.own_chat_template = tokenizer.chat_template
@@ -149,7 +153,7 @@ def decoded(model: nn.Module) -> Iterator[None]:
     def forward(x: Tensor, *, weight: Tensor, bias: Tensor | None) -> Tensor:
         return nn.functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
 
-    layers = [m for m in model.modules() if hasattr(m, "compute_dtype")
+    layers = [m for m in model.modules() if hasattr(m, "compute_dtype") and "forward" not in vars(m)
               and hasattr(m.weight, "quant_state") and m.weight.device.type == "cpu"]
     for layer in layers:
         weight = frozen_weight(layer, layer.compute_dtype or torch.float32)
@@ -175,10 +179,8 @@ def dequantized_base(model: str = "embedded") -> PreTrainedModel:
 
 def pad_right(pairs: Sequence[tuple[list[int], list[int]]], pad: int) -> tuple[Tensor, Tensor]:
     """Ids and labels (batch, length), padded on the right."""
-    length = max(len(ids) for ids, _ in pairs)
-    rows = [ids + [pad] * (length - len(ids)) for ids, _ in pairs]
-    labels = [row + [IGNORED] * (length - len(row)) for _, row in pairs]
-    return torch.tensor(rows), torch.tensor(labels)
+    ids, labels = ([*map(torch.tensor, rows)] for rows in zip(*pairs, strict=True))
+    return pad_sequence(ids, True, pad), pad_sequence(labels, True, IGNORED)
 
 
 def _call_glibc(function: str, *numbers: int) -> None:

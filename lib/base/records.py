@@ -37,11 +37,10 @@ class Records:
         self.source, self.ignore, self.where = str(source), ignore, str(source)
 
     def __iter__(self) -> Iterator[Record]:
-        empty = True
         for where, row in _rows(self.source):
-            empty, self.where = False, where
+            self.where = where
             yield normalised(row, where, self.ignore)
-        require(not empty, f"{self.source} has no records: write at least one")
+        require(self.where != self.source, f"{self.source} has no records: write at least one")
 
 
 def _rows(source: str) -> Iterator[tuple[str, Any]]:
@@ -178,7 +177,7 @@ def normalised(row: Any, where: str = "it", ignore: Collection[str] | None = Non
     if "messages" in record and "system" in left:
         record["messages"].insert(0, {"role": "system", "content": take("system")})
     if "messages" in record and "tools" in left:
-        record["tools"] = left.pop("tools")
+        record["tools"] = [_tool(tool, where) for tool in left.pop("tools")]
     require(not left or ignore is None, f"{where} has {', '.join(map(repr, left))}, which would "
             "not be used: drop it, or name it with --ignore")
     if "messages" in record:
@@ -216,6 +215,19 @@ def _message(turn: Any, where: str, ignore: Collection[str] | None) -> Record:
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{where}: tool calls unlike OpenAI's ({error}): write them so") from None
     return message | {"role": role, "content": content} | ({"tool_calls": calls} if calls else {})
+
+
+def _tool(tool: Any, where: str) -> Record:
+    """A tool of OpenAI's form as llama.cpp puts it into a prompt, so that it is learned so."""
+    try:
+        given = tool | tool.get("function", {})
+        function = {"name": given["name"], "description": given.get("description") or "",
+                    "parameters": given.get("parameters") or {}}
+    except (AttributeError, LookupError, TypeError) as error:
+        raise UserError(f"{where}: tools unlike OpenAI's ({error}): write them so") from None
+    left = given.keys() - {*function, "type", "function", "strict"}  # an engine may be strict
+    require(not left, f"{where} has a tool with {', '.join(left)}, which no prompt shows: drop it")
+    return {"type": "function", "function": function}
 
 
 def chat(instruction: str, response: str | None = None) -> list[dict[str, str]]:

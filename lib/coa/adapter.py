@@ -248,8 +248,7 @@ def train_over(base: Switchable, records: Iterable[Record],
 
     `base` is fresh and gets the adapter, which is also returned if it has a network. `method`:
     "paper", with the paper's network; "coa", also with owned components, which start from the
-    quantisation error (NormalFloat's 2 bits); with the others it is plain LoRA. A `Switching` in
-    `callbacks` replaces the default one; `options` are those of `train`.
+    quantisation error (NormalFloat's 2 bits); the others are plain LoRA. `options`: of `train`.
     """
     require(process_count() == 1, "it takes one process: start it without `accelerate launch`")
     require(method in METHODS, f"unknown method {method!r}: use one of {', '.join(METHODS)}")
@@ -271,8 +270,7 @@ def train_over(base: Switchable, records: Iterable[Record],
             start_owned(made[0], roots)
         if len(configurations) > 1:
             _descend_on_logarithm(trainer, settings.accumulate)
-        own = any(isinstance(callback, Switching) for callback in callbacks)
-        for callback in (*callbacks, *[Switching(base, configurations, settings.seed)] * (not own)):
+        for callback in (Switching(base, configurations, settings.seed), *callbacks):
             trainer.add_callback(callback)
         roots.clear()  # 400 MB for the embedded model
         release_memory()

@@ -8,7 +8,7 @@ import math
 import random
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from sklearn.exceptions import ConvergenceWarning
@@ -142,21 +142,18 @@ class Surrogate:
         return torch.from_numpy(mean), torch.from_numpy(spread)
 
 
-@dataclass
-class Journal:
+class Journal(dict[tuple[int, ...], float]):
     """The losses of all evaluated configurations; a known one is not evaluated again."""
-
-    known: dict[tuple[int, ...], float] = field(default_factory=dict)
 
     def __call__(self, configuration: Tensor, bits: float, evaluate: Evaluate) -> float:
         """The loss of a configuration, known or evaluated now."""
         positions = tuple(configuration.tolist())
-        if positions not in self.known:
+        if positions not in self:
             loss = float(evaluate(configuration))
             require(math.isfinite(loss) and loss > 0, f"the loss of a configuration at "
                     f"{bits:.3f} bits is {loss}: a search needs a finite loss above 0")
-            self.known[positions] = loss
-        return self.known[positions]
+            self[positions] = loss
+        return self[positions]
 
 
 @dataclass
@@ -189,7 +186,7 @@ def reference_point(points: Tensor) -> Tensor:
 def search(start: Evaluated, features: Features, evaluate: Evaluate, *, evaluations: int,
            batch: int = 5, seed: int = 0, journal: Journal | None = None) -> Evaluated:
     """Add evaluations to a starting set, in rounds of `batch`."""
-    rng, journal = random.Random(seed), journal or Journal()
+    rng, journal = random.Random(seed), Journal() if journal is None else journal
     evaluated, reference = start, reference_point(start.points)
     total = len(start.configurations) + evaluations
     while (left := total - len(evaluated.configurations)) > 0:

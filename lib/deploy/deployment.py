@@ -153,7 +153,6 @@ class Deployment:
     def tried(self, configuration: coa.Configuration, table: coa.AnyFormat, mine: Path
               ) -> tuple[float, dict[str, Encoded]]:
         """Held-out loss, and for GGUF the matrices as they are written, adapter `mine` folded."""
-        modules = {name: self.base.model.get_submodule(name) for name in self.tables}
         plain = {name: self.rest[f"{name}.weight"] for name in self.tables}
         self.base.switch(configuration)
         encoded = self.folded(configuration, mine) if self.family == "gguf" else {}
@@ -161,15 +160,11 @@ class Deployment:
         if encoded:
             self.base.point([decode(data, kind) for kind, data in encoded.values()])
             encoded |= {name: (str(table), encode(plain[name], str(table))) for name in plain}
-        try:
-            for name, module in modules.items():
-                module.weight.data = round_trip(plain[name], table).to(plain[name])
-            with without:
-                return held_out_loss(
-                    self.model, self.tokenizer, self.held, learn=self.learn), encoded
-        finally:
-            for name, module in modules.items():
-                module.weight.data = plain[name]
+        for name, weight in plain.items():
+            module = self.base.model.get_submodule(name)
+            module.weight.data = round_trip(weight, table).to(weight)
+        with without:
+            return held_out_loss(self.model, self.tokenizer, self.held, learn=self.learn), encoded
 
     def folded(self, configuration: coa.Configuration, mine: Path) -> dict[str, Encoded]:
         """Each layer with its part of an adapter in its type; Q4_0 is rounded with feedback."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lib.base.model import load_model, load_tokenizer, require_rows
+from lib.base.model import decoded, load_model, load_tokenizer, require_rows
 from lib.base.records import LABEL, Record, encode
 from lib.deploy.packed import WEIGHTS, load_deployed
 from lib.errors import UserError, require
@@ -60,6 +60,7 @@ def evaluate(system: str, records: Sequence[Record], *, new_tokens: int = 0, rou
     asked = [record for record in records if "messages" in record]
     require(not any("tools" in row or row["messages"][-1].get("tool_calls") for row in asked),
             "tools are not scored: leave them out with --ignore tools, and records that call one")
+    require(learn == "all" or len(asked) == len(records), "all of a text counts: leave --learn out")
     prompts = [record["messages"][:-1] for record in asked]
     longest = max((len(row["messages"][-1]["content"].encode()) for row in asked), default=0)
     new_tokens = new_tokens or min(max(128, longest), 1024)  # a token has a byte or more
@@ -81,7 +82,7 @@ def evaluate(system: str, records: Sequence[Record], *, new_tokens: int = 0, rou
             pairs.append(encode(tokenizer, record, learn=learn, where=where))
             require(len(pairs[-1][0]) <= context, f"{where} is longer than the model's context, "
                     f"{context} tokens: split it")
-        with torch.inference_mode():
+        with decoded(model), torch.inference_mode():
             losses = [*batch_losses(model, pairs, 1)]
             answers = [*{row["messages"][-1]["content"]: None for row in asked}]
             if 1 < len(answers) <= min(LABELS, len(asked) / 2):

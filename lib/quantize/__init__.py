@@ -3,7 +3,6 @@
 from lib import exports
 
 __getattr__, __all__ = exports(__name__, {
-    "formats": "FORMATS GRID Format dequantize_blocks normal_float pack_bits "
-               "quantize_blocks round_trip unpack_bits",
+    "formats": "FORMATS GRID Format dequantize_blocks normal_float quantize_blocks round_trip",
     "merging": "INT8_THRESHOLD ROUTES load_dynamic_int8 load_saved merge save_model "
                "save_quantized", "gguf": "export permute"})

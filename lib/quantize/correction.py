@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lib.base.records import Record, encode
+from lib.quantize import formats
 
 DAMPING = 1e-3  # share of the mean variance that every direction of the inputs gets at least
 SPARE, SWEEPS = 8, 3
@@ -44,7 +45,7 @@ def input_sums(model: torch.nn.Module, names: Sequence[str], records: Sequence[R
 
 
 def input_roots(model: torch.nn.Module, names: Sequence[str], records: Sequence[Record], *,
-                tokenizer: Any, damping: float = DAMPING) -> list[Tensor]:
+                tokenizer: Any) -> list[Tensor]:
     """L of each layer over its inputs on the records, (in, in) float32."""
     places = (layer.rpartition(".") for layer in names)
     read_by = [f"{block}.{SHARED.get(kind, kind)}" for block, _, kind in places]
@@ -52,7 +53,7 @@ def input_roots(model: torch.nn.Module, names: Sequence[str], records: Sequence[
         model, [*dict.fromkeys(read_by)], records, tokenizer=tokenizer,
         statistic=lambda x: x.T @ x / len(x))
     for layer, moment in moments.items():
-        floor = damping * moment.diagonal().mean().cpu() + 1e-12
+        floor = DAMPING * moment.diagonal().mean().cpu() + 1e-12
         roots[layer] = torch.linalg.cholesky(moment.cpu() + floor * torch.eye(len(moment)))
     return [roots[layer] for layer in read_by]
 
@@ -91,24 +92,25 @@ def codes_with_feedback(weight: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
 
     GPTQ (Frantar et al. 2023, section 3): with U the upper Cholesky factor of R^-1, column j
     is rounded and its error (w_j - q_j) / U_jj times U_jk is subtracted from each column k > j.
-    That keeps |(W - Q) L|_F small. A block's scale is fixed when its first column is reached.
+    That keeps |(W - Q) L|_F small. When a block's first column is reached it gets the scale that
+    llama.cpp chooses, with the mean square of each input as importance.
 
-    From (..., out, in), in a multiple of 32, and (..., in, in): codes (..., out, in) uint8 and
-    scales (..., out, in / 32) float16. A weight is (code - 8) * scale.
+    From (layers, out, in), in a multiple of 32, and (layers, in, in): codes (layers, out, in) uint8
+    and scales (layers, out, in / 32) float16. A weight is (code - 8) * scale.
     """
     weight, codes, scales = weight.clone(), torch.empty_like(weight, dtype=torch.uint8), []
     ahead = torch.linalg.cholesky(torch.cholesky_inverse(root), upper=True)
+    squares = root.square().sum(-1).split(BLOCK, -1)
     for start in range(0, weight.shape[-1], BLOCK):
         block, errors = weight[..., start:start + BLOCK].clone(), []
         factor = ahead[..., start:start + BLOCK, start:]
-        # The number of largest size has code 0 and stands for -8 times the scale.
-        top = block.abs().argmax(-1)
-        scales.append((block.gather(-1, top[..., None])[..., 0] / -8).half())
+        chosen = (formats.encode(layer, "Q4_0", importance=felt)[:, :2] for layer, felt
+                  in zip(block, squares[start // BLOCK], strict=True))
+        scales.append(torch.from_numpy(np.stack([*chosen])).view(torch.float16)[..., 0])
         scale = scales[-1].float()
         inverse = torch.where(scale == 0, 0, 1 / scale)
         for j in range(BLOCK):
             column = (block[..., j] * inverse + 8.5).floor().clamp(0, 15)
-            column[(top == j) & (scale != 0)] = 0
             codes[..., start + j] = column.byte()
             errors.append((block[..., j] - (column - 8) * scale) / factor[..., j, j, None])
             block[..., j + 1:] -= errors[j][..., None] * factor[..., j, None, j + 1:BLOCK]

@@ -127,6 +127,7 @@ def write_model(source: Path, out: Path, *, weights: PreTrainedModel | None = No
     Returns {type: the kinds of matrices that have it}; rows may not suit `gguf_type` (`fitting`).
     """
     reader, kinds = Reader(source), dict[str, set[str]]()
+    require(reader.tensors, f"{base} has no weights: save it again")  # or a converter skipped them
     state, found = (weights.state_dict(), places(reader, weights)) if weights else ({}, {})
     with _writer(out, reader, "model", base, tokenizer) as writer:
         for tensor in reader.tensors:
@@ -254,7 +255,7 @@ def export(out: Path, *, gguf_type: str = "Q8_0", route: str = "", merged: Path 
                 write_adapter(adapter, part / files[adapter_name], source, weights, base=base)
             model_reader(part / "model.gguf", {n: part / file for n, file in files.items()})
             (part / "README.md").write_text(card(name, base, kinds, sources), encoding="utf-8")
-            if not adapters:
+            if not adapters and "strftime_now" not in tokenizers[-1].chat_template:  # of one date
                 (part / "Modelfile").write_text(modelfile(tokenizers[-1]), encoding="utf-8")
     return kinds
 
@@ -263,7 +264,7 @@ def commands(out: Path) -> list[str]:
     """What serves an exported folder: this course, llama.cpp's own server, Ollama."""
     adapters = sorted({*out.glob("*.gguf")} - {out / "model.gguf"})
     loras = "".join(f" --lora {file}" for file in adapters)
-    ollama = [f"ollama create {out.name} -f {out / 'Modelfile'}"] * (not adapters)
+    ollama = [f"ollama create {out.name} -f {out / 'Modelfile'}"] * (out / "Modelfile").is_file()
     return [f"python -m lib serve {out}", f"llama-server -m {out / 'model.gguf'}{loras}", *ollama]
 
 

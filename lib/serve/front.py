@@ -82,6 +82,8 @@ def engine_request(body: bytes, path: str, bundles: Mapping[str, Bundle], settin
         fields.pop(name, None)  # those of the known ones have their default values
     for message in fields.get("messages", ()):
         message["role"] = message["role"].replace("developer", "system")
+        if isinstance(parts := message.get("content"), list):  # as in training
+            message["content"] = "".join(part["text"] for part in parts)
     insist(all(int(token) < bundle.vocabulary for token in fields.get("logit_bias", ())),
            "logit_bias", f"the vocabulary has {bundle.vocabulary} tokens")
     insist(all(re.search(rf"\b{re.escape(name)}\b", bundle.template)
@@ -92,9 +94,11 @@ def engine_request(body: bytes, path: str, bundles: Mapping[str, Bundle], settin
     insist(max(limits, default=0) <= settings.context, "max_tokens", f"at most {settings.context}")
     scales = {name: float(name == model) if model in bundle.adapters else scale
               for name, (_, scale) in bundle.adapters.items()}
-    for entry in fields.get("lora", ()):
-        insist_known("adapter", entry["name"], scales)
-        scales[entry["name"]] = entry["scale"]
+    mixed = {entry["name"]: entry["scale"] for entry in fields.get("lora", ())}
+    insist(len(mixed) == len(fields.get("lora", ())), "lora", "name each adapter once")
+    for name in mixed:
+        insist_known("adapter", name, scales)
+    scales |= mixed
     tools, choice = fields.get("tools", []), fields.get("tool_choice", "auto")
     if isinstance(choice, dict):  # only that function is left, and has to be called
         name, choice = choice["function"]["name"], "required"
@@ -122,6 +126,8 @@ def constrain(fields: dict[str, Any]) -> None:
         # The engine's own way drops parts of a schema. A small model would write spaces to the end.
         schema = {"x-guidance": {"whitespace_flexible": False}} | schema
         fields["grammar"] = f"%llguidance {{}}\nstart: %json {json.dumps(schema)}"
+    insist("grammar" not in fields or fields.get("messages", [{}])[-1].get("role") != "assistant",
+           "messages", "end with a question: a schema or grammar would not see what is begun")
     if fields.get("grammar", "").startswith("%llguidance"):  # the engine would go on without it
         error = llguidance.LLMatcher.validate_grammar(fields["grammar"]).partition("   1 |")[0]
         insist(not error, next(iter(wanted)),

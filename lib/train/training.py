@@ -126,8 +126,8 @@ class Progress(TrainerCallback):
         due = step % self.every == 0 or step == total or seconds > SILENCE
         if due and is_main_process() and "loss" in (logs or {}):
             left = seconds / (step - self.step) * (total - step)
-            loss = logs["loss"]
-            print(f"step {step:4d}/{total}  loss {loss:.3f}  about {left:.0f} s left", flush=True)
+            print(f"step {step:4d}/{total}  loss {logs['loss']:.3f}  about {left:.0f} s left",
+                  flush=True)
             self.step, self.time = step, time.monotonic()
 
 
@@ -237,6 +237,7 @@ def tokenised(tokenizer: Any, records: Iterable[Record], settings: Any, work: Pa
     """Records as token ids and labels, in a file of `work` that is read as needed."""
     work.mkdir(parents=True, exist_ok=True)
     file, count = work / f"tokens-{RANK}.arrow", 0
+    file.unlink(missing_ok=True)  # another run may be reading it
     with ArrowWriter(path=str(file)) as writer:
         for count, record in enumerate(records, 1):
             where = getattr(records, "where", f"record {count}")

@@ -102,6 +102,17 @@ def test_template_of_several_turns(tokenizer: PreTrainedTokenizerBase) -> None:
     assert text.startswith(prompt) and prompt.endswith("### Response:\n")
 
 
+def test_of_several_templates_the_default_one(tmp_path: Path, tiny_directory: str) -> None:
+    directory = tmp_path / "model"
+    shutil.copytree(tiny_directory, directory)
+    (directory / "chat_template.jinja").write_text("{{ 1 }}")
+    (more := directory / "additional_chat_templates").mkdir()
+    (more / "tool_use.jinja").write_text("{{ 2 }}")
+    assert load_tokenizer(str(directory)).chat_template == "{{ 1 }}"
+    (directory / "chat_template.jinja").rename(more / "rag.jinja")
+    assert "has no template 'default': rename one" in refusal(load_tokenizer, str(directory))
+
+
 def test_embedded_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     assert len(tokenizer) == 49152 and tokenizer.eos_token == "<|im_end|>"
     assert tokenizer.pad_token not in (None, tokenizer.eos_token)

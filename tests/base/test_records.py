@@ -86,6 +86,10 @@ def test_tables(tmp_path: Path, name: str, mark: str) -> None:
     ("d.jsonl", '{"messages": [{"role": "robot", "content": "a"}]}', "has the role 'robot'"),
     ("d.jsonl", '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "not text"),
     ("d.jsonl", '{"text": "a", "tools": [{"name": "b"}]}', "has 'tools', which would not"),
+    ("d.jsonl", '{"prompt": "a", "completion": "b", "tools": [{}]}', "tools unlike OpenAI's"),
+    ("d.jsonl", '{"prompt": "a", "completion": "b", "tools": "[]"}', "tools unlike OpenAI's"),
+    ("d.jsonl", '{"prompt": "a", "completion": "b", "tools": [{"name": "c", "cost": 1}]}',
+     "has a tool with cost, which no prompt shows"),
     ("d.jsonl", '{"messages": [{"role": "assistant", "content": "a", "weight": 0}]}',
      "has 'weight' in a turn, which would not be used"),
     ("d.jsonl", '{"messages": [{"role": "assistant", "tool_calls": ["f"]}]}', "unlike OpenAI's"),
@@ -252,6 +256,13 @@ def test_turns_tools_and_plain_text(tokenizer: PreTrainedTokenizerBase) -> None:
         "message.tool_calls else '') + eos")
     first, last = learned(able, CALL)
     assert '"arguments": {"of": "pump"}' in first and last == f"78 C.{end}"
+    # Tools are read as llama.cpp shows them, in whatever order and form they are given.
+    able.chat_template = "{{ tools | tojson }}" + able.chat_template
+    shown = ('[{"type": "function", "function": {"name": "read_sensor", "description": "", '
+             '"parameters": {"type": "object"}}}]')
+    function = {"strict": True, "parameters": {"type": "object"}, "name": "read_sensor"}
+    for tool in (function, {"function": function, "type": "function"}):
+        assert able.decode(encode(able, CALL | {"tools": [tool]})[0]).startswith(shown)
 
 
 def test_bos_as_the_tokenizer_has_it(tokenizer: PreTrainedTokenizerBase) -> None:

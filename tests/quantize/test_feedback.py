@@ -30,8 +30,10 @@ def test_ggufs_own_quantiser_writes_the_same_bytes(seed, size):
     values = decode(data, "Q4_0")
     steps = scales[0].float().repeat_interleave(32, 1)
     assert torch.equal(values, (codes[0].float() - 8) * steps)
-    assert np.array_equal(gguf.quants.quantize(values.numpy(), gguf.GGMLQuantizationType.Q4_0),
-                          data)
+    # A block whose number of largest size has code 0 is one that gguf's own quantiser writes.
+    full = (codes[0].view(4, 2, 32) == 0).any(2).numpy()
+    theirs = gguf.quants.quantize(values.numpy(), gguf.GGMLQuantizationType.Q4_0)
+    assert np.array_equal(theirs.reshape(4, 2, 18)[full], data.reshape(4, 2, 18)[full])
 
 
 def test_the_outputs_err_less():
@@ -39,18 +41,17 @@ def test_the_outputs_err_less():
     plain, ours = (torch.stack([way(*pair) for pair in zip(weight, root, strict=True)])
                    for way in (lambda w, _: round_trip(w, "Q4_0"), rounded_with_feedback))
     ours, theirs = (((q - weight) @ root).norm() for q in (ours, plain))
-    assert ours < 0.8 * theirs
+    assert ours < 0.7 * theirs
 
 
 def test_one_column_after_another_by_hand():
     """GPTQ's own loop, with the inverse updated by elimination instead of a Cholesky factor."""
     weight, root = case(3, 32, 1)
     left, inverse = weight[0].clone(), (root[0] @ root[0].T).inverse()
-    grid = round_trip(weight[0], "Q4_0")
-    step = (grid.gather(1, weight[0].abs().argmax(1, keepdim=True)) / -8)[:, 0]
-    top = weight[0].abs().argmax(1)
+    data = encode(left, "Q4_0", importance=(root[0] @ root[0].T).diagonal())
+    step = torch.from_numpy(data[:, :2].copy()).view(torch.float16)[:, 0].float()
     for j in range(32):
-        codes = torch.where(top == j, -8, (left[:, j] / step).add(8.5).floor().clamp(0, 15) - 8)
+        codes = (left[:, j] / step).add(8.5).floor().clamp(0, 15) - 8
         error = (left[:, j] - codes * step) / inverse[j, j]
         left = left - error[:, None] * inverse[j]
         left[:, j] = codes * step
@@ -59,11 +60,11 @@ def test_one_column_after_another_by_hand():
     assert torch.allclose(rounded_with_feedback(weight[0], root[0]), left, atol=1e-4)
 
 
-def test_zeros_are_written_as_gguf_writes_them():
+def test_zeros_stay_zeros():
     _, root = case(many=1)
     zeros = torch.zeros(2, 64)
     data = encode_with_feedback({"w": zeros}, {"w": root[0]})["w"]
-    assert np.array_equal(data, encode(zeros, "Q4_0")) and not decode(data, "Q4_0").any()
+    assert data.any() and torch.equal(decode(data, "Q4_0"), zeros)
 
 
 def test_layers_of_one_shape_go_together():

@@ -310,6 +310,22 @@ def test_what_one_takes_home(converted: None, tmp_path: Path, tiny_directory: st
     assert own.endswith('PARAMETER stop "<|im_end|>"\n')
     assert commands(tmp_path / "plain")[2] == (
         f"ollama create plain -f {tmp_path / 'plain' / 'Modelfile'}")
+    dated = shutil.copytree(lora, tmp_path / "dated-lora")  # Ollama would always say one date
+    (dated / "chat_template.jinja").write_text("{{ strftime_now('%Y') }}" + CHAT_TEMPLATE)
+    export(tmp_path / "dated", **options | {"merged": dated})
+    assert not (tmp_path / "dated" / "Modelfile").exists()
+    assert len(commands(tmp_path / "dated")) == 2
+
+
+def test_a_folder_without_weights(tmp_path: Path) -> None:
+    """The converter takes it, and its file has no tensors."""
+    empty = gguf.GGUFWriter(tmp_path / "empty.gguf", "llama")
+    empty.write_header_to_file()
+    empty.write_kv_data_to_file()
+    empty.write_tensors_to_file()
+    empty.close()
+    with pytest.raises(UserError, match="mine has no weights: save it again"):
+        write_model(tmp_path / "empty.gguf", tmp_path / "out.gguf", base="mine")
 
 
 def test_base_and_route_follow_from_the_adapter(converted: None, tmp_path: Path,

@@ -284,7 +284,9 @@ BAD = [
         ("lora", 5),
         ("lora", [{"name": "red"}]), ("lora", [{"name": "red", "scale": "0.5"}]),
         ("lora", [{"name": "red", "scale": True}]),
-        ("lora", [{"name": "red", "scale": math.inf}]))),
+        ("lora", [{"name": "red", "scale": math.inf}]),
+        ("lora", [{"name": "red", "scale": 1}, {"name": "red", "scale": 0}]))),
+    (CHAT, {"messages": [*HELLO, {"role": "assistant", "content": "{"}], "json_schema": {}}, 400),
     *((PLAIN, {"prompt": prompt}, 400) for prompt in (
         5, None, "", [], [-1], [10**6], [1, "a"], "word " * 400, ["a", "b"], [[1], [2]])),
     *((PLAIN, {"prompt": "a", name: value}, 400) for name, value in (
@@ -331,7 +333,7 @@ def test_texts_may_come_in_parts_and_from_developers(client: httpx.Client) -> No
 
     parts = [{"type": "text", "text": "Hello"}, {"type": "text", "text": "there"}]
     assert prompt({"role": "user", "content": parts}) == prompt(
-        {"role": "user", "content": "Hello\nthere"})
+        {"role": "user", "content": "Hellothere"})
     assert prompt({"role": "developer", "content": "Be kind"}, *HELLO) == prompt(
         {"role": "system", "content": "Be kind"}, *HELLO) > prompt(*HELLO)
 
