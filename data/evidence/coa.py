@@ -88,17 +88,19 @@ class CachedOnDisk(Switchable):
     changes its configuration some hundred times, among 36, and all runs need the same ones.
     """
 
-    def _build(self, index: int, fmt: Format) -> Tensor:
-        weight = self._linears[index].weight
+    def _cached(self, index: int, fmt: Format) -> Tensor:
+        weight, held = self._linears[index].weight, (index, fmt) in self._cache
         storage = {torch.bfloat16: torch.int16, torch.float32: torch.int32}[weight.dtype]
         folder = BUILD / "levels" / f"{self.fingerprint[:12]}-{storage}"
         path = folder / ("-".join(map(str, (index, *fmt.as_list()))) + ".bin")
-        if path.is_file():
+        if not held and path.is_file():
             data = torch.from_numpy(np.fromfile(path, str(storage).removeprefix("torch.")))
-            return data.view(weight.dtype).view(weight.shape)
-        built = super()._build(index, fmt)
-        with replacing(path) as part:  # another run may build the same one
-            built.contiguous().view(storage).numpy().tofile(part)
+            self._cache[index, fmt] = data.view(weight.dtype).view(weight.shape)
+            return self._cache[index, fmt]
+        built = super()._cached(index, fmt)
+        if not held:
+            with replacing(path) as part:  # another run may build the same one
+                built.contiguous().view(storage).numpy().tofile(part)
         return built
 
 

@@ -225,7 +225,7 @@ def _tool(tool: Any, where: str) -> Record:
                     "parameters": given.get("parameters") or {}}
     except (AttributeError, LookupError, TypeError) as error:
         raise UserError(f"{where}: tools unlike OpenAI's ({error}): write them so") from None
-    left = given.keys() - {*function, "type", "function", "strict"}  # an engine may be strict
+    left = given.keys() - {*function, "type", "function", "strict"}  # `strict` is for engines
     require(not left, f"{where} has a tool with {', '.join(left)}, which no prompt shows: drop it")
     return {"type": "function", "function": function}
 
@@ -281,7 +281,8 @@ def encode(tokenizer: Tokenizer, record: Record, *, learn: str = "all",
             return begin(tokenizer, tokenizer.apply_chat_template(
                 messages[:count], tools=tools, tokenize=False, **options))
         except Exception as error:  # of Jinja, or what a template raises itself
-            raise UserError(f"{where}: the template says {error}: use another --template") from None
+            raise UserError(f"{where}: the template says {error}: use --learn last, or another "
+                            "--template") from None
 
     whole, cuts = rendered(len(messages)), [0]
     rest, at = [message | {"content": ""} for message in messages], 0

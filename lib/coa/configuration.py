@@ -177,7 +177,7 @@ class Switchable:
             self.point([self._cached(i, fmt) for i, fmt in enumerate(configuration.formats)])
             self.configuration = configuration
         finally:
-            while self.cached_mb > self.cache_mb and self._cache:
+            while sum(tensor.nbytes for tensor in self._cache.values()) > 1e6 * self.cache_mb:
                 self._cache.popitem(last=False)
 
     def point(self, weights: Sequence[Tensor]) -> None:
@@ -201,17 +201,9 @@ class Switchable:
 
     def _cached(self, index: int, fmt: Format) -> Tensor:
         if (key := (index, fmt)) not in self._cache:
-            self._cache[key] = self._build(index, fmt)
+            self._cache[key] = self.weight(index, fmt).to(self._linears[index].weight)
         self._cache.move_to_end(key)
         return self._cache[key]
-
-    def _build(self, index: int, fmt: Format) -> Tensor:
-        return self.weight(index, fmt).to(self._linears[index].weight)
-
-    @property
-    def cached_mb(self) -> float:
-        """MB that the cache holds."""
-        return sum(tensor.nbytes for tensor in self._cache.values()) / 1e6
 
     @cached_property
     def fingerprint(self) -> str:

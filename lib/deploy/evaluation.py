@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import eq
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,9 @@ def evaluate(system: str, records: Sequence[Record], *, new_tokens: int = 0, rou
             "tools are not scored: leave them out with --ignore tools, and records that call one")
     require(learn == "all" or len(asked) == len(records), "all of a text counts: leave --learn out")
     prompts = [record["messages"][:-1] for record in asked]
-    longest = max((len(row["messages"][-1]["content"].encode()) for row in asked), default=0)
-    new_tokens = new_tokens or min(max(128, longest), 1024)  # a token has a byte or more
+    right = [record["messages"][-1]["content"] for record in asked]
+    # A token has a byte or more.
+    new_tokens = new_tokens or min(max([128, *(len(t.encode()) for t in right)]), 1024)
     pairs, losses, texts, chosen = [], [], [], []
     if system.startswith(("http://", "https://")):
         url, _, name = system.partition("#")
@@ -84,18 +86,17 @@ def evaluate(system: str, records: Sequence[Record], *, new_tokens: int = 0, rou
                     f"{context} tokens: split it")
         with decoded(model), torch.inference_mode():
             losses = [*batch_losses(model, pairs, 1)]
-            answers = [*{row["messages"][-1]["content"]: None for row in asked}]
+            answers = [*dict.fromkeys(right)]
             if 1 < len(answers) <= min(LABELS, len(asked) / 2):
                 chosen = [likeliest(model, tokenizer, row, answers) for row in asked]
         if prompts:
             texts = generate(model, tokenizer, prompts, max_new_tokens=new_tokens)
-    answered = [*zip(texts, asked, strict=True)]
-    # A model that reasons may have learned to think first, as its template writes it.
-    hits = {"exact match": [row["messages"][-1]["content"].strip() in (
-                text, text.rpartition("</think>")[2].strip()) for text, row in answered],
-            "keyword": [keyword_hit(t, str(row[LABEL])) for t, row in answered if LABEL in row],
-            "likeliest": [text == row["messages"][-1]["content"]
-                          for text, row in zip(chosen, asked, strict=False)]}
+    # A server shows no thoughts, and a folder's answer may have some.
+    said, due = ([t.rpartition("</think>")[2].strip() for t in part] for part in (texts, right))
+    labelled = [(t, row[LABEL]) for t, row in zip(said, asked, strict=False) if LABEL in row]
+    hits = {"exact match": [*map(eq, said, due)],
+            "keyword": [keyword_hit(text, str(label)) for text, label in labelled],
+            "likeliest": [*map(eq, chosen, right)]}
     scores = {name: Score(tuple(right), tuple(texts)) for name, right in hits.items() if right}
     mean = sum(loss for loss, _ in losses) / max(sum(count for _, count in losses), 1)
     return Evaluation(scores, tuple(loss / count for loss, count in losses), mean)

@@ -84,6 +84,8 @@ def engine_request(body: bytes, path: str, bundles: Mapping[str, Bundle], settin
         message["role"] = message["role"].replace("developer", "system")
         if isinstance(parts := message.get("content"), list):  # as in training
             message["content"] = "".join(part["text"] for part in parts)
+    insist(fields.get("messages", [{"role": ""}])[-1]["role"] != "assistant", "messages", "end "
+           "with a question, or the answer of a tool: what is begun is not continued")
     insist(all(int(token) < bundle.vocabulary for token in fields.get("logit_bias", ())),
            "logit_bias", f"the vocabulary has {bundle.vocabulary} tokens")
     insist(all(re.search(rf"\b{re.escape(name)}\b", bundle.template)
@@ -126,16 +128,18 @@ def constrain(fields: dict[str, Any]) -> None:
         # The engine's own way drops parts of a schema. A small model would write spaces to the end.
         schema = {"x-guidance": {"whitespace_flexible": False}} | schema
         fields["grammar"] = f"%llguidance {{}}\nstart: %json {json.dumps(schema)}"
-    insist("grammar" not in fields or fields.get("messages", [{}])[-1].get("role") != "assistant",
-           "messages", "end with a question: a schema or grammar would not see what is begun")
     if fields.get("grammar", "").startswith("%llguidance"):  # the engine would go on without it
         error = llguidance.LLMatcher.validate_grammar(fields["grammar"]).partition("   1 |")[0]
         insist(not error, next(iter(wanted)),
                " ".join(error.rpartition("JSON schema: ")[2].split()))
 
 
-def left_out(value: Any, prompt: str) -> Iterator[str]:
-    """The texts in messages or tools that a rendered prompt lacks, plain or as JSON."""
+def left_out(value: Any, prompt: str) -> Iterator[Any]:
+    """The texts and numbers in messages or tools that a rendered prompt lacks, plain or as JSON."""
+    if type(value) in (int, float):
+        short = f"{value:.6g}"  # as llama.cpp writes a float
+        yield from [value] * (str(value) not in prompt
+                              and (float(short) != value or short not in prompt))
     if isinstance(value, str):
         value = value.rpartition("</think>")[2]  # templates leave out what was thought earlier
         forms = (value, *(json.dumps(value, ensure_ascii=only)[1:-1] for only in (True, False)))

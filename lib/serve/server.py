@@ -45,6 +45,8 @@ def serve(path: Path, settings: ServeSettings, loras: Sequence[str] = (), *,
     largest = min(b.context for b in bundles)
     require(settings.context <= largest, f"context {settings.context}: the model's is {largest}")
     settings = replace(settings, context=settings.context or min(2048, largest))
+    require(settings.max_tokens <= max(settings.context, ServeSettings.max_tokens), f"--max-tokens "
+            f"{settings.max_tokens} is above the context, {settings.context}: raise --context")
     try:
         listener = socket.create_server((HOST, settings.port))
     except OSError:

@@ -83,6 +83,16 @@ def test_the_likeliest_of_few_answers(tiny_directory: str) -> None:
     assert "likeliest" not in evaluate(tiny_directory, rows[:3], new_tokens=2).scores
 
 
+def test_thoughts_are_not_scored(tiny_directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server leaves them out of its answers, and a folder's answer has them."""
+    record = normalised({"prompt": "Warm?", "completion": "<think>\nDry.\n</think>\n\nWet.",
+                         "expected_keyword": "dry"})
+    for text in ("<think>\nDry.\n</think>\n\nWet.", "Wet.", "<think>Hm.</think>Wet."):
+        monkeypatch.setattr("lib.deploy.evaluation.generate", lambda *_, text=text, **__: [text])
+        scores = evaluate(tiny_directory, [record]).scores
+        assert (scores["exact match"].hits, scores["keyword"].hits) == ((True,), (False,))
+
+
 def test_the_command(data: Path, adapter: Path, tiny_directory: str, tmp_path: Path,
                      capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "figures.json"

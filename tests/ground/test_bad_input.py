@@ -246,6 +246,9 @@ ROWS: dict[str, tuple[Call, str, str]] = {
     "serve: empty key after =": (["serve", "SHELF/edge", "--api-key="], "empty", "leave it out"),
     "serve: context of another": (["serve", "SHELF/edge", "--context", "100000"],
                                   "context 100000", "the model's is"),
+    "serve: longer answers than the context": ([
+        "serve", "SHELF/edge", "--context", "256", "--max-tokens", "2000"], "--max-tokens 2000",
+        "raise --context"),
     "serve: pages without a scheme": (["serve", "SHELF/edge", "--cors", "a.example"],
                                       "cors 'a.example'", "use https://"),
     "serve: pages with a space": (["serve", "SHELF/edge", "--cors", "http://a, http://b"],

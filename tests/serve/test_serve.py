@@ -256,6 +256,7 @@ BAD = [
         [{"role": "user"}], [{"role": "user", "content": None}],
         [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a"}}]}],
         [*HELLO, {"role": "assistant", "content": None, "tool_calls": [CALL]}],
+        [*HELLO, {"role": "assistant", "content": "Well,"}],
         [{"role": "user", "content": "Hello", "name": "Ann"}])),
     *((CHAT, {"messages": HELLO, name: value}, 400) for name, value in (
         ("max_tokens", -1), ("max_tokens", 0), ("max_tokens", 257), ("max_tokens", 10**30),
@@ -280,13 +281,15 @@ BAD = [
             {"type": "string", "pattern": "^(?=a)b$"}, {"type": "string", "pattern": "^(a$"},
             {"type": "string", "format": "colour"}, {"type": "string", "format": "uri"},
             {"type": "string", "pattern": "^^a$$"}, {"not": {"type": "string"}},
-            {"type": "object", "dependentRequired": {"a": ["b"]}}, {"$ref": "#/nowhere"})),
+            {"type": "object", "dependentRequired": {"a": ["b"]}}, {"$ref": "#/nowhere"},
+            {"type": "string", "nullable": True}, {"name": "string"},
+            {"type": "object", "properties": {"name": {"type": "string", "required": True}}},
+            {"type": "array", "items": {"x-guidance": {"lenient": True}}})),
         ("lora", 5),
         ("lora", [{"name": "red"}]), ("lora", [{"name": "red", "scale": "0.5"}]),
         ("lora", [{"name": "red", "scale": True}]),
         ("lora", [{"name": "red", "scale": math.inf}]),
         ("lora", [{"name": "red", "scale": 1}, {"name": "red", "scale": 0}]))),
-    (CHAT, {"messages": [*HELLO, {"role": "assistant", "content": "{"}], "json_schema": {}}, 400),
     *((PLAIN, {"prompt": prompt}, 400) for prompt in (
         5, None, "", [], [-1], [10**6], [1, "a"], "word " * 400, ["a", "b"], [[1], [2]])),
     *((PLAIN, {"prompt": "a", name: value}, 400) for name, value in (
@@ -379,6 +382,14 @@ def test_tools_where_the_template_knows_them(folder: Path) -> None:
         strict = [TOOL | {"function": TOOL["function"] | {"strict": True}}]
         reply = client.post(CHAT, json=asked_for(tools=strict))
         assert reply.headers["x-ignored-fields"] == '"tools.strict"'
+        paid = [*asked[:1], asked[1] | {"tool_calls": [CALL | {"function": {
+            "name": "weather", "arguments": '{"city": 1.5, "size": 100000.0}'}}]}, *asked[2:]]
+        assert client.post(CHAT, json=asked_for(messages=paid, **tool)).status_code == 200
+        # llama.cpp would write them into the prompt with six digits.
+        for number in ("48.856614", "12345678901234567890"):
+            exact = json.loads(json.dumps(paid).replace("1.5", number))
+            error = refusal(client.post(CHAT, json=asked_for(messages=exact, **tool)), 400)
+            assert f"leaves out {number[:6]}" in error["message"]
         for wrong in ({"tool_choice": "any"}, {"tool_choice": other}, {"tools": [{"type": "web"}]},
                       {"tools": [{"type": "function", "function": None}]},
                       {"tools": [{"type": "function", "function": {
