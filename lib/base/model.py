@@ -153,7 +153,7 @@ def decoded(model: nn.Module) -> Iterator[None]:
     def forward(x: Tensor, *, weight: Tensor, bias: Tensor | None) -> Tensor:
         return nn.functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
 
-    layers = [m for m in model.modules() if hasattr(m, "compute_dtype") and "forward" not in vars(m)
+    layers = [m for m in model.modules() if hasattr(m, "compute_dtype")
               and hasattr(m.weight, "quant_state") and m.weight.device.type == "cpu"]
     for layer in layers:
         weight = frozen_weight(layer, layer.compute_dtype or torch.float32)

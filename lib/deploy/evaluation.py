@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lib.base.model import decoded, load_model, load_tokenizer, require_rows
+from lib.base.model import load_model, load_tokenizer, require_rows
 from lib.base.records import LABEL, Record, encode
 from lib.deploy.packed import WEIGHTS, load_deployed
 from lib.errors import UserError, require
@@ -84,7 +84,7 @@ def evaluate(system: str, records: Sequence[Record], *, new_tokens: int = 0, rou
             pairs.append(encode(tokenizer, record, learn=learn, where=where))
             require(len(pairs[-1][0]) <= context, f"{where} is longer than the model's context, "
                     f"{context} tokens: split it")
-        with decoded(model), torch.inference_mode():
+        with torch.inference_mode():
             losses = [*batch_losses(model, pairs, 1)]
             answers = [*dict.fromkeys(right)]
             if 1 < len(answers) <= min(LABELS, len(asked) / 2):

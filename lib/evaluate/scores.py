@@ -61,7 +61,7 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
     # For each row of its strided view torch would copy the head's weight: gigabytes.
-    with decoded(model.eval()), model.get_output_embeddings().register_forward_pre_hook(
+    with model.eval().get_output_embeddings().register_forward_pre_hook(
             lambda _, inputs: (inputs[0].contiguous(), *inputs[1:])):
         for start in range(0, len(order), batch_size):
             rows = order[start:start + batch_size]
@@ -81,7 +81,8 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
 def keyword_score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
                   records: Sequence[Record], **options: Any) -> Score:
     """Share of generated answers that contain the keyword; `options` go to `generate`."""
-    texts = generate(model, tokenizer, [r["instruction"] for r in records], **options)
+    with decoded(model):
+        texts = generate(model, tokenizer, [r["instruction"] for r in records], **options)
     hits = (keyword_hit(t, r["expected_keyword"]) for t, r in zip(texts, records, strict=True))
     return Score(tuple(hits), tuple(texts))
 

@@ -136,10 +136,9 @@ def constrain(fields: dict[str, Any]) -> None:
 
 def left_out(value: Any, prompt: str) -> Iterator[Any]:
     """The texts and numbers in messages or tools that a rendered prompt lacks, plain or as JSON."""
-    if type(value) in (int, float):
-        short = f"{value:.6g}"  # as llama.cpp writes a float
-        yield from [value] * (str(value) not in prompt
-                              and (float(short) != value or short not in prompt))
+    if type(value) in (int, float):  # of a float llama.cpp writes six digits
+        forms = {str(value), *[f"{value:.6g}"] * (float(f"{value:.6g}") == value)}
+        yield from [value] * (not any(form in prompt for form in forms))
     if isinstance(value, str):
         value = value.rpartition("</think>")[2]  # templates leave out what was thought earlier
         forms = (value, *(json.dumps(value, ensure_ascii=only)[1:-1] for only in (True, False)))
