@@ -26,7 +26,7 @@ from data.evidence.page import page
 from data.evidence.parity import compare
 from data.evidence.pieces import ADAPTERS, WORK, Piece, score_row, score_tests, served_score
 from data.evidence.sevenb import sizes
-from data.evidence.training_runs import alpha, batches, mode, sweeps, trained, variants
+from data.evidence.training_runs import alpha, mode, sweeps, trained, variants
 from data.evidence.types import types, types_speed
 from data.evidence.vllm import compared
 from lib.base.model import load_model, load_tokenizer
@@ -166,7 +166,6 @@ _MAKERS: dict[str, Callable[[], dict[str, Any]]] = {
        for name, changes in variants().items()},
     "alpha": alpha,
     **{f"sweeps_{seed}": functools.partial(sweeps, seed) for seed in SEEDS[1:]},
-    **{f"batches_{seed}": functools.partial(batches, seed) for seed in SEEDS},
 }
 # "serving" and "switching" are the names of the benchmarks.
 _FILES = {"serving_speed": "serving", "switching_speed": "switching"}

@@ -120,18 +120,6 @@ def sweeps(seed: int = 0) -> dict[str, Any]:
     }
 
 
-def batches(seed: int = 0) -> dict[str, Any]:
-    """Claim F2: batches of 8 and of 32 in as many steps, at two rates each; rank 1 at LoRA's."""
-    vary = functools.partial(dataclasses.replace, SWEEP, seed=seed)
-    near = {"lora": (3e-3, 6e-3), "full": (3e-4, 6e-4)}
-    return {f"batch {size}": sweep({
-        f"{mode} {rate:g}": vary(mode=mode, batch_size=size, accumulate=size // 8,
-                                 learning_rate=rate)
-        for mode, rates in near.items() for rate in rates}) for size in (8, 32)} | {
-        "rank 1": sweep({f"lora {rate:g}": vary(rank=1, alpha=2, learning_rate=rate)
-                         for rate in near["lora"]})}
-
-
 def alpha() -> dict[str, Any]:
     """Claim T8 at other ranks: alpha = 2 r, one alpha for all ranks, rsLoRA's scaling.
 
