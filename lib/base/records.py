@@ -65,13 +65,16 @@ def _rows(source: str) -> Iterator[tuple[str, Any]]:
     elif kind in (".csv", ".tsv"):
         with path.open(encoding="utf-8-sig", newline="") as file:
             csv.field_size_limit(2**31 - 1)
-            reader = csv.reader(file, "excel" if kind == ".csv" else "excel-tab", strict=True)
+            reader = csv.reader(file, delimiter="\t" if kind == ".tsv" else ",", strict=True,
+                                quoting=csv.QUOTE_NONE if kind == ".tsv" else csv.QUOTE_MINIMAL)
             try:
                 names = next(reader, [])
                 require(len({*names, ""}) > len(names), f"{source}:1 has two columns of one "
                         "name, or one without a name: name each")
                 for row in filter(None, reader):
                     place = f"{source}:{reader.line_num}"
+                    require(kind == ".csv" or all(f[:1] != '"' for f in row), f"{place} has "
+                            "a quote, which some programs mean and others add: save as CSV")
                     require(len(row) == len(names), f"{place} has {len(row)} fields instead of "
                             f"{len(names)}: put quotes around text with commas or line breaks")
                     yield place, dict(zip(names, row, strict=True))
@@ -146,7 +149,8 @@ def normalised(row: Any, where: str = "it", ignore: Collection[str] | None = Non
         name = next((n for n in names if n in row), names[0])
         value = row.get(name)
         require(name in row, f"{where} lacks the text {name!r}: add it")
-        require(isinstance(value, str), f"{where} has a {name!r} that is not text: use text")
+        require(isinstance(value, str) and not re.match(r"""\[{['"](role|from)['"]:""", value),
+                f"{where} has a {name!r} that is not text: use text, or messages in JSON lines")
         require(value.strip(), f"{where} has an empty {name!r}: fill it or drop the record")
         del left[name]
         return value
@@ -285,13 +289,13 @@ def encode(tokenizer: Tokenizer, record: Record, *, learn: str = "all",
                             "--template") from None
 
     whole, cuts = rendered(len(messages)), [0]
-    rest, at = [message | {"content": ""} for message in messages], 0
-    said = "\n".join(message["content"] for message in messages)  # which may hold a name, too
-    lost = []
+    own = [message for message in messages if message["role"] != "tool"]  # some quote a tool's
+    rest, at, lost = [m | {"content": ""} if m in own else m for m in messages], 0, list[str]()
+    said = "\n".join(message["content"] for message in own)  # which may hold a name, too
     for part in map(str.strip, _strings([rest, tools])):
         forms = {part, json.dumps(part, ensure_ascii=False)[1:-1]}
         lost += [part] * (sum(map(whole.count, forms)) <= said.count(part))
-    for message in messages:  # in their order: an answer may repeat what a template left out
+    for message in own:  # in their order: an answer may repeat what a template left out
         part = message["content"] if message["role"] == "assistant" else message["content"].strip()
         lost += [part] * (part not in whole[at:])
         at = whole.find(part, at) + len(part)
@@ -339,8 +343,7 @@ def _hidden(value: Any, controls: Controls) -> Any:
 def _strings(value: Any) -> list[str]:
     """Every text inside a record, but for names of roles and types, and numbers of calls."""
     if isinstance(value, dict):
-        return [text for key, item in value.items()
-                if key not in ("role", "type", "id", "tool_call_id") for text in _strings(item)]
+        value = [v for k, v in value.items() if k not in ("role", "type", "id", "tool_call_id")]
     if isinstance(value, list):
         return [s for item in value for s in _strings(item)]
     return [value] if isinstance(value, str) else []

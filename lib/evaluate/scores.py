@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,8 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from scipy.special import stdtrit
+from scipy.special import ndtr, stdtrit
+from scipy.stats import binomtest
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -123,14 +123,11 @@ def answer_loss(model: PreTrainedModel, ids: Tensor, labels: Tensor) -> tuple[Te
     return loss, int(keep.sum())
 
 
-def wilson(hits: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """Score interval of a binomial share (Wilson 1927)."""
+def wilson(hits: int, total: int) -> tuple[float, float]:
+    """95 % score interval of a binomial share, with z = 1.96 (Wilson 1927)."""
     require(total > 0, "no examples to score: give at least one")
-    share = hits / total
-    middle = share + z * z / (2 * total)
-    spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    scale = 1 + z * z / total
-    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
+    low, high = binomtest(hits, total).proportion_ci(2 * ndtr(1.96) - 1, "wilson")
+    return float(low), float(high)
 
 
 def paired_interval(differences: Tensor) -> tuple[float, float, float]:

@@ -100,12 +100,11 @@ def codes_with_feedback(weight: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
     """
     weight, codes, scales = weight.clone(), torch.empty_like(weight, dtype=torch.uint8), []
     ahead = torch.linalg.cholesky(torch.cholesky_inverse(root), upper=True)
-    squares = root.square().sum(-1).split(BLOCK, -1)
     for start in range(0, weight.shape[-1], BLOCK):
         block, errors = weight[..., start:start + BLOCK].clone(), []
         factor = ahead[..., start:start + BLOCK, start:]
         chosen = (formats.encode(layer, "Q4_0", importance=felt)[:, :2] for layer, felt
-                  in zip(block, squares[start // BLOCK], strict=True))
+                  in zip(block, root[:, start:start + BLOCK].square().sum(-1), strict=True))
         scales.append(torch.from_numpy(np.stack([*chosen])).view(torch.float16)[..., 0])
         scale = scales[-1].float()
         inverse = torch.where(scale == 0, 0, 1 / scale)

@@ -54,7 +54,8 @@ def count_adapter(config: PretrainedConfig, *, rank: int, modules: Iterable[str]
 
 def count_trainable(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters of a model."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    sizes = [(getattr(p, "quant_state", p).shape.numel(), p.requires_grad)  # NF4: two in a byte
+             for p in model.parameters()]
     return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
 
 

@@ -228,7 +228,7 @@ def make_trainer(model: PreTrainedModel, tokenizer: Any, records: Iterable[Recor
         trainer.add_callback(Progress(say_every))
         if is_main_process():
             times = settings.steps / math.ceil(len(learned) / settings.batch_size / process_count())
-            print(f"{len(learned)} records to learn, {times:.2g} passes over them",
+            print(f"{len(learned)} records to learn, {float(f'{times:.2g}'):g} passes over them",
                   preview(tokenizer, **trainer.train_dataset[0]), sep="\n", flush=True)
     return trainer
 

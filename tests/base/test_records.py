@@ -63,12 +63,12 @@ def test_shapes_become_messages(tmp_path: Path, name: str) -> None:
         assert [*Records(tmp_path / "p.parquet")] == [record]
 
 
-@pytest.mark.parametrize(("name", "mark"), [("c.csv", ","), ("c.tsv", "\t")])
-def test_tables(tmp_path: Path, name: str, mark: str) -> None:
-    text = f'instruction{mark}response{mark}id\n"Name, or\ntell"{mark}"He said ""x""."{mark}\n'
-    (tmp_path / name).write_text(text)
-    (record,) = Records(tmp_path / name)
-    assert [m["content"] for m in record["messages"]] == ["Name, or\ntell", 'He said "x".']
+def test_tables(tmp_path: Path) -> None:
+    (tmp_path / "c.csv").write_text('instruction,response,id\n"Name, or\ntell","He said ""x"".",\n')
+    (tmp_path / "c.tsv").write_text('instruction\tresponse\tid\nName, or tell\tHe said "x".\t\n')
+    for name, asked in (("c.csv", "Name, or\ntell"), ("c.tsv", "Name, or tell")):
+        (record,) = Records(tmp_path / name)
+        assert [m["content"] for m in record["messages"]] == [asked, 'He said "x".']
 
 
 @pytest.mark.parametrize(("name", "text", "message"), [
@@ -115,6 +115,8 @@ def test_tables(tmp_path: Path, name: str, mark: str) -> None:
     ("d.jsonl", '{"messages": 5}', "has messages that are not a list"),
     ("c.csv", "instruction,response,response\na,b,c", "c.csv:1 has two columns of one name"),
     ("c.csv", "instruction,response\na,b,c", "c.csv:2 has 3 fields instead of 2: put quotes"),
+    ("c.tsv", 'instruction\tresponse\nSay\t"Hello\nBye\tHe said bye"\n', "c.tsv:2 has a quote"),
+    ("c.csv", """prompt,completion\n[{'role': 'user'}],b""", "has a 'prompt' that is not text"),
     ("c.csv", 'instruction,response\n"a"b,c', "c.csv:2 cannot be read .*double each quote"),
     ("p.parquet", "PAR1", "p.parquet is no Parquet file"),
     ("d.xlsx", "x", "give a .jsonl, .json, .csv"), ("d.jsonl", "\n \n", "has no records")])
@@ -256,6 +258,15 @@ def test_turns_tools_and_plain_text(tokenizer: PreTrainedTokenizerBase) -> None:
         "message.tool_calls else '') + eos")
     first, last = learned(able, CALL)
     assert '"arguments": {"of": "pump"}' in first and last == f"78 C.{end}"
+    # Some templates quote what a tool answers.
+    read = copy.deepcopy(CALL)
+    read["messages"][2]["content"] = '{"temperature": 78}'
+    quoting = copy.deepcopy(able)
+    quoting.chat_template = able.chat_template.replace(
+        "{{ message['content'] + '", "{{ (message['content'] | tojson if message['role'] == 'tool' "
+        "else message['content']) + '")
+    assert learned(quoting, read) == learned(able, read) == [first, last]
+    assert '"{\\"temperature' in quoting.decode(encode(quoting, read)[0])
     # Tools are read as llama.cpp shows them, in whatever order and form they are given.
     able.chat_template = "{{ tools | tojson }}" + able.chat_template
     shown = ('[{"type": "function", "function": {"name": "read_sensor", "description": "", '

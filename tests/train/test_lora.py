@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from data.evidence.tiny import tiny_model
-from lib.base.model import MODULE_KINDS
+from lib.base.model import MODULE_KINDS, load_model, quantized_config
 from lib.errors import UserError
 from lib.files import read_json, write_json, writing
 from lib.settings import TARGETS, TrainSettings
@@ -77,6 +77,12 @@ def test_count_equals_peft(tiny: LlamaForCausalLM, targets: str, rank: int) -> N
     model = get_peft_model(tiny, lora_config(tiny, settings))
     assert model.get_nb_trainable_parameters() == count_trainable(model)
     assert formula == count_trainable(model)[0]
+
+
+def test_four_bits_hold_as_many_parameters(tiny_directory: str) -> None:
+    counts = [count_trainable(load_model(tiny_directory, **options)) for options in (
+        {}, {"quantization_config": quantized_config()})]
+    assert counts[0][1] == counts[1][1]
 
 
 @pytest.mark.parametrize(("targets", "millions"), [
