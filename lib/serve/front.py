@@ -149,7 +149,7 @@ def left_out(value: Any, prompt: str) -> Iterator[Any]:
         if key == "arguments":
             with contextlib.suppress(ValueError, TypeError):  # not JSON, or decoded already
                 item = json.loads(item)
-        if key not in ("role", "type", "id", "tool_call_id", "reasoning_content"):
+        if key not in ("role", "type", "id", "index", "tool_call_id", "reasoning_content"):
             yield from left_out(item, prompt)
 
 

@@ -365,7 +365,7 @@ def test_tools_where_the_template_knows_them(folder: Path) -> None:
     asked_for = functools.partial(body, model="")
     shell = {"type": "function", "function": {"name": "run", "parameters": {
         "type": "object", "properties": {"arguments": {"type": "array"}}}}}
-    decoded = CALL | {"function": {"name": "weather", "arguments": {"city": "Rome"}}}
+    decoded = CALL | {"index": 7, "function": {"name": "weather", "arguments": {"city": "Rome"}}}
     with (running(folder / "tools.gguf", "--context", "1024") as served,
           httpx.Client(base_url=served.url, timeout=60) as client):
         thought = {"role": "assistant", "content": "<think>\nHm.</think>Yes", "reasoning_content":
