@@ -137,8 +137,8 @@ def constrain(fields: dict[str, Any]) -> None:
 def left_out(value: Any, prompt: str) -> Iterator[Any]:
     """The texts and numbers in messages or tools that a rendered prompt lacks, plain or as JSON."""
     if type(value) in (int, float):  # of a float llama.cpp writes six digits
-        forms = {str(value), *[f"{value:.6g}"] * (float(f"{value:.6g}") == value)}
-        yield from [value] * (not any(form in prompt for form in forms))
+        forms = {str(value), f"{value:.6g}" if type(value) is float else str(value)}
+        yield from [value] * (not any(f in prompt and type(value)(f) == value for f in forms))
     if isinstance(value, str):
         value = value.rpartition("</think>")[2]  # templates leave out what was thought earlier
         forms = (value, *(json.dumps(value, ensure_ascii=only)[1:-1] for only in (True, False)))
