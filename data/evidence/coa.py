@@ -89,18 +89,21 @@ class CachedOnDisk(Switchable):
     """
 
     def _cached(self, index: int, fmt: Format) -> Tensor:
-        weight, held = self._linears[index].weight, (index, fmt) in self._cache
+        if (index, fmt) not in self._cache:
+            self._cache[index, fmt] = self._stored(index, fmt)
+        return super()._cached(index, fmt)
+
+    def _stored(self, index: int, fmt: Format) -> Tensor:
+        weight = self._linears[index].weight
         storage = {torch.bfloat16: torch.int16, torch.float32: torch.int32}[weight.dtype]
         folder = BUILD / "levels" / f"{self.fingerprint[:12]}-{storage}"
         path = folder / ("-".join(map(str, (index, *fmt.as_list()))) + ".bin")
-        if not held and path.is_file():
+        if path.is_file():
             data = torch.from_numpy(np.fromfile(path, str(storage).removeprefix("torch.")))
-            self._cache[index, fmt] = data.view(weight.dtype).view(weight.shape)
-            return self._cache[index, fmt]
-        built = super()._cached(index, fmt)
-        if not held:
-            with replacing(path) as part:  # another run may build the same one
-                built.contiguous().view(storage).numpy().tofile(part)
+            return data.view(weight.dtype).view(weight.shape)
+        built = self.weight(index, fmt).to(weight)
+        with replacing(path) as part:  # another run may build the same one
+            built.contiguous().view(storage).numpy().tofile(part)
         return built
 
 

@@ -162,7 +162,7 @@ class Deployment:
             encoded |= {name: (str(table), encode(plain[name], str(table))) for name in plain}
         for name, weight in plain.items():
             module = self.base.model.get_submodule(name)
-            module.weight.data = round_trip(weight, table).to(weight)
+            module.weight.data = round_trip(weight, table).to(weight)  # until the next try
         with without:
             return held_out_loss(self.model, self.tokenizer, self.held, learn=self.learn), encoded
 

@@ -13,7 +13,6 @@ import numpy as np
 import psutil
 import torch
 from scipy.special import ndtr, stdtrit
-from scipy.stats import binomtest
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -61,7 +60,7 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
     # For each row of its strided view torch would copy the head's weight: gigabytes.
-    with model.eval().get_output_embeddings().register_forward_pre_hook(
+    with model.get_output_embeddings().register_forward_pre_hook(
             lambda _, inputs: (inputs[0].contiguous(), *inputs[1:])):
         for start in range(0, len(order), batch_size):
             rows = order[start:start + batch_size]
@@ -81,8 +80,10 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
 def keyword_score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
                   records: Sequence[Record], **options: Any) -> Score:
     """Share of generated answers that contain the keyword; `options` go to `generate`."""
+    was_training, _ = model.training, model.eval()
     with decoded(model):
         texts = generate(model, tokenizer, [r["instruction"] for r in records], **options)
+    model.train(was_training)
     hits = (keyword_hit(t, r["expected_keyword"]) for t, r in zip(texts, records, strict=True))
     return Score(tuple(hits), tuple(texts))
 
@@ -125,6 +126,7 @@ def answer_loss(model: PreTrainedModel, ids: Tensor, labels: Tensor) -> tuple[Te
 
 def wilson(hits: int, total: int) -> tuple[float, float]:
     """95 % score interval of a binomial share, with z = 1.96 (Wilson 1927)."""
+    from scipy.stats import binomtest  # here, because it takes half a second
     require(total > 0, "no examples to score: give at least one")
     low, high = binomtest(hits, total).proportion_ci(2 * ndtr(1.96) - 1, "wilson")
     return float(low), float(high)

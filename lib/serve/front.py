@@ -96,11 +96,10 @@ def engine_request(body: bytes, path: str, bundles: Mapping[str, Bundle], settin
     insist(max(limits, default=0) <= settings.context, "max_tokens", f"at most {settings.context}")
     scales = {name: float(name == model) if model in bundle.adapters else scale
               for name, (_, scale) in bundle.adapters.items()}
-    mixed = {entry["name"]: entry["scale"] for entry in fields.get("lora", ())}
-    insist(len(mixed) == len(fields.get("lora", ())), "lora", "name each adapter once")
-    for name in mixed:
-        insist_known("adapter", name, scales)
-    scales |= mixed
+    for entry in fields.get("lora", ()):
+        insist_known("adapter", entry["name"], scales)
+        insist([e["name"] for e in fields["lora"]].count(entry["name"]) == 1, "lora", "use it once")
+        scales[entry["name"]] = entry["scale"]
     tools, choice = fields.get("tools", []), fields.get("tool_choice", "auto")
     if isinstance(choice, dict):  # only that function is left, and has to be called
         name, choice = choice["function"]["name"], "required"

@@ -53,10 +53,9 @@ def count_adapter(config: PretrainedConfig, *, rank: int, modules: Iterable[str]
 
 
 def count_trainable(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters of a model."""
-    sizes = [(getattr(p, "quant_state", p).shape.numel(), p.requires_grad)  # NF4: two in a byte
-             for p in model.parameters()]
-    return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
+    """(trainable, all) parameters of a model; a byte of NF4 counts as the two it holds."""
+    shapes = [(getattr(p, "quant_state", p).shape, p.requires_grad) for p in model.parameters()]
+    return sum(s.numel() for s, trained in shapes if trained), sum(s.numel() for s, _ in shapes)
 
 
 def lora_config(model: PreTrainedModel, settings: TrainSettings) -> LoraConfig:

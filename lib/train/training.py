@@ -126,8 +126,8 @@ class Progress(TrainerCallback):
         due = step % self.every == 0 or step == total or seconds > SILENCE
         if due and is_main_process() and "loss" in (logs or {}):
             left = seconds / (step - self.step) * (total - step)
-            print(f"step {step:4d}/{total}  loss {logs['loss']:.3f}  about {left:.0f} s left",
-                  flush=True)
+            loss = logs["loss"]
+            print(f"step {step:4d}/{total}  loss {loss:.3f}  about {left:.0f} s left", flush=True)
             self.step, self.time = step, time.monotonic()
 
 

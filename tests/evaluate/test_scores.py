@@ -50,10 +50,11 @@ def test_the_prompt_is_never_searched(tokenizer: PreTrainedTokenizerBase) -> Non
     records = [{"instruction": "Is it a leak or an overload?", "expected_keyword": "leak"},
                {"instruction": "leak leak leak", "expected_keyword": "leak"}]
     for answer, hit in (("It is a LEAK.", True), ("overload", False)):
-        model = Stub(tokenizer, answer).train()
+        model = Stub(tokenizer, answer).train(hit)
         score = keyword_score(model, tokenizer, records)
         assert score.hits == (hit, hit) and score.texts == (answer, answer)
-        assert [c["training"] for c in model.calls] == [False]
+        # It answers in evaluation mode, and the mode is restored.
+        assert model.training is hit and [c["training"] for c in model.calls] == [False]
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -68,7 +69,7 @@ def test_generate_is_greedy_and_keeps_the_order(tokenizer: PreTrainedTokenizerBa
                    for q in questions]
         assert answers == [tokenizer.decode(p.input_ids, skip_special_tokens=True).strip()
                            for p in prompts]
-        options = {"do_sample": False, "max_new_tokens": 7, "training": False,
+        options = {"do_sample": False, "max_new_tokens": 7, "training": True,
                    "eos_token_id": [tokenizer.eos_token_id], "pad_token_id": tokenizer.pad_token_id}
         assert len(model.calls) == batches
         assert all(call.items() >= options.items() for call in model.calls)
