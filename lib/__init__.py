@@ -23,8 +23,8 @@ warnings.filterwarnings("ignore", message="IProgress not found")
 
 def exports(package: str, modules: dict[str, str]) -> tuple[Callable[[str], Any], list[str]]:
     """`__getattr__`, importing at first use, and `__all__`, from {module: "its names"}."""
-    homes = {name: f"{package}.{module}" for module, names in modules.items()
-             for name in names.split()}
+    homes = {name: module if "." in module else f"{package}.{module}"
+             for module, names in modules.items() for name in names.split()}
 
     def lookup(name: str) -> Any:
         if name not in homes:

@@ -40,7 +40,8 @@ class Parser(argparse.ArgumentParser):
 def parser() -> Parser:
     """Every command and its options."""
     root = Parser(prog="python -m lib", description="From LoRA to the edge.")
-    commands = root.add_subparsers(dest="command", required=True, parser_class=Parser)
+    commands = root.add_subparsers(  # an option cut short could be given twice, unseen
+        dest="command", required=True, parser_class=lambda **o: Parser(allow_abbrev=False, **o))
     commands.add_parser("doctor", help="check this machine and say what to expect")
 
     add = commands.add_parser("run", help="execute the notebooks in order").add_argument
@@ -59,7 +60,7 @@ def parser() -> Parser:
     add_fields(train, TrainSettings, omit=("mode", "plain"))
 
     add = commands.add_parser("evaluate", help="score one or two systems on records").add_argument
-    add("systems", nargs="+", metavar="SYSTEM", help="a folder, a hub id, or http://HOST/v1#NAME")
+    add("systems", nargs="+", metavar="SYSTEM", help="embedded, a folder, a hub id, http://HOST/v1#NAME")
     add("--data", required=True, metavar="FILE", help="records, as for train")
     add("--ignore", **FIELDS)
     add("--learn", default="all", choices=("all", "last"), help="as in train; default all")
@@ -170,8 +171,8 @@ def dispatch(args: argparse.Namespace) -> None:
             require(not (args.route or args.model) or any(
                 Path(system, "adapter_config.json").is_file() for system in args.systems),
                 "--route and --model are for adapters: none is named")
-            require(not args.out or args.out.resolve() != Path(args.data).resolve(),
-                    f"--out {args.out} would replace the records: choose another file")
+            require(not args.out or not (args.out.is_dir() or args.out.resolve() == Path(
+                args.data).resolve()), f"--out {args.out} is a folder, or the records: name a file")
             from lib.deploy.evaluation import differences, evaluate
 
             done = [evaluate(system, records, new_tokens=args.new_tokens, learn=args.learn,
@@ -179,6 +180,8 @@ def dispatch(args: argparse.Namespace) -> None:
                     for system in args.systems]
             rows = [(system, row.figures()) for system, row in zip(args.systems, done, strict=True)]
             rows += [("the second less the first", differences(*done))] if done[1:] else []
+            if done[1:] and done[0].losses and done[1].losses and done[0].tokens != done[1].tokens:
+                print("the two have other tokens: their losses a token are not compared")
             for name, row in rows:
                 print(f"{name}, {len(records)} records")
                 for figure, value in row.items():

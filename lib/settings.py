@@ -128,10 +128,10 @@ class ServeSettings:
     cors: str = ""  # web pages that may ask, as origins separated by commas
 
     def __post_init__(self) -> None:
-        require(not 0 < self.context < 16, f"context {self.context}: use 16 or more")
+        require(self.context % 256 == 0, f"context {self.context}: use a multiple of 256")
         check_bounds(self, context=(0, inf), slots=(1, 1024), threads=(0, 1024), port=(0, 65535),
                      max_tokens=(1, inf))
-        pages = re.fullmatch(r"((\*|null|https?://[^/\s,]+)(,|$))*", self.cors)
+        pages = re.fullmatch(r"((\*|null|https?://[^/\s,*A-Z]+(?<!:80)(?<!:443))(,|$))*", self.cors)
         require(pages, f"cors {self.cors!r}: use https://page.example,https://other.example, or *")
 
 

@@ -55,8 +55,8 @@ def run_twice(folder: Path, rank: int, command: list[str]) -> None:
 
     def saved(self: CourseTrainer, *args: Any) -> None:
         save(self, *args)
-        if rank == 0:
-            step = self.state.global_step
+        step = self.state.global_step
+        if rank == 0 and step < self.state.max_steps:
             file = Path(self.args.output_dir) / f"checkpoint-{step}" / "state.safetensors"
             facts["written"].append([step, load_file(file)["rng"].numel()])
         if not facts["status"]:

@@ -15,12 +15,12 @@ from transformers import DynamicCache, PreTrainedModel
 from data.evidence.bench import median_and_range
 from lib.base.model import load_tokenizer
 from lib.base.records import DATA, movies, render, sensors
+from lib.client import ask, ask_all, connect, question
 from lib.errors import require
 from lib.files import scratch
 from lib.quantize.gguf import export
 from lib.quantize.merging import load_saved, merge, save_model, save_quantized
 from lib.serve.bundle import Reader
-from lib.serve.client import ask, ask_all, connect, question
 from lib.serve.server import Served, running
 
 REPEATS = 5

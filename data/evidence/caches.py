@@ -13,7 +13,7 @@ import psutil
 import xllamacpp
 
 from lib.base.records import DATA, sensors
-from lib.serve.client import question
+from lib.client import question
 from lib.settings import ServeSettings
 
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -198,9 +198,11 @@ def p1(at: Stored) -> Judgement:
     longer = [useful(at, task, "long")[1] for task in tasks if at.has(*joint(task, "long"))]
     each = ", ".join(f"{count} of {len(MAIN)} ({task})"
                      for task, count in zip(tasks, good, strict=True))
+    steps = len(at[joint(tasks[0], "coa")[0]]["losses"])
     return Judgement(over_tasks(verdicts),
-                     f"Useful at {each} configurations; worst loss {max(worst):.1f} nats",
-                     "; ".join([*words, *longer]), 100 * sum(good) / (len(MAIN) * len(tasks)))
+                     f"In {steps} steps useful at {each}; worst loss {max(worst):.1f} nats",
+                     "; ".join(words), 100 * sum(good) / (len(MAIN) * len(tasks)),
+                     details="; ".join(longer))
 
 
 def useful(at: Stored, task: str, method: str) -> tuple[str, str, int, float]:
@@ -264,8 +266,8 @@ def p2(at: Stored) -> Judgement:
     finding = "Against dedicated adapters, in equal steps, " + "; ".join(
         in_words(task, *pair) for task, pair in by_task.items()) + "".join(longer)
     if unknown:
-        finding += (f". To settle what is open, to a tenth of a loss or {MATCH_POINTS:g} points, "
-                    f"takes at least {', '.join(unknown)}")
+        finding += (f". To decide what is open, within a tenth of the loss or {MATCH_POINTS:g} "
+                    f"points, takes at least {', '.join(unknown)}")
     return Judgement(over_tasks(verdicts), f"Times a dedicated adapter's loss: {brief(by_task)}",
                      finding, losses.value, losses.ends)
 
@@ -347,15 +349,15 @@ def p5(at: Stored) -> Judgement:
     Refuted if the reverse is true, partly right if better in one and worse in the other, and
     inconclusive if no difference is clear. The verdict is on the 100 steps that both tasks have.
     """
-    by_task, more, verdicts = {}, {}, []
+    by_task, more, middle, verdicts = {}, {}, {}, []
     for task in ready(at, p5_pieces):
         require_alike(at, p5_pieces(task))
         configurations = measured(at, task)
         few = few_at_random(configurations)
         losses, scores = by_task[task] = compared(at, task, "coa", "lora", [*configurations])
-        middle = median_ratio(at, task, "coa", "lora")
+        middle[task] = f"{median_ratio(at, task, 'coa', 'lora'):.2f}"
         named = compared(at, task, "coa", "lora")[0]
-        more[task] = f"{middle:.2f} at the median configuration, {named:.2f} at the six main ones"
+        more[task] = f"{task}: {named:.2f} at the six main configurations"
         if few:
             rest = compared(at, task, "coa", "lora", [p for p in configurations if p not in few])[0]
             more[task] += (f", {rest:.2f} without random ones below {FEW_BITS} bits "
@@ -370,7 +372,8 @@ def p5(at: Stored) -> Judgement:
               if at.has(*joint(task, "long", "lora-long"))]
     losses = by_task["sensors"][0]
     finding = "Against Shared-LoRA, " + "; ".join(
-        f"{in_words(task, *pair)} ({more[task]})"
-        for task, pair in by_task.items()) + "".join(longer)
+        f"{in_words(task, *pair)} ({middle[task]} at the median configuration)"
+        for task, pair in by_task.items())
+    details = "Times the loss, " + "; ".join(more.values()) + "".join(longer)
     return Judgement(over_tasks(verdicts), f"Times Shared-LoRA's loss: {brief(by_task)}",
-                     finding, losses.value, losses.ends)
+                     finding, losses.value, losses.ends, details)

@@ -162,7 +162,7 @@ def t4(at: Stored) -> Judgement:
     fits = "one" if right[1] else "none"
     whose = " and ".join(owners) or "no model here"
     finding = (f"{LLAMA} gives {own:,}. The {PRINTED:,} are those of {whose}; the total, "
-               f"{PRINTED_ALL:,}, is {fits} of the {len(totals)} that we counted")
+               f"{PRINTED_ALL:,}, is {fits} of the {len(totals)} totals that we counted")
     return Judgement(verdict, f"{LLAMA} gives {own:,}; {PRINTED:,} is {whose}", finding, own)
 
 
@@ -491,7 +491,7 @@ def t14(at: Stored) -> Judgement:
                 f"memory, {percent(costs[1].value, 0)} of the time")
     quality = "is open" if parts[0] is None else "holds" if parts[0] else "fails"
     if parts[0] is None:
-        words += (f"; to know the first to {MATCH:g} points takes at least "
+        words += (f"; to know full minus LoRA to {MATCH:g} points takes at least "
                   f"{seeds_needed(gaps['test'], MATCH)} seeds")
     finding = (f"The quality half {quality}: full minus LoRA is {words}. The cost half "
                f"{'holds' if cheap else 'fails'}: LoRA takes {memory} of the memory, {time} of the "
@@ -522,7 +522,7 @@ def t15(at: Stored) -> Judgement:
     return Judgement(verdict, headline, finding, swap.value, swap.ends)
 
 
-@rule("T16", "The code of the page runs.",
+@rule("T16", "The code of the tutorial runs.",
       "Its calls with their arguments, on a tiny model, with the pinned versions; nothing is "
       "trained.",
       short="The tutorial's code runs", unit="calls that fail", needs=["page"])
@@ -545,6 +545,6 @@ def t16(at: Stored) -> Judgement:
     headline = (f"{len(calls)} of {len(row['calls'])} calls fail; {len(wrong)} of "
                 f"{len(row['faults'])} silent faults are real")
     finding = (f"{len(calls)} of {len(row['calls'])} calls fail{named}; of "
-               f"{len(row['faults'])} suspected silent faults, {len(wrong)} are real")
+               f"{len(row['faults'])} suspected faults without an error, {len(wrong)} are real")
     return Judgement(verdict, headline, finding, len(calls))
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from lib.base.records import movies, sensors
+from lib.client import ask_all, question
 from lib.errors import require
 from lib.files import BUILD, scratch
-from lib.serve.client import ask_all, question
 from lib.serve.server import running
 
 ENVIRONMENT = BUILD / "clients"

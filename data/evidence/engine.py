@@ -12,9 +12,9 @@ from data.evidence.pieces import ADAPTERS, WORK
 from data.evidence.tiny import tiny_model
 from lib.base.embedded import EMBEDDED
 from lib.base.records import sensors
+from lib.client import question
 from lib.quantize.gguf import base_file, write_model
 from lib.quantize.merging import merge, save_model
-from lib.serve.client import question
 
 
 def engine() -> dict[str, Any]:

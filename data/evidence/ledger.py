@@ -93,6 +93,7 @@ class Judgement:
     finding: str
     value: float | int | None = None
     interval: tuple[float, float] | None = None
+    details: str = ""  # for those who want to check the finding; the site has them
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,7 @@ def entry(one: Rule, stored: Stored) -> dict[str, Any]:
             "method": one.method, "value": four_digits(judged.value), "unit": one.unit,
             "interval": [*map(four_digits, judged.interval)] if judged.interval else None,
             "headline": judged.headline, "finding": f"{judged.finding}.",
+            "details": judged.details and f"{judged.details}.",
             "verdict": judged.verdict, "evidence": [f"data/results/{n}.json" for n in files],
             "command": [read_json(stored.file(n))["command"] for n in files]}
 

@@ -1,7 +1,7 @@
 """The server under load and faults: 16 clients, streams that are cut, a stop, a dead engine, hours.
 
-Two adapters and two lengths of answers are mixed; every answer is compared with the one that an
-idle server gave.
+Two adapters, or two budgets of one, and two lengths of answers are mixed; where it says `same`,
+every answer is compared with the one that an idle server gave.
 """
 
 import itertools
@@ -20,8 +20,10 @@ import psutil
 
 from data.evidence.bench_serving import resident_mb
 from lib.base.records import movies, sensors
+from lib.client import Answer, ask, ask_all, connect, question
+from lib.deploy.deployment import deploy, shipped
 from lib.errors import UserError
-from lib.serve.client import Answer, ask, ask_all, connect, question
+from lib.serve.bundle import open_bundles
 from lib.serve.server import Served, running
 
 CLIENTS, SLOTS = 16, ("--slots", "8")
@@ -60,22 +62,42 @@ def seconds_until_idle(served: Served) -> float:
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """500 requests from 16 clients, while 8 more cut 250 streams."""
+    """500 requests from 16 clients to two adapters, while 8 more cut 250 streams."""
     bodies = questions(500)
-    with running(folder, *SLOTS) as served, ThreadPoolExecutor(CLIENTS // 2) as cutters:
+    with running(folder, *SLOTS) as served:
+        row, answers = under_load(served, bodies)
+        row["seconds_until_idle"] = seconds_until_idle(served)
+    return row | {"with_own_adapter": sum(map(own, bodies, answers))}
+
+
+def load_budgets(folder: Path) -> dict[str, Any]:
+    """As `load`, of two files of one adapter, NAME@80mb and NAME@105mb, each in its own engine."""
+    if not folder.is_dir():
+        deploy(budgets=(80.0, 105.0), out=folder, **shipped("sensors", "gguf"))
+    names = [bundle.name for bundle in open_bundles(folder)]
+    bodies = [question(record["instruction"], model=names[i % 2], max_tokens=(56, 8)[i // 2 % 2])
+              for i, record in enumerate(sensors("test", 500))]
+    with running(folder, *SLOTS) as served:
+        alone = ask_all(served.url, bodies, clients=1)
+        row, answers = under_load(served, bodies)
+    same = sum(a.text == b.text for a, b in zip(alone, answers, strict=True))
+    return row | {"models": names, "same": same}
+
+
+def under_load(served: Served, bodies: list[dict[str, Any]]) -> tuple[dict[str, Any], list[Answer]]:
+    """Answers to all bodies, and what they took while every second one was also asked and cut."""
+    with ThreadPoolExecutor(CLIENTS // 2) as cutters:
         ask_all(served.url, bodies[:64], clients=CLIENTS)
         before, start = resident_mb(served.pid), time.monotonic()
-        cuts = [cutters.submit(cut, served.url, body) for body in bodies[:250]]
+        cuts = [cutters.submit(cut, served.url, body) for body in bodies[:len(bodies) // 2]]
         answers = ask_all(served.url, bodies, clients=CLIENTS)
         seconds = time.monotonic() - start
         for one in cuts:
             one.result()
-        idle = seconds_until_idle(served)
-        after = resident_mb(served.pid)
     return {"requests": len(bodies), "clients": CLIENTS, "answered": len(answers),
-            "with_own_adapter": sum(map(own, bodies, answers)), "cut": len(cuts),
-            "seconds": seconds, "tokens_per_s": sum(a.tokens for a in answers) / seconds,
-            "seconds_until_idle": idle, "memory_growth_mb": after - before}
+            "cut": len(cuts), "seconds": seconds,
+            "tokens_per_s": sum(a.tokens for a in answers) / seconds,
+            "memory_growth_mb": resident_mb(served.pid) - before}, answers
 
 
 def faults(folder: Path) -> dict[str, Any]:

@@ -13,12 +13,13 @@ from transformers import AutoModelForCausalLM
 from data.evidence.answer import answer
 from data.evidence.bench import run_bench
 from data.evidence.bench_serving import engines
+from data.evidence.busy import busy
 from data.evidence.caches import caches
 from data.evidence.clients import clients
 from data.evidence.engine import engine
 from data.evidence.gemma import gemma
 from data.evidence.ledger import SEEDS
-from data.evidence.load import faults, load, soak
+from data.evidence.load import faults, load, load_budgets, soak
 from data.evidence.mixed import mixed
 from data.evidence.outliers import outliers
 from data.evidence.packed import packed
@@ -148,12 +149,14 @@ _MAKERS: dict[str, Callable[[], dict[str, Any]]] = {
     "search_speed": lambda: run_bench("search"),
     "engine": engine,
     "engines": engines,
+    "busy": busy,
     "caches": lambda: caches(edge_files() / "Q8_0" / "model.gguf"),
     "gemma": gemma,
     "types": lambda: types(WORK), "types_speed": lambda: types_speed(WORK),
     "vllm": compared,
     "clients": lambda: clients(edge_files() / "Q8_0_lora"),
     "load": lambda: load(edge_files() / "Q8_0_lora"),
+    "load_budgets": lambda: load_budgets(WORK / "load_budgets"),
     "faults": lambda: faults(edge_files() / "Q8_0_lora"),
     "soak": lambda: soak(edge_files() / "Q8_0_lora"),
     "mixed": lambda: mixed(WORK, edge_files() / "Q8_0"),

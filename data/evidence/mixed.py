@@ -12,9 +12,9 @@ import httpx
 from data.evidence.bench import median_and_range
 from data.evidence.pieces import score_row, served_score
 from lib.base.records import sensors
+from lib.client import ask, question
 from lib.deploy.deployment import deploy, shipped
 from lib.files import size_mb
-from lib.serve.client import ask, question
 from lib.serve.server import running
 
 # MB, all files counted: near the smallest possible, with the embedding in 4 bits; and 5.5 bits for

@@ -11,9 +11,9 @@ import torch
 
 from lib.base.model import load_tokenizer, machine
 from lib.base.records import Record, sensors
+from lib.client import ask_all, question
 from lib.evaluate.scores import Score, keyword_hit, keyword_score
 from lib.files import BUILD, ROOT, versions, write_json
-from lib.serve.client import ask_all, question
 from lib.serve.server import running
 from lib.settings import TrainSettings
 from lib.train.training import TrainResult

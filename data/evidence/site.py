@@ -217,6 +217,7 @@ def claims() -> str:
         commands = ", ".join(f"`{command}`" for command in claim["command"])
         parts += [f"## {claim['id']}: {claim['verdict']}", f"> {claim['claim']}",
                   f"**{claim.get('headline', '')}**", claim["finding"],
+                  claim["details"],
                   f"*Method:* {claim['method']}", f"*Number:* {number or 'none'}",
                   f"*Evidence:* {evidence}", f"*Commands:* {commands}"]
     return "\n\n".join(part for part in parts if part != "****")

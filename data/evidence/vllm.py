@@ -27,6 +27,7 @@ import httpx
 from data.evidence.pieces import ADAPTERS, WORK, score_row
 from lib.base.model import dequantized_base
 from lib.base.records import Record, movies, sensors
+from lib.client import ask_all, question
 from lib.coa.adapter import CoaLora
 from lib.coa.configuration import Switchable, known_configurations
 from lib.errors import require
@@ -34,7 +35,6 @@ from lib.evaluate.scores import Score, keyword_hit
 from lib.files import BUILD, MANIFEST
 from lib.quantize.gguf import export
 from lib.quantize.merging import save_model
-from lib.serve.client import ask_all, question
 from lib.serve.server import running
 
 VERSION = "0.32.0"

@@ -149,7 +149,8 @@ def normalised(row: Any, where: str = "it", ignore: Collection[str] | None = Non
         name = next((n for n in names if n in row), names[0])
         value = row.get(name)
         require(name in row, f"{where} lacks the text {name!r}: add it")
-        require(isinstance(value, str) and not re.match(r"""\[{['"](role|from)['"]:""", value),
+        require(isinstance(value, str) and not re.match(
+            r"""\s*\[\s*{\s*['"](role|from|content|value)['"]\s*:""", value),
                 f"{where} has a {name!r} that is not text: use text, or messages in JSON lines")
         require(value.strip(), f"{where} has an empty {name!r}: fill it or drop the record")
         del left[name]

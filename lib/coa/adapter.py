@@ -119,7 +119,8 @@ class CoaLora:
             require(hasattr(layer, "lora_A"), f"{name} has no adapter: train all seven kinds")
             parametrize.register_parametrization(
                 layer.lora_A[NAME], "weight", _Mixed(self, index), unsafe=True)
-            layer.merge = _refuse_merge
+            layer.merge = lambda *_, **__: require(False, "the base's weights are shared by its "
+                                                   "configurations: materialise the adapter first")
         model.coa_network = self.network
         # peft's own method would write the parametrised A, and not theta.
         model.save_pretrained = self.write
@@ -194,11 +195,6 @@ class CoaLora:
         except (LookupError, RuntimeError) as error:  # of a family, or of torch for a shape
             raise UserError(f"{theta} is of another version ({error}): train it again") from error
         return cls(load_adapter(base.model, directory), base, network)
-
-
-def _refuse_merge(*_: Any, **__: Any) -> None:
-    raise UserError("the base's weights are shared by its configurations: materialise "
-                    "the adapter and merge it into a separate model")
 
 
 class Switching(TrainerCallback):

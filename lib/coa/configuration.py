@@ -192,12 +192,8 @@ class Switchable:
 
     def weight(self, index: int, fmt: Format | None = None) -> Tensor:
         """A layer's original weight, or that weight as a format gives it back, in float32."""
-        if fmt is None:
-            return self._originals[index].float()
-        try:
-            return round_trip(self._originals[index], fmt)
-        except UserError as error:
-            raise UserError(f"{self.layers.names[index]}: {error}") from None
+        original = self._originals[index]
+        return original.float() if fmt is None else round_trip(original, fmt)
 
     def _cached(self, index: int, fmt: Format) -> Tensor:
         if (key := (index, fmt)) not in self._cache:
@@ -241,8 +237,6 @@ def random_configuration(layers: Layers, budget: float, rng: random.Random,
     """
     formats, t = FAMILIES[family], 0.0
     costs = [fmt.bits_per_parameter for fmt in formats]
-    low, high = min(costs), max(costs)
-    require(low < budget < high, f"{budget} bits a weight: use {low:.2f} to {high:.2f}")
     for _ in range(2000):
         weights = [math.exp(t * (cost - budget)) for cost in costs]
         found = Configuration(layers, tuple(rng.choices(formats, weights, k=len(layers.names))))

@@ -68,7 +68,6 @@ def expected_improvement(bits: Tensor, mean: Tensor, spread: Tensor, points: Ten
     of at most b bits, a candidate of c bits gains int_c^R max(0, f(b) - y) db. As f is constant
     between the front's points, E = sum_i width_i(c) * EI(f_i), EI(f) = (f - mean) Phi(z) +
     spread phi(z), z = (f - mean) / spread (Emmerich et al. 2011, with one objective exact).
-
     `bits`, `mean` and `spread` (above 0) are (n,), `points` (m, 2), `reference` (2,).
     """
     inside = front(points[(points < reference).all(1)])

@@ -239,7 +239,8 @@ def deploy(adapter: Path, budgets: Sequence[float], out: Path, *, records: Seque
 
 def measured(folder: Path, held: Sequence[Record], learn: str) -> tuple[Evaluation, Cost]:
     """Right answers of deployed files, and their cost in processes of their own."""
-    asked = [record for record in held if "messages" in record]
+    asked = [record for record in held if "messages" in record  # and the answer is no call
+             and not {"tools", "tool_calls"} & {*record, *record["messages"][-1]}]
     messages = asked[0]["messages"][:-1] if asked else chat("Hello.")
     with peak_memory(children=True) as peak:
         if (folder / "model.gguf").is_file():
@@ -247,11 +248,11 @@ def measured(folder: Path, held: Sequence[Record], learn: str) -> tuple[Evaluati
             with serve.running(folder) as server, serve.connect(server.url) as client:
                 serve.ask(client, body)  # from now on the prompt is cached
                 token_ms = 1e3 / serve.ask(client, body).decode
-                evaluation = evaluate(server.url, asked) if asked else Evaluation({}, (), 0.0)
+                evaluation = evaluate(server.url, asked) if asked else Evaluation()
         else:
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                 token_ms = pool.submit(packed_ms, folder, messages).result()
-            evaluation = evaluate(str(folder), held, learn=learn)
+            evaluation = evaluate(str(folder), asked, learn=learn) if asked else Evaluation()
     return evaluation, Cost(peak["mb"], token_ms)
 
 

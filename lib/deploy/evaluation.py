@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import eq
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,10 @@ import torch
 
 from lib.base.model import load_model, load_tokenizer, require_rows
 from lib.base.records import LABEL, Record, encode
+from lib.client import ask_all, question
 from lib.deploy.packed import WEIGHTS, load_deployed
 from lib.errors import UserError, require
 from lib.evaluate.scores import Score, batch_losses, generate, keyword_hit, paired_interval
-from lib.serve.client import ask_all, question
 from lib.train.lora import load_adapter, settled
 from lib.train.training import base_for
 
@@ -26,9 +26,10 @@ class Evaluation:
     """What one system did: empty where there is nothing to measure."""
 
     # "exact match" with the last turn; "keyword": the label is in it; "likeliest": of few answers
-    scores: dict[str, Score]
-    losses: tuple[float, ...]  # mean negative log-likelihood of a learned token, nats, by record
-    loss: float  # the mean over all learned tokens
+    scores: dict[str, Score] = field(default_factory=dict)
+    losses: tuple[float, ...] = ()  # mean negative log-likelihood of a learned token, nats
+    loss: float = 0.0  # the mean over all learned tokens
+    tokens: tuple[int, ...] = ()  # learned ones, by record
 
     def figures(self) -> dict[str, Any]:
         """What is stored and printed; shares with their 95 % Wilson intervals."""
@@ -61,16 +62,18 @@ def evaluate(system: str, records: Sequence[Record], *, new_tokens: int = 0, rou
     asked = [record for record in records if "messages" in record]
     require(not any("tools" in row or row["messages"][-1].get("tool_calls") for row in asked),
             "tools are not scored: leave them out with --ignore tools, and records that call one")
-    require(learn == "all" or len(asked) == len(records), "all of a text counts: leave --learn out")
+    require(asked or (learn == "all" and not new_tokens), "all of a text counts, and none is "
+            "answered: leave --learn and --new-tokens out")
+    require(len({("messages" in row, LABEL in row) for row in records}) < 2, "some records have "
+            "no question, or no expected_keyword, and others have one: evaluate them apart")
     prompts = [record["messages"][:-1] for record in asked]
     right = [record["messages"][-1]["content"] for record in asked]
     # A token has a byte or more.
-    new_tokens = new_tokens or min(max([128, *(len(t.encode()) for t in right)]), 1024)
+    new_tokens = new_tokens or max([128, *(len(text.encode()) for text in right)])
     pairs, losses, texts, chosen = [], [], [], []
     if system.startswith(("http://", "https://")):
         url, _, name = system.partition("#")
-        require(len(prompts) == len(records), f"{url} can be asked, but plain texts have no "
-                "question: give a model, or records with questions alone")
+        require(asked, f"{url} can be asked, but plain texts have no question: give a model")
         bodies = [question("", model=name, messages=p, max_tokens=new_tokens) for p in prompts]
         try:
             texts = [answer.text for answer in ask_all(url, bodies)]
@@ -93,13 +96,14 @@ def evaluate(system: str, records: Sequence[Record], *, new_tokens: int = 0, rou
             texts = generate(model, tokenizer, prompts, max_new_tokens=new_tokens)
     # A server shows no thoughts, and a folder's answer may have some.
     said, due = ([t.rpartition("</think>")[2].strip() for t in part] for part in (texts, right))
-    labelled = [(t, row[LABEL]) for t, row in zip(said, asked, strict=False) if LABEL in row]
+    labelled = [(t, row[LABEL]) for t, row in zip(said, asked, strict=True) if LABEL in row]
     hits = {"exact match": [*map(eq, said, due)],
             "keyword": [keyword_hit(text, str(label)) for text, label in labelled],
             "likeliest": [*map(eq, chosen, right)]}
     scores = {name: Score(tuple(right), tuple(texts)) for name, right in hits.items() if right}
-    mean = sum(loss for loss, _ in losses) / max(sum(count for _, count in losses), 1)
-    return Evaluation(scores, tuple(loss / count for loss, count in losses), mean)
+    sums, tokens = zip(*losses, strict=True) if losses else ((), ())
+    return Evaluation(scores, tuple(loss / count for loss, count in losses),
+                      sum(sums) / max(sum(tokens), 1), tokens)
 
 
 def likeliest(model: Any, tokenizer: Any, record: Record, answers: Sequence[str]) -> str:
@@ -112,9 +116,9 @@ def likeliest(model: Any, tokenizer: Any, record: Record, answers: Sequence[str]
 
 
 def differences(one: Evaluation, other: Evaluation) -> dict[str, tuple[float, float, float]]:
-    """Second less first on the same records, (mean, low, high) of the 95 % interval."""
+    """Second less first on the same records, (mean, low, high); losses only of the same tokens."""
     rows = {name: torch.tensor(other.scores[name].hits).double() - torch.tensor(score.hits).double()
             for name, score in one.scores.items() if name in other.scores}
-    if one.losses and other.losses:
+    if one.losses and one.tokens == other.tokens:
         rows["loss by record"] = torch.tensor(other.losses) - torch.tensor(one.losses)
     return {name: paired_interval(row) for name, row in rows.items() if len(row) > 1}

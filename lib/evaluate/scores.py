@@ -56,6 +56,7 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     with contextlib.suppress(UserError):  # and what training taught as the end of an answer
         _, labels = encode(tokenizer, {"prompt": "a", "completion": "b"})
         ends.add([label for label in labels if label != IGNORED][-1])
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 30)
     # Prompts of similar length share a batch, so that there is little padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
@@ -67,9 +68,10 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
             # Padded on the left, all answers of a batch start in the same column.
             batch = tokenizer.pad({"input_ids": [prompts[i] for i in rows]}, return_tensors="pt",
                                   padding_side="left").to(model.device)
-            output = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False,
-                                    eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id,
-                                    num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0)
+            output = model.generate(
+                **batch, max_new_tokens=min(max_new_tokens, room - batch.input_ids.shape[1]),
+                do_sample=False, eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id,
+                num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0)
             texts = tokenizer.batch_decode(
                 output[:, batch.input_ids.shape[1]:], skip_special_tokens=True)
             for row, text in zip(rows, texts, strict=True):
@@ -191,8 +193,6 @@ def use_style() -> None:
 
 def smoothed(values: Sequence[float], window: int = 9) -> np.ndarray:
     """Running mean over `window` values around each, fewer at the ends."""
-    sums = np.cumsum([0.0, *values])
-    at = np.arange(len(values))
     # As many values on the left as on the right, so that a falling curve is not shifted.
-    half = np.minimum(window // 2, np.minimum(at, len(values) - 1 - at))
-    return (sums[at + half + 1] - sums[at - half]) / (2 * half + 1)
+    reach = [min(window // 2, i, len(values) - 1 - i) for i in range(len(values))]
+    return np.array([np.mean(values[i - n:i + n + 1]) for i, n in enumerate(reach)])

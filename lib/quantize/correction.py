@@ -94,7 +94,6 @@ def codes_with_feedback(weight: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
     is rounded and its error (w_j - q_j) / U_jj times U_jk is subtracted from each column k > j.
     That keeps |(W - Q) L|_F small. When a block's first column is reached it gets the scale that
     llama.cpp chooses, with the mean square of each input as importance.
-
     From (layers, out, in), in a multiple of 32, and (layers, in, in): codes (layers, out, in) uint8
     and scales (layers, out, in / 32) float16. A weight is (code - 8) * scale.
     """

@@ -90,7 +90,8 @@ def places(reader: Reader, weights: PreTrainedModel, modules: Collection[str] = 
     found: Places = {}
     for key, weight in weights.state_dict().items():
         tied = key == "lm_head.weight" and config.tie_word_embeddings
-        if tied or (modules and key.removesuffix(".weight") not in modules):
+        if tied or re.search("vision|audio|multi_modal", key) or (  # a file is of the text alone
+                modules and key.removesuffix(".weight") not in modules):
             continue
         name = names.get_name(key, try_suffixes=(".weight", ".bias"))
         require(name in tensors, f"{architecture} files have no {key}: {BY_PEFT}")
@@ -122,9 +123,8 @@ def write_model(source: Path, out: Path, *, weights: PreTrainedModel | None = No
     `weights` take the place of the file's, all matrices in `gguf_type`, but for those that are
     `encoded` already, by module; `importance` weighs each column's error, by module (`encode`).
     `base` names these weights: an adapter must carry the same name. The chat template of the
-    `tokenizer`, and whether it begins with BOS, replace the file's.
-
-    Returns {type: the kinds of matrices that have it}; rows may not suit `gguf_type` (`fitting`).
+    `tokenizer`, and whether it begins with BOS, replace the file's. Returns {type: the kinds of
+    matrices that have it}; rows may not suit `gguf_type` (`fitting`).
     """
     reader, kinds = Reader(source), dict[str, set[str]]()
     require(reader.tensors, f"{base} has no weights: save it again")  # or a converter skipped them

@@ -3,5 +3,5 @@
 from lib import exports
 
 __getattr__, __all__ = exports(__name__, {
-    "server": "running serve", "client": "ask ask_all connect question",
-    "bundle": "Reader open_bundle"})
+    "server": "running serve", "bundle": "Reader open_bundle",
+    "lib.client": "ask ask_all connect question"})

@@ -50,7 +50,7 @@ def open_bundle(path: Path, loras: Sequence[str] = ()) -> Bundle:
         reader = model_reader(model, {n: file for n, (file, _) in adapters.items()})
         architecture, tokens = metadata(reader, "general.architecture"), "tokenizer.ggml.tokens"
         context = int(metadata(reader, f"{architecture}.context_length"))
-        template = str(metadata(reader, "tokenizer.chat_template"))
+        template = str(metadata(reader, "tokenizer.chat_template") or "")
         return Bundle(name, model, adapters, context, len(reader.fields[tokens].data), template)
     except DAMAGE as error:  # a manifest that was edited, or what is read after a header
         raise UserError(f"{path} is damaged ({error}): export it again") from None

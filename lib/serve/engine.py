@@ -18,12 +18,11 @@ import httpx
 from lib.errors import UserError
 from lib.host import cores
 from lib.serve.bundle import Bundle
-from lib.serve.client import connect
 from lib.settings import ServeSettings
 
 HOST = "127.0.0.1"
 OLDEST = 6700  # the first build of llama.cpp with all the options that are used here
-COMMAND = [sys.executable, "-X", "utf8", "-m", __name__]
+COMMAND = [sys.executable, "-P", "-X", "utf8", "-m", __name__]
 
 
 @contextlib.contextmanager
@@ -55,7 +54,7 @@ def running_engine(bundle: Bundle, settings: ServeSettings, key: str) -> Iterato
     keeper = threading.Thread(target=keep, daemon=True)
     keeper.start()
     try:
-        with connect(f"http://{HOST}:{port}") as client:
+        with httpx.Client(base_url=f"http://{HOST}:{port}", timeout=600, trust_env=False) as client:
             while not ready:
                 with contextlib.suppress(httpx.HTTPError):
                     ready = client.get("/health").is_success

@@ -84,6 +84,8 @@ def engine_request(body: bytes, path: str, bundles: Mapping[str, Bundle], settin
         message["role"] = message["role"].replace("developer", "system")
         if isinstance(parts := message.get("content"), list):  # as in training
             message["content"] = "".join(part["text"] for part in parts)
+    insist("messages" not in fields or bundle.template, "messages", "the model has no chat "
+           "template: POST a prompt to /v1/completions")
     insist(fields.get("messages", [{"role": ""}])[-1]["role"] != "assistant", "messages", "end "
            "with a question, or the answer of a tool: what is begun is not continued")
     insist(all(int(token) < bundle.vocabulary for token in fields.get("logit_bias", ())),
@@ -119,6 +121,7 @@ def constrain(fields: dict[str, Any]) -> None:
     """Put a schema as a grammar; refused if a part of it would not be enforced."""
     wanted = fields.keys() & {"json_schema", "response_format", "grammar"}
     insist(len(wanted) < 2, "grammar", f"of {', '.join(sorted(wanted))} use one")
+    insist(not (wanted and fields.get("ignore_eos")), "ignore_eos", "a schema ends the answer")
     schema, shape = fields.pop("json_schema", None), fields.pop("response_format", {})
     if shape.get("type") == "json_object":
         schema = {"type": "object"}
@@ -129,8 +132,8 @@ def constrain(fields: dict[str, Any]) -> None:
         fields["grammar"] = f"%llguidance {{}}\nstart: %json {json.dumps(schema)}"
     if fields.get("grammar", "").startswith("%llguidance"):  # the engine would go on without it
         error = llguidance.LLMatcher.validate_grammar(fields["grammar"]).partition("   1 |")[0]
-        insist(not error, next(iter(wanted)),
-               " ".join(error.rpartition("JSON schema: ")[2].split()))
+        said = " ".join(error.rpartition("JSON schema: ")[2].split())
+        insist(not error, next(iter(wanted)), "use anyOf" if "coerce_one_of" in said else said)
 
 
 def left_out(value: Any, prompt: str) -> Iterator[Any]:
@@ -162,9 +165,10 @@ def admit(request: Request, settings: ServeSettings) -> None:
            f"host {host!r}: use 127.0.0.1 or localhost")
     insist(not origin or {origin, "*"} & {*settings.cors.split(",")}, None,
            f"origin {origin!r}: start the server with --cors {origin}", 403)
-    key = settings.api_key and f"Bearer {settings.api_key}"
-    insist(not key or secrets.compare_digest((given or "").encode("latin-1"), key.encode()), None,
-           "the API key is wrong or missing", 401, "invalid_api_key")
+    scheme, _, token = (given or "").partition(" ")
+    insist(not settings.api_key or (scheme.lower() == "bearer" and secrets.compare_digest(
+        token.encode("latin-1"), settings.api_key.encode())), None,
+        "the API key is wrong or missing", 401, "invalid_api_key")
 
 
 def application(bundles: Mapping[str, Bundle], key: str, settings: ServeSettings) -> Starlette:
@@ -198,7 +202,8 @@ def application(bundles: Mapping[str, Bundle], key: str, settings: ServeSettings
                     pass
                 work.cancel()
 
-            with anyio.CancelScope() as work, contextlib.suppress(ClientDisconnect):
+            with anyio.CancelScope() as work, contextlib.suppress(
+                    ClientDisconnect, asyncio.CancelledError):  # of a second Ctrl-C
                 watcher = asyncio.ensure_future(watch())
                 try:
                     async with gate, aclosing(await engine.send(call, stream=True)) as answer:
@@ -237,7 +242,7 @@ def application(bundles: Mapping[str, Bundle], key: str, settings: ServeSettings
         return Response(said.content, said.status_code, media_type=said.headers["content-type"])
 
     pages = [Middleware(CORSMiddleware, allow_origins=settings.cors.split(","),
-                        allow_methods=["GET", "POST"], allow_headers=["*"],
+                        allow_methods=["*"], allow_headers=["*"], allow_private_network=True,
                         expose_headers=["x-ignored-fields"])] if settings.cors else []
     return Starlette(
         routes=[*(Route(path, complete, methods=["POST"]) for path in VALIDATORS),

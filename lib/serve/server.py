@@ -18,7 +18,6 @@ from pathlib import Path
 import uvicorn
 
 from lib.errors import UserError, require
-from lib.files import ROOT
 from lib.serve.bundle import open_bundles
 from lib.serve.engine import HOST, running_engine
 from lib.serve.front import application
@@ -64,7 +63,7 @@ def serve(path: Path, settings: ServeSettings, loras: Sequence[str] = (), *,
               flush=True)
         # Clients close idle connections sooner, so none is cut while they use it.
         config = uvicorn.Config(app, log_level="error", timeout_keep_alive=60,
-                                timeout_graceful_shutdown=None)  # until all have finished
+                                timeout_graceful_shutdown=None, lifespan="off")
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         if until_eof:  # under Windows os.kill would not stop gracefully
             threading.Thread(daemon=True, target=lambda: (
@@ -75,12 +74,13 @@ def serve(path: Path, settings: ServeSettings, loras: Sequence[str] = (), *,
 @contextlib.contextmanager
 def running(path: Path, *options: str) -> Iterator[Served]:
     """A server process in the block, with `options` of `serve`; UserError if it cannot start."""
-    command = [sys.executable, "-X", "utf8", "-m", "lib", "serve", str(Path(path).resolve()),
+    command = [sys.executable, "-P", "-X", "utf8", "-m", "lib", "serve", str(path),
                "--port", "0", "--until-eof", *options]
     # Errors go to a file: a pipe that nobody reads would fill up and block the server.
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors, \
             subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                             stderr=errors, cwd=ROOT, encoding="utf-8") as process:
+                             stderr=errors, env=os.environ | {"PYTHONPATH": os.pathsep.join(
+                                 sys.path)}, encoding="utf-8") as process:
         address = process.stdout.readline()
         try:
             if not address:

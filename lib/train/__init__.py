@@ -4,5 +4,5 @@ from lib import exports
 
 __getattr__, __all__ = exports(__name__, {
     "lora": "adapter_factors adapter_files count_adapter count_trainable delta_weight fused "
-            "linear_shapes load_adapter lora_config make_portable settled singular_values",
+            "linear_shapes load_adapter lora_config make_portable settled",
     "training": "base_for train"})

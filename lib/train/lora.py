@@ -64,12 +64,14 @@ def lora_config(model: PreTrainedModel, settings: TrainSettings) -> LoraConfig:
               for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     widths.pop("lm_head", None)  # tied to the embedding, which has no adapter
     for target in settings.modules:
-        require(target in widths, f"no target module {target!r}: use {', '.join(sorted(widths))}")
+        require(target in widths,
+                f"no target module {target!r}: use {', '.join(sorted(widths)) or 'another model'}")
         rank, width = settings.rank, widths[target]
         require(rank <= width, f"rank {rank} is above the width {width} of {target}: lower it")
     return LoraConfig(
         task_type="CAUSAL_LM", r=settings.rank, lora_alpha=settings.alpha, bias="none",
-        target_modules=settings.modules, lora_dropout=settings.dropout, use_rslora=settings.rslora)
+        target_modules=settings.modules, lora_dropout=settings.dropout, use_rslora=settings.rslora,
+        exclude_modules=".*vision.*" if hasattr(model.config, "vision_config") else None)
 
 
 def adapter_files(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -113,11 +115,13 @@ def settled(directory: Path, model: str = "", route: str = "", *, rounded: bool 
     """(base, route) of an adapter, or those named; UserError if it has others, or none."""
     base, own = origin(directory, rounded=rounded)
     require(base or model, f"{directory} does not say its base: name that with --model")
-    moved = Path(base).is_absolute() and not Path(base).exists()
+    # A path of another machine, or a hub id of which this folder is a copy.
+    moved = not Path(base).exists() and (base[:1] in tuple("/.~") or base[1:2] == ":" or bool(
+        model and Path(model).is_dir() and Path(base).name == Path(model).resolve().name))
     require(model or not moved, f"{directory} was trained on {base}, which is not there: put it "
             "back, or name where it is with --model")
     require(not (base and model) or moved or Path(base).resolve() == Path(model).resolve(),
-            f"{directory} was trained on {base}, not on {model}: name its base")
+            f"{directory} was trained on {base}, not on {model}: name its base or its copy")
     require(own or route, f"{directory} does not say how it was trained: name --route original, or "
             "dequantized (after QLoRA)")
     require(route in ("", own) or not own, f"{directory} was trained on the {own} weights, not on "
@@ -134,7 +138,7 @@ def load_adapter(model: PreTrainedModel, directory: Path | str) -> PeftModel:
             adapted = PeftModel.from_pretrained(model, str(directory)).eval()
         expected = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
         # peft warns only of layers missing, and saves an adapted embedding's own weights, too.
-        own = {name for name in tensors if ".base_layer." not in name}
+        own = {name for name in tensors if ".base_layer.weight" not in name}
         require(expected == own, "it adapts other layers")
     except Exception as error:  # the configuration decides which one peft raises
         reason = " ".join(str(error).split())[:160]
@@ -171,15 +175,6 @@ def adapter_factors(directory: Path | str) -> dict[str, tuple[Tensor, Tensor, fl
     return {module.removeprefix("base_model.model."): (
         tensors[f"{module}.lora_A.weight"].float(), tensors[f"{module}.lora_B.weight"].float(),
         scale) for module in paired}
-
-
-def singular_values(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """The r singular values of `scale * B A`, largest first, without forming it.
-
-    With B = Q_b R_b and A^T = Q_a R_a they are those of R_b R_a^T, an r x r matrix.
-    """
-    right, left = torch.linalg.qr(a.float().T).R, torch.linalg.qr(b.float()).R
-    return torch.linalg.svdvals(scale * left @ right.T)
 
 
 class LoraLinear(torch.autograd.Function):

@@ -18,6 +18,7 @@ from data.evidence import alternate
 from lib.__main__ import main
 from lib.base.model import CHAT_TEMPLATE, load_model, load_tokenizer
 from lib.base.records import normalised, sensors
+from lib.client import ask, connect, question
 from lib.coa.adapter import CoaLora, MixingNetwork
 from lib.coa.configuration import (
     MODULE_KINDS,
@@ -36,7 +37,6 @@ from lib.quantize.correction import encode_with_feedback, input_roots
 from lib.quantize.formats import FAMILIES, Format, decode
 from lib.quantize.gguf import export, permute
 from lib.serve.bundle import Reader, metadata
-from lib.serve.client import ask, connect, question
 from lib.serve.server import running
 from lib.train.lora import adapter_factors
 
@@ -90,7 +90,7 @@ def _converted(tiny_directory: str, tiny_gguf: Path, monkeypatch: pytest.MonkeyP
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files are written, but neither asked nor timed."""
-    monkeypatch.setattr(module, "measured", lambda *_: (Evaluation({}, (), 0.0), Cost(180, 8)))
+    monkeypatch.setattr(module, "measured", lambda *_: (Evaluation(), Cost(180, 8)))
 
 
 def run(adapter: Path, budget: float, out: Path, **options: Any) -> Deployed:
@@ -250,7 +250,7 @@ def test_the_missing_size_is_enough(packed: Path, served: Path, tmp_path: Path, 
 
 def test_limits_are_kept_or_refused(packed: Path, tmp_path: Path,
                                     monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "measured", lambda *_: (Evaluation({}, (), 0.0), Cost(180, 8)))
+    monkeypatch.setattr(module, "measured", lambda *_: (Evaluation(), Cost(180, 8)))
     for limits in (Cost(179), Cost(token_ms=7.9)):
         with pytest.raises(UserError, match="take 180 MB of memory and 8.0 ms a token.*: lower"):
             run(packed, 8.5, tmp_path / "out", limits=limits)

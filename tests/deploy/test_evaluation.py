@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import saved_adapter
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from lib.__main__ import main
 from lib.base.model import load_model, load_tokenizer
@@ -183,11 +183,24 @@ def test_records_that_do_not_fit(tiny_directory: str, data: Path) -> None:
     with pytest.raises(UserError, match="b:1 is longer than the model's context, 2048 tokens"):
         evaluate(tiny_directory, [{"text": "word " * 2100}], places=["b:1"])
     with pytest.raises(UserError, match="plain texts have no question"):
-        evaluate("http://127.0.0.1:9/v1", [*Records(data), {"text": "a b"}])
+        evaluate("http://127.0.0.1:9/v1", [{"text": "a b"}])
+    unlabelled = normalised({"prompt": "a", "completion": "b"})
+    for other in ({"text": "a b"}, unlabelled):  # a figure would be of fewer records than it says
+        with pytest.raises(UserError, match="evaluate them apart"):
+            evaluate(tiny_directory, [*Records(data), other])
+
+
+def test_an_answer_ends_where_the_context_does(tokenizer: PreTrainedTokenizerBase) -> None:
+    """GPT-2 has no position after it: asked for more, torch stops with an IndexError."""
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=24, n_embd=32, n_layer=1, n_head=2,
+                        bos_token_id=None, eos_token_id=None)
+    model = GPT2LMHeadModel(config).eval()
+    (said,) = generate(model, tokenizer, ["Why?"], max_new_tokens=100)
+    assert said
 
 
 @pytest.mark.parametrize(("answer", "given", "allowed"), [
-    ("yes", 0, 128), ("word " * 60, 0, 300), ("word " * 60, 40, 40), ("word " * 300, 0, 1024)])
+    ("yes", 0, 128), ("word " * 60, 0, 300), ("word " * 60, 40, 40), ("word " * 300, 0, 1500)])
 def test_an_answer_may_be_as_long_as_the_right_one(
         tiny_directory: str, monkeypatch: pytest.MonkeyPatch, answer: str, given: int, allowed: int
         ) -> None:

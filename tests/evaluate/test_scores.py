@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import LlamaForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from lib.base.model import pad_right
 from lib.base.records import IGNORED, encode, render, sensors
@@ -27,7 +27,7 @@ def test_score_says_share_and_interval() -> None:
 class Stub(torch.nn.Module):
     """Answers every prompt with the prompt if `echo`, else with the same text."""
 
-    device = torch.device("cpu")
+    device, config = torch.device("cpu"), PretrainedConfig()
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, answer: str, *, echo: bool = False
                  ) -> None:

@@ -321,7 +321,7 @@ def test_an_open_claim_says_how_many_seeds_would_narrow_it(tmp_path):
                        for name in ("full", "lora", "full_1e-4")
                        for i, seed in enumerate(("", "_1", "_2"))}
     entry = judge("T14", tmp_path, files)
-    assert re.search(r"to know the first to 2 points takes at least \d+ seeds", entry["finding"])
+    assert re.search(r"full minus LoRA to 2 points takes at least \d+ seeds", entry["finding"])
 
 
 def test_p1_says_which_configuration_is_worst_and_what_more_steps_give(tmp_path):
@@ -332,7 +332,7 @@ def test_p1_says_which_configuration_is_worst_and_what_more_steps_give(tmp_path)
     assert entry["verdict"] == PARTLY and "5 of 6" in entry["headline"]
     assert "at worst 23.0 nats (random 6 bits)" in entry["finding"]
     longer = joint("long", 0.1, 60, steps=260)
-    assert "after 260 steps: useful at 6 of 6" in judge("P1", tmp_path, longer)["finding"]
+    assert "after 260 steps: useful at 6 of 6" in judge("P1", tmp_path, longer)["details"]
 
 
 def test_joint_claims_need_all_seeds_and_one_training_set(tmp_path):
@@ -381,9 +381,9 @@ def test_tasks_that_differ_make_a_claim_partly_right(tmp_path):
     movies = joint("coa", 0.4, task="movies") | joint("lora", 0.1, task="movies")
     both = judge("P5", tmp_path, movies)
     assert (alone["verdict"], both["verdict"]) == (YES, PARTLY)
-    assert len(both["evidence"]) == 12 and "times the steps" not in both["finding"]
+    assert len(both["evidence"]) == 12 and "times the steps" not in both["details"]
     longer = joint("long", 0.02, steps=260) | joint("lora-long", 0.08, steps=260)
-    finding = judge("P5", tmp_path, longer)["finding"]
+    finding = judge("P5", tmp_path, longer)["details"]
     assert "both in 2.6 times the steps, sensors: 0.25 " in finding
     assert "0.25 [0.25, 0.25] with the configurations held fixed" in finding
 
@@ -393,9 +393,9 @@ def test_p5_looks_separately_at_random_configurations_of_few_bits(tmp_path):
     for name, row in files.items():
         broken = 0.2 if "-coa-" in name else 3.0
         row["plans"] |= rows(broken, only=("more random 2.93",))["plans"]
-    finding = judge("P5", tmp_path, files)["finding"]
-    assert "sensors: 0.68 " in finding
-    assert "1.00 [1.00, 1.00] without random ones below 4 bits (1 of them)" in finding
+    entry = judge("P5", tmp_path, files)
+    assert "sensors: 0.68 " in entry["finding"]
+    assert "1.00 [1.00, 1.00] without random ones below 4 bits (1 of them)" in entry["details"]
 
 
 def test_p4_compares_only_searches_from_one_start(tmp_path):

@@ -22,7 +22,7 @@ from lib.files import read_json
 
 IDS = [*(f"T{i}" for i in range(1, 17)), *(f"P{i}" for i in range(1, 6)), "F1"]
 KEYS = ["id", "source", "claim", "short", "method", "value", "unit", "interval", "headline",
-        "finding", "verdict", "evidence", "command"]
+        "finding", "details", "verdict", "evidence", "command"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

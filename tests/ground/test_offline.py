@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 
 from lib.__main__ import main
-from lib.serve.client import ask_all, question
+from lib.client import ask_all, question
 from lib.serve.server import running
 
 tiny = sys.argv[1]

@@ -10,10 +10,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib.base.model import load_tokenizer
 from lib.base.records import encode, prompt_ids, sensors
+from lib.client import ask, connect, question
 from lib.evaluate.scores import generate
 from lib.quantize.gguf import base_file, export
 from lib.quantize.merging import merge
-from lib.serve.client import ask, connect, question
 from lib.serve.server import running
 from lib.settings import TrainSettings
 from lib.train.training import train

@@ -27,9 +27,10 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from data.evidence.parity import compare
 from lib.base.records import render, sensors
+from lib.client import ask, ask_all, question
 from lib.errors import UserError
 from lib.quantize.gguf import write_adapter, write_model
-from lib.serve.client import ask, ask_all, question
+from lib.serve.bundle import Reader
 from lib.serve.server import Served, running
 from lib.settings import TARGETS
 from lib.train.lora import load_adapter
@@ -145,9 +146,12 @@ def test_key_pages_and_strict(folder: Path) -> None:
     with (running(folder / "tiny.gguf", *OPTIONS, *options) as served,
           httpx.Client(base_url=served.url, timeout=60) as client):
         assert refusal(client.post(CHAT, json=body()), 401)["code"] == "invalid_api_key"
-        client.headers["Authorization"] = "Bearer secret"
+        client.headers["Authorization"] = "bearer secret"
         page = {"Origin": "http://page.example"}
-        asks = client.options(CHAT, headers=page | {"Access-Control-Request-Method": "POST"})
+        asks = client.options(CHAT, headers=page | {
+            "Access-Control-Request-Method": "POST", "Access-Control-Request-Private-Network":
+            "true"})
+        assert asks.headers["access-control-allow-private-network"] == "true"
         assert asks.headers["access-control-allow-origin"] == page["Origin"]
         allowed = client.post(CHAT, json=body(), headers=page)
         assert content(allowed) and allowed.headers["access-control-allow-origin"] == page["Origin"]
@@ -210,10 +214,11 @@ def test_scales(client: httpx.Client) -> None:
     assert scaled("tiny", red=1, blue=1) not in (plain, red)
 
 
-def test_default_scale(folder: Path) -> None:
-    options = (*OPTIONS, "--lora", f"red={folder / 'red.gguf'}:1",
-               "--lora", f"blue={folder / 'blue.gguf'}")
-    with (running(folder / "tiny.gguf", *options) as served,
+def test_default_scale(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And files named from the folder that one is in."""
+    monkeypatch.chdir(folder)
+    options = (*OPTIONS, "--lora", "red=red.gguf:1", "--lora", f"blue={folder / 'blue.gguf'}")
+    with (running(Path("tiny.gguf"), *options) as served,
           httpx.Client(base_url=served.url, timeout=60) as client):
         texts = [content(client.post("/chat/completions", json=body(model=m)))
                  for m in ("tiny", "red", "blue")]
@@ -229,8 +234,10 @@ def test_openai_client(server: Served) -> None:
     text = "".join(c.choices[0].delta.content or "" for c in parts if c.choices)
     assert text == whole.choices[0].message.content
     assert whole.usage.completion_tokens == 8
-    assert client.completions.create(model="tiny", prompt="Hello", max_tokens=3,
-                                     temperature=0).choices[0].text
+    plain, listed = (client.completions.create(
+        model="tiny", prompt=prompt, max_tokens=3, temperature=0).choices[0].text
+        for prompt in ("Hello", ["Hello"]))  # as LangChain writes one
+    assert plain == listed
     assert {m.id for m in client.models.list()} == {"tiny", *NAMES}
     with pytest.raises(openai.NotFoundError, match="unknown model 'green'"):
         client.chat.completions.create(**options | {"model": "green"})
@@ -284,7 +291,12 @@ BAD = [
             {"type": "object", "dependentRequired": {"a": ["b"]}}, {"$ref": "#/nowhere"},
             {"type": "string", "nullable": True}, {"name": "string"},
             {"type": "object", "properties": {"name": {"type": "string", "required": True}}},
-            {"type": "array", "items": {"x-guidance": {"lenient": True}}})),
+            {"type": "array", "items": {"x-guidance": {"lenient": True}}},
+            {"type": "integer", "format": "int32"}, {"type": "string", "format": "unknown"},
+            {"type": "object", "properties": {"a": {"type": "string"}},
+             "patternProperties": {"^a": {"enum": ["b"]}}},
+            {"oneOf": [{"type": "object", "properties": {"a": {"type": "string"}}},
+                       {"type": "object", "properties": {"b": {"type": "string"}}}]})),
         ("lora", 5),
         ("lora", [{"name": "red"}]), ("lora", [{"name": "red", "scale": "0.5"}]),
         ("lora", [{"name": "red", "scale": True}]),
@@ -294,11 +306,38 @@ BAD = [
         5, None, "", [], [-1], [10**6], [1, "a"], "word " * 400, ["a", "b"], [[1], [2]])),
     *((PLAIN, {"prompt": "a", name: value}, 400) for name, value in (
         ("echo", True), ("suffix", "b"), ("best_of", 2), ("n", 2), ("logprobs", 2), ("tools", []),
-        ("messages", HELLO))),
+        ("messages", HELLO), ("n_probs", 2**31))),
     (CHAT, {}, 400), (PLAIN, {}, 400), ("/nowhere", {}, 404),
     (CHAT, {"messages": HELLO, "model": "green"}, 404), (PLAIN, {"prompt": "a", "model": "x"}, 404),
     (CHAT, {"messages": HELLO, "lora": [{"name": "green", "scale": 1}]}, 404),
 ]
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    ({"json_schema": {"enum": [1]}, "ignore_eos": True}, "ignore_eos: a schema ends the answer"),
+    ({"json_schema": {"type": "object", "properties": {"n": {"type": "number", "format": "float"}}}
+      }, "a format of what is not a string"),
+    ({"json_schema": {"oneOf": [{"type": "object"}, {"type": "object", "title": "b"}]}}, "anyOf"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+     "only parts with a type, text, and a text are read")])
+def test_a_refusal_says_what_to_do(client: httpx.Client, options: dict, said: str) -> None:
+    assert said in refusal(client.post(CHAT, json=body(**options)), 400)["message"]
+
+
+def test_a_model_without_a_template_is_not_asked_in_another(
+        folder: Path, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama.cpp would take ChatML, which a base model has never seen."""
+    def without(path: Path) -> Reader:
+        reader = Reader(path)
+        reader.fields.pop("tokenizer.chat_template", None)
+        return reader
+
+    monkeypatch.setattr("lib.quantize.gguf.Reader", without)
+    write_model(tiny_gguf, folder / "plain.gguf", gguf_type="F32")
+    with (running(folder / "plain.gguf", *OPTIONS) as served,
+          httpx.Client(base_url=served.url, timeout=60) as client):
+        assert "no chat template" in refusal(client.post(CHAT, json=body(model="")), 400)["message"]
+        assert client.post(PLAIN, json={"prompt": "a", "max_tokens": 2}).status_code == 200
 
 
 @pytest.mark.parametrize(("path", "sent", "status"), BAD)

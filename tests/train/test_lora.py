@@ -1,4 +1,4 @@
-"""LoRA in formulas: the update, its counts and singular values, and adapters from disk."""
+"""LoRA in formulas: the update, its counts, and adapters from disk."""
 
 import re
 import shutil
@@ -26,7 +26,6 @@ from lib.train.lora import (
     linear_shapes,
     load_adapter,
     lora_config,
-    singular_values,
 )
 
 
@@ -134,17 +133,6 @@ def test_lora_config_takes_the_settings(tiny: LlamaForCausalLM) -> None:
     assert (config.r, config.lora_alpha, config.lora_dropout) == (32, 7, 0.25)
     assert config.use_rslora and config.bias == "none" and config.task_type == "CAUSAL_LM"
     assert set(config.target_modules) == {"k_proj", "v_proj"}
-
-
-@pytest.mark.parametrize(("d_out", "d_in", "rank"), [(40, 24, 6), (24, 40, 6), (9, 9, 9)])
-def test_singular_values_equal_the_full_products(d_out: int, d_in: int, rank: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    a = torch.randn(rank, d_in, generator=generator)
-    b = torch.randn(d_out, rank, generator=generator)
-    ours = singular_values(a, b, 0.5)
-    assert ours.shape == (rank,)
-    torch.testing.assert_close(ours, torch.linalg.svdvals(0.5 * b @ a)[:rank], rtol=1e-4, atol=1e-5)
-    assert not singular_values(a, b * 0, 2.0).any()
 
 
 def test_load_adapter_equals_stock_peft(make_tiny: Callable[[], LlamaForCausalLM],

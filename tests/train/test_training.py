@@ -8,10 +8,12 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import bitsandbytes as bnb
 import pytest
@@ -29,7 +31,7 @@ from lib.base.model import MODULE_KINDS, best_dtype, load_model
 from lib.base.records import IGNORED, Record, encode, sensors
 from lib.errors import UserError
 from lib.evaluate.scores import held_out_loss
-from lib.files import sha256, verified
+from lib.files import read_json, sha256, verified, write_json
 from lib.settings import TrainSettings
 from lib.train import training
 from lib.train.lora import load_adapter
@@ -278,6 +280,7 @@ def test_checkpoints_of_8_bit_adam(tiny: PreTrainedModel, tokenizer: PreTrainedT
                                    tmp_path: Path) -> None:
     """The optimizer of a GPU counts in an int and shares its code table among weights."""
     trainer = make_trainer(tiny, tokenizer, RECORDS, SETTINGS["lora"], work=tmp_path)
+    trainer.state.max_steps = 4
     weights = [p for p in trainer.model.parameters() if p.requires_grad]
     trainer.optimizer = bnb.optim.AdamW8bit(weights, lr=0.1, min_8bit_size=256)
     trainer.create_scheduler(num_training_steps=4)
@@ -537,6 +540,29 @@ def test_a_resumed_run_has_the_same_validation(tiny_directory: str, tmp_path: Pa
                     train(RECORDS, validated(), model=tiny_directory, out=out, held=HELD)
         runs.append(train(RECORDS, validated(), model=tiny_directory, out=out, held=HELD))
     assert runs[0].validation == runs[1].validation and runs[0].losses == runs[1].losses
+
+
+def test_a_run_stopped_at_its_end_takes_no_further_step(
+        tiny_directory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resumed from its last step in mid-epoch, transformers' loop would take one more."""
+    settings = dataclasses.replace(SETTINGS["lora"], steps=2, batch_size=4)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "draw_losses", Mock(side_effect=KeyboardInterrupt))
+        train(RECORDS, settings, model=tiny_directory, out=tmp_path / "out")
+    result = train(RECORDS, settings, model=tiny_directory, out=tmp_path / "out")
+    assert len(result.losses) == 2
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_a_model_with_values_for_sampling_is_saved(tiny_directory: str, tmp_path: Path, mode: str
+                                                   ) -> None:
+    """Many have them without `do_sample`, and transformers does not save such a configuration."""
+    model = shutil.copytree(tiny_directory, tmp_path / "model")
+    write_json(model / "generation_config.json", {"temperature": 0.6, "top_p": 0.9})
+    train(RECORDS, dataclasses.replace(TrainSettings(mode=mode), steps=1, batch_size=2),
+          model=str(model), out=tmp_path / "out")
+    if mode == "full":
+        assert read_json(tmp_path / "out" / "generation_config.json")["temperature"] == 0.6
 
 
 @pytest.mark.parametrize(("options", "held", "message"), [
