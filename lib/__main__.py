@@ -180,8 +180,6 @@ def dispatch(args: argparse.Namespace) -> None:
                     for system in args.systems]
             rows = [(system, row.figures()) for system, row in zip(args.systems, done, strict=True)]
             rows += [("the second less the first", differences(*done))] if done[1:] else []
-            if done[1:] and done[0].losses and done[1].losses and done[0].tokens != done[1].tokens:
-                print("the two have other tokens: their losses a token are not compared")
             for name, row in rows:
                 print(f"{name}, {len(records)} records")
                 for figure, value in row.items():

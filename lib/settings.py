@@ -131,7 +131,7 @@ class ServeSettings:
         require(self.context % 256 == 0, f"context {self.context}: use a multiple of 256")
         check_bounds(self, context=(0, inf), slots=(1, 1024), threads=(0, 1024), port=(0, 65535),
                      max_tokens=(1, inf))
-        pages = re.fullmatch(r"((\*|null|https?://[^/\s,*A-Z]+(?<!:80)(?<!:443))(,|$))*", self.cors)
+        pages = re.fullmatch(r"((\*|null|https?://[^/\s,*A-Z]+)(,|$))*", self.cors)
         require(pages, f"cors {self.cors!r}: use https://page.example,https://other.example, or *")
 
 

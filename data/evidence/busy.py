@@ -23,11 +23,15 @@ STEPS = ("from data.evidence.bench_training import OURS, time_arm\n"
          "print(time_arm(OURS, TrainSettings(mode='lora', steps=3))[2])")
 
 
+def untouched() -> dict[str, str]:
+    """The environment without what `lib` has set in this process."""
+    return {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+
+
 def step_seconds(first: str) -> float:
     """Seconds of a training step, in a fresh process."""
-    others = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     done = subprocess.run([sys.executable, "-c", first + STEPS], cwd=ROOT, check=True, text=True,
-                          env=others, stdout=subprocess.PIPE)
+                          env=untouched(), stdout=subprocess.PIPE)
     return float(done.stdout.split()[-1])
 
 
@@ -37,7 +41,7 @@ def busy() -> dict[str, Any]:
         name: {"quiet_s": [], "busy_s": [], "ratio": []} for name in FIRST}
     for _, (name, first) in itertools.product(range(REPEATS), FIRST.items()):
         quiet = step_seconds(first)
-        with subprocess.Popen([sys.executable, "-c", BUSY]) as other:
+        with subprocess.Popen([sys.executable, "-c", BUSY], env=untouched()) as other:
             try:
                 loaded = step_seconds(first)
             finally:

@@ -87,9 +87,9 @@ def load_model(model: str = EMBEDDED, *, dtype: torch.dtype | None = None, **opt
     require(not info["missing_keys"], f"{model} lacks {[*info['missing_keys']][:2]}: save it again")
     tokenizer = load_tokenizer(model)
     require_rows(loaded, tokenizer)
-    own = loaded.generation_config  # many have values for sampling, and cannot be saved without it
-    own.do_sample = own.do_sample or any((own.temperature, own.top_p, own.top_k)) or None
-    loaded.config.pad_token_id = own.pad_token_id = tokenizer.pad_token_id
+    it = loaded.generation_config  # values for sampling are saved only with `do_sample`
+    it.do_sample = bool(it.do_sample or {it.temperature, it.top_p, it.top_k} - {None, 1}) or None
+    loaded.config.pad_token_id = it.pad_token_id = tokenizer.pad_token_id
     return loaded.eval()
 
 

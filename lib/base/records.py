@@ -28,9 +28,9 @@ ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "developer"
 
 
 class Records:
-    """Records of a file (JSON lines, JSON, CSV, TSV, Parquet) or a hub data set, read as needed.
+    """Records of a file or a hub data set, read as needed, each as `normalised` gives it.
 
-    Each as `normalised` gives it. `where` names the place of the last one, and so do errors.
+    `where` names the place of the last one, and so do errors.
     """
 
     def __init__(self, source: Path | str, *, ignore: Collection[str] = ()) -> None:
@@ -150,7 +150,7 @@ def normalised(row: Any, where: str = "it", ignore: Collection[str] | None = Non
         value = row.get(name)
         require(name in row, f"{where} lacks the text {name!r}: add it")
         require(isinstance(value, str) and not re.match(
-            r"""\s*\[\s*{\s*['"](role|from|content|value)['"]\s*:""", value),
+            rf"""(?s)\s*\[\s*{{.*?['"](role|from)['"]\s*:\s*['"]({'|'.join(ROLES)})['"]""", value),
                 f"{where} has a {name!r} that is not text: use text, or messages in JSON lines")
         require(value.strip(), f"{where} has an empty {name!r}: fill it or drop the record")
         del left[name]

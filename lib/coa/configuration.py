@@ -192,8 +192,12 @@ class Switchable:
 
     def weight(self, index: int, fmt: Format | None = None) -> Tensor:
         """A layer's original weight, or that weight as a format gives it back, in float32."""
-        original = self._originals[index]
-        return original.float() if fmt is None else round_trip(original, fmt)
+        if fmt is None:
+            return self._originals[index].float()
+        try:
+            return round_trip(self._originals[index], fmt)
+        except UserError as error:
+            raise UserError(f"{self.layers.names[index]}: {error}") from None
 
     def _cached(self, index: int, fmt: Format) -> Tensor:
         if (key := (index, fmt)) not in self._cache:
@@ -237,6 +241,8 @@ def random_configuration(layers: Layers, budget: float, rng: random.Random,
     """
     formats, t = FAMILIES[family], 0.0
     costs = [fmt.bits_per_parameter for fmt in formats]
+    require(min(costs) < budget < max(costs),
+            f"{budget} bits a weight: use {min(costs):.2f} to {max(costs):.2f}")
     for _ in range(2000):
         weights = [math.exp(t * (cost - budget)) for cost in costs]
         found = Configuration(layers, tuple(rng.choices(formats, weights, k=len(layers.names))))
@@ -274,7 +280,6 @@ def _lower_hull(errors: Sequence[float], costs: Sequence[float]) -> list[int]:
 def sensitivities(base: Switchable, records: Sequence[Record], *, tokenizer: Any = None,
                   learn: str = "all") -> Tensor:
     """(layers,): mean squared gradient of an example's loss by a layer's weights, per weight.
-
     Noise of energy e, spread evenly over n weights, moves the loss by about |g| sqrt(e / n);
     the square of that is sensitivity times energy.
     """

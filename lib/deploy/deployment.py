@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from lib import coa, serve, train
 from lib.base.model import dequantized_base, load_model, load_tokenizer, release_memory
-from lib.base.records import Record, chat, movies, normalised, render, sensors
+from lib.base.records import LABEL, Record, chat, movies, normalised, render, sensors
 from lib.deploy.evaluation import Evaluation, evaluate
 from lib.deploy.packed import WEIGHTS, load_deployed, save_packed, tables
 from lib.errors import require
@@ -240,7 +240,8 @@ def deploy(adapter: Path, budgets: Sequence[float], out: Path, *, records: Seque
 def measured(folder: Path, held: Sequence[Record], learn: str) -> tuple[Evaluation, Cost]:
     """Right answers of deployed files, and their cost in processes of their own."""
     asked = [record for record in held if "messages" in record  # and the answer is no call
-             and not {"tools", "tool_calls"} & {*record, *record["messages"][-1]}]
+             and not {"tools", "tool_calls"} & {*record, *record["messages"][-1]}
+             and (LABEL in record) == (LABEL in held[0])]
     messages = asked[0]["messages"][:-1] if asked else chat("Hello.")
     with peak_memory(children=True) as peak:
         if (folder / "model.gguf").is_file():
@@ -248,7 +249,7 @@ def measured(folder: Path, held: Sequence[Record], learn: str) -> tuple[Evaluati
             with serve.running(folder) as server, serve.connect(server.url) as client:
                 serve.ask(client, body)  # from now on the prompt is cached
                 token_ms = 1e3 / serve.ask(client, body).decode
-                evaluation = evaluate(server.url, asked) if asked else Evaluation()
+                evaluation = evaluate(server.url, asked, new_tokens=1024) if asked else Evaluation()
         else:
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                 token_ms = pool.submit(packed_ms, folder, messages).result()

@@ -29,7 +29,6 @@ class Evaluation:
     scores: dict[str, Score] = field(default_factory=dict)
     losses: tuple[float, ...] = ()  # mean negative log-likelihood of a learned token, nats
     loss: float = 0.0  # the mean over all learned tokens
-    tokens: tuple[int, ...] = ()  # learned ones, by record
 
     def figures(self) -> dict[str, Any]:
         """What is stored and printed; shares with their 95 % Wilson intervals."""
@@ -65,16 +64,17 @@ def evaluate(system: str, records: Sequence[Record], *, new_tokens: int = 0, rou
     require(asked or (learn == "all" and not new_tokens), "all of a text counts, and none is "
             "answered: leave --learn and --new-tokens out")
     require(len({("messages" in row, LABEL in row) for row in records}) < 2, "some records have "
-            "no question, or no expected_keyword, and others have one: evaluate them apart")
+            f"no question, or no {LABEL}: evaluate them apart, or --ignore {LABEL}")
     prompts = [record["messages"][:-1] for record in asked]
     right = [record["messages"][-1]["content"] for record in asked]
-    # A token has a byte or more.
-    new_tokens = new_tokens or max([128, *(len(text.encode()) for text in right)])
+    longest = max([128, *(len(text.encode()) for text in right)])  # a token has a byte or more
     pairs, losses, texts, chosen = [], [], [], []
     if system.startswith(("http://", "https://")):
         url, _, name = system.partition("#")
         require(asked, f"{url} can be asked, but plain texts have no question: give a model")
-        bodies = [question("", model=name, messages=p, max_tokens=new_tokens) for p in prompts]
+        require(new_tokens or longest <= 4096, "an answer is long: give --new-tokens")
+        most = new_tokens or min(longest, 1024)
+        bodies = [question("", model=name, messages=p, max_tokens=most) for p in prompts]
         try:
             texts = [answer.text for answer in ask_all(url, bodies)]
         except Exception as error:  # of many kinds: the address, the network, the reply
@@ -93,7 +93,7 @@ def evaluate(system: str, records: Sequence[Record], *, new_tokens: int = 0, rou
             if 1 < len(answers) <= min(LABELS, len(asked) / 2):
                 chosen = [likeliest(model, tokenizer, row, answers) for row in asked]
         if prompts:
-            texts = generate(model, tokenizer, prompts, max_new_tokens=new_tokens)
+            texts = generate(model, tokenizer, prompts, max_new_tokens=new_tokens or longest)
     # A server shows no thoughts, and a folder's answer may have some.
     said, due = ([t.rpartition("</think>")[2].strip() for t in part] for part in (texts, right))
     labelled = [(t, row[LABEL]) for t, row in zip(said, asked, strict=True) if LABEL in row]
@@ -101,9 +101,8 @@ def evaluate(system: str, records: Sequence[Record], *, new_tokens: int = 0, rou
             "keyword": [keyword_hit(text, str(label)) for text, label in labelled],
             "likeliest": [*map(eq, chosen, right)]}
     scores = {name: Score(tuple(right), tuple(texts)) for name, right in hits.items() if right}
-    sums, tokens = zip(*losses, strict=True) if losses else ((), ())
-    return Evaluation(scores, tuple(loss / count for loss, count in losses),
-                      sum(sums) / max(sum(tokens), 1), tokens)
+    mean = sum(loss for loss, _ in losses) / max(sum(count for _, count in losses), 1)
+    return Evaluation(scores, tuple(loss / count for loss, count in losses), mean)
 
 
 def likeliest(model: Any, tokenizer: Any, record: Record, answers: Sequence[str]) -> str:
@@ -116,9 +115,9 @@ def likeliest(model: Any, tokenizer: Any, record: Record, answers: Sequence[str]
 
 
 def differences(one: Evaluation, other: Evaluation) -> dict[str, tuple[float, float, float]]:
-    """Second less first on the same records, (mean, low, high); losses only of the same tokens."""
+    """Second less first on the same records, (mean, low, high) of the 95 % interval."""
     rows = {name: torch.tensor(other.scores[name].hits).double() - torch.tensor(score.hits).double()
             for name, score in one.scores.items() if name in other.scores}
-    if one.losses and one.tokens == other.tokens:
+    if one.losses and other.losses:
         rows["loss by record"] = torch.tensor(other.losses) - torch.tensor(one.losses)
     return {name: paired_interval(row) for name, row in rows.items() if len(row) > 1}

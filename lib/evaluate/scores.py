@@ -57,6 +57,8 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         _, labels = encode(tokenizer, {"prompt": "a", "completion": "b"})
         ends.add([label for label in labels if label != IGNORED][-1])
     room = getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 30)
+    if max(map(len, prompts), default=0) + max_new_tokens > room:
+        batch_size = 1  # a long prompt beside a short one would take its room
     # Prompts of similar length share a batch, so that there is little padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)

@@ -60,7 +60,6 @@ def input_roots(model: torch.nn.Module, names: Sequence[str], records: Sequence[
 
 def low_rank(error: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """(B, A) of the given rank that minimise |(E - B A) L|_F, the error of the outputs.
-
     The best rank-r part of E L, taken back through L (QERA, Zhang et al. 2025). Row i of A and
     column i of B have one norm, so that Adam moves both alike. Draws from torch's generator.
     """

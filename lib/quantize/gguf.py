@@ -90,8 +90,7 @@ def places(reader: Reader, weights: PreTrainedModel, modules: Collection[str] = 
     found: Places = {}
     for key, weight in weights.state_dict().items():
         tied = key == "lm_head.weight" and config.tie_word_embeddings
-        if tied or re.search("vision|audio|multi_modal", key) or (  # a file is of the text alone
-                modules and key.removesuffix(".weight") not in modules):
+        if tied or (modules and key.removesuffix(".weight") not in modules):
             continue
         name = names.get_name(key, try_suffixes=(".weight", ".bias"))
         require(name in tensors, f"{architecture} files have no {key}: {BY_PEFT}")

@@ -76,7 +76,6 @@ def load_dynamic_int8(directory: Path | str) -> PreTrainedModel:
 
 def save_quantized(merged: Path, out: Path, bits: int) -> None:
     """A merged model as bitsandbytes quantises it, saved: LLM.int8 (8 bits) or NF4 (4).
-
     LLM.int8: int8 weights, a scale a row (Dettmers et al. 2022). NF4: with double quantisation.
     """
     config = quantized_config() if bits == 4 else BitsAndBytesConfig(

@@ -84,8 +84,7 @@ def engine_request(body: bytes, path: str, bundles: Mapping[str, Bundle], settin
         message["role"] = message["role"].replace("developer", "system")
         if isinstance(parts := message.get("content"), list):  # as in training
             message["content"] = "".join(part["text"] for part in parts)
-    insist("messages" not in fields or bundle.template, "messages", "the model has no chat "
-           "template: POST a prompt to /v1/completions")
+    insist(bundle.template or "messages" not in fields, None, "no chat template: use /completions")
     insist(fields.get("messages", [{"role": ""}])[-1]["role"] != "assistant", "messages", "end "
            "with a question, or the answer of a tool: what is begun is not continued")
     insist(all(int(token) < bundle.vocabulary for token in fields.get("logit_bias", ())),
@@ -121,7 +120,6 @@ def constrain(fields: dict[str, Any]) -> None:
     """Put a schema as a grammar; refused if a part of it would not be enforced."""
     wanted = fields.keys() & {"json_schema", "response_format", "grammar"}
     insist(len(wanted) < 2, "grammar", f"of {', '.join(sorted(wanted))} use one")
-    insist(not (wanted and fields.get("ignore_eos")), "ignore_eos", "a schema ends the answer")
     schema, shape = fields.pop("json_schema", None), fields.pop("response_format", {})
     if shape.get("type") == "json_object":
         schema = {"type": "object"}
@@ -130,6 +128,7 @@ def constrain(fields: dict[str, Any]) -> None:
         # The engine's own way drops parts of a schema. A small model would write spaces to the end.
         schema = {"x-guidance": {"whitespace_flexible": False}} | schema
         fields["grammar"] = f"%llguidance {{}}\nstart: %json {json.dumps(schema)}"
+    insist(not (fields.get("grammar") and fields.get("ignore_eos")), None, "ignore_eos: omit it")
     if fields.get("grammar", "").startswith("%llguidance"):  # the engine would go on without it
         error = llguidance.LLMatcher.validate_grammar(fields["grammar"]).partition("   1 |")[0]
         said = " ".join(error.rpartition("JSON schema: ")[2].split())
@@ -165,10 +164,9 @@ def admit(request: Request, settings: ServeSettings) -> None:
            f"host {host!r}: use 127.0.0.1 or localhost")
     insist(not origin or {origin, "*"} & {*settings.cors.split(",")}, None,
            f"origin {origin!r}: start the server with --cors {origin}", 403)
-    scheme, _, token = (given or "").partition(" ")
-    insist(not settings.api_key or (scheme.lower() == "bearer" and secrets.compare_digest(
-        token.encode("latin-1"), settings.api_key.encode())), None,
-        "the API key is wrong or missing", 401, "invalid_api_key")
+    scheme, _, token = (given or "").encode("latin-1").partition(b" ")
+    insist(not settings.api_key or (scheme.lower() == b"bearer" and secrets.compare_digest(
+        token, settings.api_key.encode())), None, "wrong or no API key", 401, "invalid_api_key")
 
 
 def application(bundles: Mapping[str, Bundle], key: str, settings: ServeSettings) -> Starlette:

@@ -18,6 +18,7 @@ from pathlib import Path
 import uvicorn
 
 from lib.errors import UserError, require
+from lib.files import ROOT
 from lib.serve.bundle import open_bundles
 from lib.serve.engine import HOST, running_engine
 from lib.serve.front import application
@@ -43,7 +44,7 @@ def serve(path: Path, settings: ServeSettings, loras: Sequence[str] = (), *,
     bundles = open_bundles(path, loras)
     largest = min(b.context for b in bundles)
     require(settings.context <= largest, f"context {settings.context}: the model's is {largest}")
-    settings = replace(settings, context=settings.context or min(2048, largest))
+    settings = replace(settings, context=settings.context or 256 * max(1, min(8, largest // 256)))
     require(settings.max_tokens <= max(settings.context, ServeSettings.max_tokens), f"--max-tokens "
             f"{settings.max_tokens} is above the context, {settings.context}: raise --context")
     try:
@@ -80,7 +81,7 @@ def running(path: Path, *options: str) -> Iterator[Served]:
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors, \
             subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                              stderr=errors, env=os.environ | {"PYTHONPATH": os.pathsep.join(
-                                 sys.path)}, encoding="utf-8") as process:
+                                 [str(ROOT), *sys.path])}, encoding="utf-8") as process:
         address = process.stdout.readline()
         try:
             if not address:

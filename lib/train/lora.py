@@ -70,8 +70,7 @@ def lora_config(model: PreTrainedModel, settings: TrainSettings) -> LoraConfig:
         require(rank <= width, f"rank {rank} is above the width {width} of {target}: lower it")
     return LoraConfig(
         task_type="CAUSAL_LM", r=settings.rank, lora_alpha=settings.alpha, bias="none",
-        target_modules=settings.modules, lora_dropout=settings.dropout, use_rslora=settings.rslora,
-        exclude_modules=".*vision.*" if hasattr(model.config, "vision_config") else None)
+        target_modules=settings.modules, lora_dropout=settings.dropout, use_rslora=settings.rslora)
 
 
 def adapter_files(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -117,11 +116,11 @@ def settled(directory: Path, model: str = "", route: str = "", *, rounded: bool 
     require(base or model, f"{directory} does not say its base: name that with --model")
     # A path of another machine, or a hub id of which this folder is a copy.
     moved = not Path(base).exists() and (base[:1] in tuple("/.~") or base[1:2] == ":" or bool(
-        model and Path(model).is_dir() and Path(base).name == Path(model).resolve().name))
+        model and Path(model).is_dir() and Path(base).name == Path(model).absolute().name))
     require(model or not moved, f"{directory} was trained on {base}, which is not there: put it "
             "back, or name where it is with --model")
     require(not (base and model) or moved or Path(base).resolve() == Path(model).resolve(),
-            f"{directory} was trained on {base}, not on {model}: name its base or its copy")
+            f"{directory} was trained on {base}, not on {model}: name its base, or one so named")
     require(own or route, f"{directory} does not say how it was trained: name --route original, or "
             "dequantized (after QLoRA)")
     require(route in ("", own) or not own, f"{directory} was trained on the {own} weights, not on "

@@ -69,7 +69,7 @@ class CourseTrainer(SFTTrainer):
         return total * self.accelerator.num_processes / num_items_in_batch
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if self.state.global_step == self.state.max_steps:
+        if self.control.should_training_stop:
             return  # resumed from there, the trainer would first go one step further
         # Weights and moments are the same in every process, random states are not.
         tensors = {"rng": self.accelerator.gather(torch.get_rng_state().to(self.args.device))}

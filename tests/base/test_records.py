@@ -21,6 +21,7 @@ from lib.base.records import (
     chat,
     encode,
     movies,
+    normalised,
     prompt_ids,
     render,
     sensors,
@@ -117,6 +118,8 @@ def test_tables(tmp_path: Path) -> None:
     ("c.csv", "instruction,response\na,b,c", "c.csv:2 has 3 fields instead of 2: put quotes"),
     ("c.tsv", 'instruction\tresponse\nSay\t"Hello\nBye\tHe said bye"\n', "c.tsv:2 has a quote"),
     ("c.csv", """prompt,completion\n[{'role': 'user'}],b""", "has a 'prompt' that is not text"),
+    ("d.jsonl", json.dumps({"prompt": "[{'content': 'a', 'role': 'user'}]", "completion": "b"}),
+     "has a 'prompt' that is not text"),
     ("c.csv", 'instruction,response\n"a"b,c', "c.csv:2 cannot be read .*double each quote"),
     ("p.parquet", "PAR1", "p.parquet is no Parquet file"),
     ("d.xlsx", "x", "give a .jsonl, .json, .csv"), ("d.jsonl", "\n \n", "has no records")])
@@ -324,3 +327,9 @@ def test_pad_right() -> None:
     ids, labels = pad_right([([5, 6], [IGNORED, 6]), ([7, 8, 9], [IGNORED, 8, 9])], 0)
     assert ids.tolist() == [[5, 6, 0], [7, 8, 9]]
     assert labels.tolist() == [[IGNORED, 6, IGNORED], [IGNORED, 8, 9]]
+
+
+def test_an_answer_in_json_is_text() -> None:
+    for answer in ('[{"value": 21.5, "unit": "C"}]', '[{"content": "a"}]', '[{"from": "Paris"}]'):
+        record = normalised({"prompt": "Extract.", "completion": answer})
+        assert record["messages"][1]["content"] == answer

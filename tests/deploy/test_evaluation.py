@@ -175,6 +175,12 @@ def test_a_base_that_has_moved_can_be_named(adapter: Path, data: Path, tiny_dire
     words = ["evaluate", str(moved), "--data", str(data), "--route", "original", "--limit", "1"]
     assert main(words) == 2 and "gone, which is not there: put it" in capsys.readouterr().err
     assert main([*words, "--model", tiny_directory]) == 0
+    for name in ("./models/gone", "C:\\models\\gone", f"owner/{Path(tiny_directory).name}"):
+        write_json(moved / "adapter_config.json", config | {"base_model_name_or_path": name})
+        assert main([*words, "--model", tiny_directory]) == 0
+    write_json(moved / "adapter_config.json", config | {"base_model_name_or_path": "owner/other"})
+    assert main([*words, "--model", tiny_directory]) == 2
+    assert "or one so named" in capsys.readouterr().err
     assert main([*words[:1], str(adapter), *words[2:], "--model", str(tmp_path)]) == 2
     assert "not on" in capsys.readouterr().err
 
@@ -195,8 +201,10 @@ def test_an_answer_ends_where_the_context_does(tokenizer: PreTrainedTokenizerBas
     config = GPT2Config(vocab_size=len(tokenizer), n_positions=24, n_embd=32, n_layer=1, n_head=2,
                         bos_token_id=None, eos_token_id=None)
     model = GPT2LMHeadModel(config).eval()
-    (said,) = generate(model, tokenizer, ["Why?"], max_new_tokens=100)
-    assert said
+    alone = generate(model, tokenizer, ["Why?"], max_new_tokens=100)
+    assert alone[0]  # and a longer question beside it takes nothing away
+    both = generate(model, tokenizer, ["Why?", "Why not, and when?"], max_new_tokens=100)
+    assert both[:1] == alone
 
 
 @pytest.mark.parametrize(("answer", "given", "allowed"), [

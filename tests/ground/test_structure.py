@@ -17,7 +17,7 @@ GROUND = {"client", "errors", "files", "host", "settings"}
 # A room imports the ground and the rooms to its left; `serve` imports the ground alone.
 ROOMS = ("serve", "base", "evaluate", "train", "quantize", "coa", "deploy", "course")
 LINES = 5400  # every line of every module: the measured figure, rounded up to 50
-SERVE_LINES = 596  # those of the server alone
+SERVE_LINES = 575  # those of the server alone
 
 
 def imported(path: Path) -> set[str]:

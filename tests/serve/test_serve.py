@@ -314,7 +314,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("options", "said"), [
-    ({"json_schema": {"enum": [1]}, "ignore_eos": True}, "ignore_eos: a schema ends the answer"),
+    ({"json_schema": {"enum": [1]}, "ignore_eos": True}, "ignore_eos: omit it"),
     ({"json_schema": {"type": "object", "properties": {"n": {"type": "number", "format": "float"}}}
       }, "a format of what is not a string"),
     ({"json_schema": {"oneOf": [{"type": "object"}, {"type": "object", "title": "b"}]}}, "anyOf"),

@@ -1,5 +1,6 @@
 """LoRA in formulas: the update, its counts, and adapters from disk."""
 
+import copy
 import re
 import shutil
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import torch
 from conftest import saved_adapter
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from data.evidence.tiny import tiny_model
 from lib.base.model import MODULE_KINDS, load_model, quantized_config
@@ -145,6 +146,21 @@ def test_load_adapter_equals_stock_peft(make_tiny: Callable[[], LlamaForCausalLM
         assert torch.equal(ours(input_ids=ids).logits, expected)
         assert not torch.equal(make_tiny()(input_ids=ids).logits, expected)
     assert not ours.training
+
+
+def test_trained_biases_are_loaded(tiny_directory: str, tmp_path: Path) -> None:
+    """peft saves those of `bias="all"` beside A and B, by the names of the layers below."""
+    config = AutoConfig.from_pretrained(tiny_directory, attention_bias=True)
+    base = LlamaForCausalLM(config)
+    tuned = get_peft_model(copy.deepcopy(base), LoraConfig(
+        task_type="CAUSAL_LM", bias="all", target_modules=["q_proj"]))
+    for name, parameter in tuned.named_parameters():
+        if name.endswith("q_proj.base_layer.bias"):
+            parameter.data += 1
+    tuned.save_pretrained(tmp_path / "adapter")
+    ids = torch.arange(10, 20)[None]
+    ours = load_adapter(copy.deepcopy(base), tmp_path / "adapter")
+    assert torch.equal(ours(ids).logits, tuned.eval()(ids).logits)
 
 
 def flip_a_byte(directory: Path) -> None:
