@@ -225,6 +225,18 @@ def test_default_scale(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_adapters_in_turn_answer_as_a_cold_server_does(client: httpx.Client, folder: Path) -> None:
+    """What is cached of a prompt was computed with one adapter, and must not serve another."""
+    text = "One prompt for all of them, long enough to be kept"
+    names = (*NAMES, "tiny")
+    warm = [content(client.post(CHAT, json=body(text, model=m))) for m in (*names, *names)]
+    assert warm[:3] == warm[3:] and len({*warm}) == 3
+    for name, said in zip(names, warm, strict=False):
+        with (running(folder / "tiny.gguf", *OPTIONS, *loras(folder)) as served,
+              httpx.Client(base_url=served.url, timeout=60) as cold):
+            assert content(cold.post(CHAT, json=body(text, model=name))) == said
+
+
 def test_openai_client(server: Served) -> None:
     client = openai.OpenAI(base_url=server.url, api_key="none", max_retries=0)
     messages = [{"role": "user", "content": "Hello there"}]
