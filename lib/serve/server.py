@@ -64,7 +64,7 @@ def serve(path: Path, settings: ServeSettings, loras: Sequence[str] = (), *,
               flush=True)
         # Clients close idle connections sooner, so none is cut while they use it.
         config = uvicorn.Config(app, log_level="error", timeout_keep_alive=60,
-                                timeout_graceful_shutdown=None, lifespan="off")
+                                timeout_graceful_shutdown=None, lifespan="off")  # waits
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         if until_eof:  # under Windows os.kill would not stop gracefully
             threading.Thread(daemon=True, target=lambda: (

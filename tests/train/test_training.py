@@ -280,7 +280,6 @@ def test_checkpoints_of_8_bit_adam(tiny: PreTrainedModel, tokenizer: PreTrainedT
                                    tmp_path: Path) -> None:
     """The optimizer of a GPU counts in an int and shares its code table among weights."""
     trainer = make_trainer(tiny, tokenizer, RECORDS, SETTINGS["lora"], work=tmp_path)
-    trainer.state.max_steps = 4
     weights = [p for p in trainer.model.parameters() if p.requires_grad]
     trainer.optimizer = bnb.optim.AdamW8bit(weights, lr=0.1, min_8bit_size=256)
     trainer.create_scheduler(num_training_steps=4)
