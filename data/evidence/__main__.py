@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from data.evidence.bench import BENCHES, run_bench
 from lib.errors import UserError, require
 from lib.files import BUILD, read_json, write_json
+from lib.settings import PROFILES
 
 if TYPE_CHECKING:
     from data.evidence.pieces import Piece
@@ -73,6 +74,8 @@ def main(argv: list[str]) -> int:
                         help="for slides and site; default build/slides or build/site")
     parser.add_argument("--solutions", action="store_true",
                         help="for slides: show solutions below exercises")
+    parser.add_argument("--run", default="", choices=sorted(PROFILES),
+                        help="for slides: outputs and vector figures of your last run of a profile")
     try:
         args = parser.parse_args(argv)
         if args.list or not args.names:
@@ -80,11 +83,11 @@ def main(argv: list[str]) -> int:
             return 0
         if args.names in (["slides"], ["site"]):
             require(not args.json, "--json is for one benchmark")
-            build(args.names[0], args.out or BUILD / args.names[0], args.solutions)
+            build(args.names[0], args.out or BUILD / args.names[0], args.solutions, args.run)
             return 0
         require(not args.resume or args.names == ["all"], "--resume is for all, alone")
-        require(not (args.out or args.solutions),
-                "--out is for slides or site, --solutions for slides, each alone")
+        require(not (args.out or args.solutions or args.run),
+                "--out is for slides or site, --solutions and --run for slides, each alone")
         require(not args.json or (len(args.names) == 1 and args.names[0] in BENCHES),
                 f"--json is for one benchmark: use one of {', '.join(BENCHES)}")
         require(not args.engine or args.names == ["serving"], "--engine is for serving alone")
@@ -103,15 +106,16 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def build(name: str, out: Path, solutions: bool) -> None:
-    """The decks, or the site, of the notebooks as they are stored."""
+def build(name: str, out: Path, solutions: bool, run: str) -> None:
+    """The decks, or the site, of the notebooks as they are stored; decks also as they ran."""
     from data.evidence.site import build_site, build_slides
+    from lib.course.notebook import run_directory
 
-    require(not solutions or name == "slides", "--solutions is for slides")
+    require(name == "slides" or not (solutions or run), "--solutions and --run are for slides")
     if name == "site":
         build_site(out)
     else:
-        build_slides(out, solutions=solutions)
+        build_slides(out, solutions=solutions, executed=run_directory(run) if run else None)
     print(f"open {out / 'index.html'}")
 
 

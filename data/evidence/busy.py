@@ -16,7 +16,7 @@ from data.evidence.bench import median_and_range
 from lib.files import ROOT
 
 REPEATS = 2
-FIRST = {"ours": "", "as torch comes": "import torch\n"}
+FIRST = {"ours": "import lib\n", "as torch comes": "import torch\n"}
 BUSY = "import torch; torch.set_num_threads(2); a = torch.ones(1500, 1500)\nwhile True: a @ a"
 STEPS = ("from data.evidence.bench_training import OURS, time_arm\n"
          "from lib.settings import TrainSettings\n"

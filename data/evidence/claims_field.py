@@ -51,7 +51,7 @@ def f1(at: Stored) -> Judgement:
     last = {arm: at[f"forgetting/{arm}"]["steps"]["100"]["wikitext"]["kl"]["value"]
             for arm in BESIDE if at.has(f"forgetting/{arm}")}
     others = ", ".join(f"{arm} {kl:.2f}" for arm, kl in last.items())
-    headline = f"LoRA of rank {RANK}: {forgets:.2f} times the KL, {learns:+.1f} points"
+    headline = f"LoRA of rank {RANK} forgets {forgets:.2f} times as much (KL), {learns:+.1f} points"
     finding = (f"At rank {RANK} the distribution of the next token moves {forgets:.2f} times as "
                f"far as with full fine-tuning, at {learns:+.1f} points on the task. On the way, "
                f"one seed: {on_the_way}" + (

@@ -402,8 +402,8 @@ def t11(at: Stored) -> Judgement:
     verdict = (REPRODUCED if there and effect.above(1) else
                PARTLY if there and not effect.below(1) else REFUTED)
     escaped = row["weights_in_float"]
-    headline = (f"{row['with_outliers']} of {row['inputs']} inputs have outliers; quantised, too: "
-                f"{effect:.2f} times the loss")
+    headline = (f"{row['with_outliers']} of {row['inputs']} inputs have outliers; quantising these "
+                f"too: {effect:.2f} times the loss")
     finding = (f"{row['with_outliers']} of {row['inputs']} inputs have outlier columns; "
                f"{percent(row['products_in_8_bits'])} of the products stay in 8 bits. Quantising "
                f"the outliers, too, gives {row['error_ratio']:.1f} times the layers' errors and "
@@ -543,7 +543,7 @@ def t16(at: Stored) -> Judgement:
     arguments = [name for name in row["arguments"] if name in broken]
     named = f" ({', '.join(calls)}; arguments: {', '.join(arguments) or 'none'})" if broken else ""
     headline = (f"{len(calls)} of {len(row['calls'])} calls fail; {len(wrong)} of "
-                f"{len(row['faults'])} silent faults are real")
+                f"{len(row['faults'])} suspected silent faults are real")
     finding = (f"{len(calls)} of {len(row['calls'])} calls fail{named}; of "
                f"{len(row['faults'])} suspected faults without an error, {len(wrong)} are real")
     return Judgement(verdict, headline, finding, len(calls))

@@ -136,7 +136,7 @@ def main(argv: Sequence[str]) -> int:
                         "judge configurations; default those that the adapter was trained on")
     parser.add_argument("--ignore", **FIELDS)
     parser.add_argument("--evaluations", type=int, default=60, metavar="N",
-                        help="after the 50 of the start; default 60")
+                        help="after those of the start (some thirty); default 60")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
     args = parser.parse_args(argv)
     file = args.adapter / MANIFEST

@@ -42,18 +42,32 @@ def takes(run: dict[str, Any]) -> str:
             f"memory on {run['cores']} cores that compute in {run['dtype']}.")
 
 
+def executed_cells(path: Path) -> list[nbformat.NotebookNode]:
+    """The cells of an executed copy, without the cell of parameters that papermill puts in."""
+    return [cell for cell in nbformat.read(path, as_version=4).cells
+            if "injected-parameters" not in cell.metadata.get("tags", [])]
+
+
+def with_outputs_of(run: Path, notebook: nbformat.NotebookNode) -> bool:
+    """Take the outputs of a run's copy, if it has the same code; False if it has not."""
+    cells = executed_cells(run) if run.is_file() else []
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    own = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    if [cell.source for cell in code] != [cell.source for cell in own]:
+        return False
+    for cell, done in zip(own, code, strict=True):
+        cell.outputs = done.outputs
+    return True
+
+
 def store_outputs(executed: Path, source: Path, run: dict[str, Any]) -> None:
     """Copy the outputs of an executed notebook into its source.
 
     `run` (profile, machine, cores, dtype, seconds, peak_mb) goes into its metadata, with the
     seconds of each code cell, and into the opening.
     """
-    stored = nbformat.read(source, as_version=4)
-    # papermill has put a cell of parameters in.
-    cells = [c for c in nbformat.read(executed, as_version=4).cells
-             if "injected-parameters" not in c.metadata.get("tags", [])]
-    seconds, count = [], 0
-    for cell, done in zip(stored.cells, cells, strict=True):
+    stored, seconds, count = nbformat.read(source, as_version=4), [], 0
+    for cell, done in zip(stored.cells, executed_cells(executed), strict=True):
         if cell.cell_type != "code":
             continue
         count += 1
@@ -64,6 +78,7 @@ def store_outputs(executed: Path, source: Path, run: dict[str, Any]) -> None:
                 output.execution_count = count
             if "image/png" in output.get("data", {}):
                 output.data["image/png"] = smaller(output.data["image/png"])
+                output.data.pop("image/svg+xml", None)  # seven times as large
     stored.cells[0].source = re.sub(r"\*\*Takes\*\*.*?(?=\n\n|\Z)",
                                     takes(run), stored.cells[0].source, flags=re.DOTALL)
     stored.metadata["course"] = run | {"source_sha256": source_hash(stored),

@@ -19,6 +19,7 @@ from typing import Any
 import nbformat
 from nbconvert import SlidesExporter
 
+from data.evidence.notebooks import with_outputs_of
 from lib.course.run import NOTEBOOKS, notebooks
 from lib.errors import require
 from lib.files import ROOT, read_json, scratch, writing
@@ -31,15 +32,21 @@ DECK = """
 <script>MathJax = {tex: {inlineMath: [["$", "$"]]}}</script>
 <script src="mathjax/tex-chtml.js"></script>
 {%- endblock -%}
+{%- block data_svg -%}
+<img src="data:image/svg+xml;base64,{{ output.data['image/svg+xml'] | text_base64 }}"
+alt="{{ cell.metadata.alt }}">
+{%- endblock -%}
 {%- block data_png -%}
 <img src="data:image/png;base64,{{ output.data['image/png'] }}" alt="{{ cell.metadata.alt }}">
 {%- endblock -%}
 {%- block html_head_css -%}
-<style>.reveal .slides section:not(.stack) {max-height: 100%; overflow-y: auto; font-size: 22px;
-text-align: left} .reveal pre, .reveal code {font-size: 18px; line-height: 1.3}
-.reveal img {margin: 0; max-height: 420px}
+<style>.reveal .slides section:not(.stack) {max-height: 100%; overflow-y: auto; font-size: 32px;
+text-align: left} .reveal .slides section:has(.jp-CodeCell) {font-size: 22px}
+.reveal pre, .reveal code {font-size: 20px; line-height: 1.3}
+.reveal section:has(.jp-CodeCell img) pre {font-size: 18px}
 .reveal .jp-Cell pre {line-height: 1.05 !important}
-.reveal img[src$=".svg"] {max-height: 330px}</style>
+.reveal img {margin: 0; max-height: 420px} .reveal img[src^="data:image/svg"] {height: 320px}
+.reveal img[src$=".svg"] {height: 380px}</style>
 {%- endblock -%}
 {#- The output of a cell waits for a key: predict first, then see. -#}
 {%- block output_group -%}<div class="fragment">{{ super() }}</div>{%- endblock -%}
@@ -98,8 +105,12 @@ def build_site(out: Path, *, executed: Path = NOTEBOOKS) -> None:
         shutil.copytree(work / "html", part, dirs_exist_ok=True)
 
 
-def build_slides(out: Path, *, solutions: bool = False) -> None:
-    """Write a deck for each notebook, with all that it loads, and an index of them."""
+def build_slides(out: Path, *, solutions: bool = False, executed: Path | None = None) -> None:
+    """Write a deck for each notebook, with all that it loads, and an index of them.
+
+    With `executed`, the folder of a run, they have its outputs, and its figures as vectors.
+    UserError if it lacks a notebook, or ran another code.
+    """
     exporter = SlidesExporter(raw_template=DECK, reveal_url_prefix="reveal.js",
                               reveal_theme="white", exclude_input_prompt=True,
                               exclude_output_prompt=True)
@@ -114,6 +125,10 @@ def build_slides(out: Path, *, solutions: bool = False) -> None:
         shutil.copytree(NOTEBOOKS / "diagrams", part / "diagrams")
         for path in notebooks():
             notebook = described(nbformat.read(path, as_version=4))
+            if executed:
+                own = with_outputs_of(executed / path.name, notebook)
+                require(own, f"no run in {executed} has the code of {path.stem}: use `python -m "
+                        f"lib run --only {path.stem[:2]}`")
             title = notebook.cells[0].source.partition("\n")[0].lstrip("# ")
             notebook.cells = [*deck_cells(notebook.cells, solutions=solutions)]
             page = exporter.from_notebook_node(notebook, {"metadata": {"name": title}})[0]
@@ -178,10 +193,12 @@ def shown_first(executed: Path, source: Path) -> str:
             for output in cell.outputs:
                 if "text" in output:
                     parts.append(f"```text\n{output.text.strip()}\n```")
-                elif picture := output.get("data", {}).get("image/png"):
-                    file = source / f"front-{path.name[:2]}-{number}.png"
-                    file.write_bytes(base64.b64decode(picture))
-                    parts.append(f"![{cell.metadata['alt']}]({file.name})")
+                for kind in ("svg+xml", "png"):  # png: of an older run, or of a reader's own
+                    if picture := output.get("data", {}).get(f"image/{kind}"):
+                        file = source / f"front-{path.name[:2]}-{number}.{kind[:3]}"
+                        file.write_bytes(picture.encode() if kind == "svg+xml"
+                                         else base64.b64decode(picture))
+                        parts.append(f"![{cell.metadata['alt']}]({file.name})")
     return "\n\n".join([*parts, "## The course", ""]) if len(parts) > 1 else ""
 
 

@@ -58,10 +58,10 @@ def execute(source: Path, target: Path, profile: str) -> None:
     part = target.with_name(f".{target.name}")
     try:
         papermill.execute_notebook(
-            source, part, parameters={"PROFILE": profile}, cwd=str(source.parent),
+            source, part, {"PROFILE": profile}, cwd=str(source.parent), execution_timeout=3600,
             kernel_name="python3", progress_bar={"desc": source.stem, "disable": None},  # if a tty
-            # Kernels talk over loopback, and warn that it is not encrypted.
-            execution_timeout=3600, extra_arguments=["--IPKernelApp.log_level=40"])
+            extra_arguments=["--IPKernelApp.log_level=40", *(  # else: "loopback is not encrypted"
+                f"--InlineBackend.figure_formats={kind}" for kind in ("png", "svg"))])
     except papermill.PapermillExecutionError as error:
         last = error.evalue.strip().splitlines()[-1:] or [""]
         raise UserError(f"{source.name}, cell {error.cell_index}: {error.ename}: {last[0][:200]} "

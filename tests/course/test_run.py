@@ -48,7 +48,8 @@ def test_a_run_and_what_it_stores(folders: tuple[Path, Path]) -> None:
     books, out = folders
     write(books / "01_one.ipynb", FAST, "print('profile is', PROFILE)\nblock = b'x' * 300_000_000",
           "import time; time.sleep(1.5)", SAVE)
-    write(books / "02_two.ipynb", FAST, "6 * 7")
+    write(books / "02_two.ipynb", FAST, "6 * 7",
+          "import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()")
     (books / "02_two-Copy1.ipynb").write_text("a reader's copy is not of the course")
     for name in ("START", "INSTRUCTORS"):
         (books / f"{name}.md").write_text(PAGE)
@@ -57,7 +58,12 @@ def test_a_run_and_what_it_stores(folders: tuple[Path, Path]) -> None:
     one, two = (nbformat.read(books / f"{name}.ipynb", 4) for name in ("01_one", "02_two"))
     assert one.metadata.course.peak_mb > 300 and one.metadata.course.cell_seconds[2] >= 1.5
     assert one.cells[0].source == f"# One\n\n{stored.takes(one.metadata.course)}\n\nThe end."
-    assert two.cells[2].outputs[0].data["text/plain"] == "42" and len(two.cells) == 3
+    assert two.cells[2].outputs[0].data["text/plain"] == "42" and len(two.cells) == 4
+    # Vectors are for the pages and decks of a run.
+    assert "image/png" in two.cells[3].outputs[0].data
+    assert "image/svg+xml" not in two.cells[3].outputs[0].data
+    assert stored.with_outputs_of(out / "02_two.ipynb", two)
+    assert "image/svg+xml" in two.cells[3].outputs[0].data
     assert two.metadata.course.source_sha256 == stored.source_hash(two)
     assert "papermill" not in two.metadata
     assert "| all six | " in (books / "START.md").read_text()
@@ -65,6 +71,7 @@ def test_a_run_and_what_it_stores(folders: tuple[Path, Path]) -> None:
     assert re.search(r"\| 01 \| Opening \| 1 \| \d+ \|", (books / "INSTRUCTORS.md").read_text())
     two.cells[2].source = "6 * 8"
     assert two.metadata.course.source_sha256 != stored.source_hash(two)
+    assert not stored.with_outputs_of(out / "02_two.ipynb", two)
 
 
 def test_only_one(folders: tuple[Path, Path]) -> None:

@@ -65,7 +65,7 @@ def test_the_site_has_every_claim_result_and_module(site: Path) -> None:
 def test_pages_have_outputs_and_texts_for_figures(path: Path, site: Path) -> None:
     text = (site / f"{path.stem}.html").read_text(encoding="utf-8")
     cells = nbformat.read(path, as_version=4).cells
-    figures = (path.read_text(encoding="utf-8").count('"image/png"')
+    figures = (len(re.findall(r'"image/(?:png|svg\+xml)"', path.read_text(encoding="utf-8")))
                + sum(cell.source.count("](diagrams/") for cell in cells))
     alts = re.findall(r'<img alt="([^"]+)" src="_images', re.sub(r'class="[^"]*" ', "", text))
     assert len(alts) == figures > 0 and "Figure" not in alts
@@ -103,6 +103,25 @@ def test_solutions_are_shown_on_request(tmp_path: Path) -> None:
     deck = (tmp_path / "out" / "01_lora_math.slides.html").read_text(encoding="utf-8")
     assert "_solution" in re.sub(r'(?s)<aside class="notes">.*?</aside>', "", deck)
     assert "01_lora_math.slides.html" in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_a_deck_of_a_run_has_its_outputs_and_vectors(tmp_path: Path) -> None:
+    for path in (ROOT / "notebooks").glob("0*.ipynb"):
+        notebook = nbformat.read(path, as_version=4)
+        for cell in notebook.cells:
+            if cell.cell_type == "code" and any("image/png" in output.get("data", {})
+                                                for output in cell.outputs):
+                cell.outputs = [nbformat.v4.new_output("display_data", {
+                    "image/svg+xml": "<svg xmlns='http://www.w3.org/2000/svg'/>"})]
+        notebook.cells.insert(2, nbformat.v4.new_code_cell(
+            "PROFILE = 'smoke'", metadata={"tags": ["injected-parameters"]}))
+        nbformat.write(notebook, tmp_path / path.name)
+    build_slides(tmp_path / "out", executed=tmp_path)
+    deck = (tmp_path / "out" / "04_edge_serving.slides.html").read_text(encoding="utf-8")
+    assert "data:image/svg+xml;base64,PHN2ZyB4" in deck and 'src="data:image/png' not in deck
+    (tmp_path / "04_edge_serving.ipynb").unlink()
+    with pytest.raises(UserError, match=r"code of 04_edge_serving: .* run --only 04"):
+        build_slides(tmp_path / "none", executed=tmp_path)
 
 
 def test_what_sphinx_cannot_build_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
