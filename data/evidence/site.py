@@ -40,10 +40,12 @@ alt="{{ cell.metadata.alt }}">
 <img src="data:image/png;base64,{{ output.data['image/png'] }}" alt="{{ cell.metadata.alt }}">
 {%- endblock -%}
 {%- block html_head_css -%}
-<style>.reveal .slides section:not(.stack) {max-height: 100%; overflow-y: auto; font-size: 32px;
-text-align: left} .reveal .slides section:has(.jp-CodeCell) {font-size: 22px}
+<style>.reveal .slides section:not(.stack) {max-height: 100%; overflow-y: auto; font-size: 22px;
+text-align: left} .reveal section:not(:has(:is(.jp-CodeCell, img):not(.notes *)))
+{--jp-content-font-size1: 30px}
 .reveal pre, .reveal code {font-size: 20px; line-height: 1.3}
 .reveal section:has(.jp-CodeCell img) pre {font-size: 18px}
+.reveal .jp-RenderedMarkdown code {font-size: .85em}
 .reveal .jp-Cell pre {line-height: 1.05 !important}
 .reveal img {margin: 0; max-height: 420px} .reveal img[src^="data:image/svg"] {height: 320px}
 .reveal img[src$=".svg"] {height: 380px}</style>

@@ -91,7 +91,7 @@ def test_a_deck_has_its_slides_and_prose_is_for_the_speaker(path: Path, decks: P
         if cell.cell_type == "markdown" and re.match(r"# |## |### Exercise", cell.source):
             assert cell.metadata.get("slide"), cell.source[:60]
     slides = [cell.metadata.slide for cell in cells if cell.metadata.get("slide")]
-    assert max(map(prose, slides)) <= 60
+    assert max(map(prose, slides)) <= 40
     live = [cell for cell in deck_cells(cells) if cell.cell_type == "code"
             and cell.metadata.slideshow.slide_type != "notes"]
     assert 3 <= len(live) <= 12
