@@ -49,8 +49,7 @@ def parser() -> Parser:
     add("--only", default="", metavar="NN", help="one notebook, by number")
     add("--store", action="store_true", help="also keep the outputs in notebooks/")
 
-    train = commands.add_parser("train", help="train an adapter on your own records")
-    add = train.add_argument
+    add = (train := commands.add_parser("train", help="train on your own records")).add_argument
     add("--data", required=True, metavar="FILE", help="JSONL, JSON, CSV, TSV, Parquet, or a hub id")
     add("--ignore", **FIELDS)
     add("--eval-data", default="", metavar="FILE", help="records for validation along the way")
@@ -95,8 +94,7 @@ def parser() -> Parser:
     add("--token-ms", metavar="MS", help="limit, measured here", **LIMIT)
     add("--out", required=True, **DIR)
 
-    serve = commands.add_parser("serve", help="serve a model on this machine")
-    add = serve.add_argument
+    add = (serve := commands.add_parser("serve", help="serve a model here")).add_argument
     add("path", help="from `export`, or a GGUF file", **DIR)
     add("--lora", action="append", default=[], metavar="NAME=FILE[:SCALE]")
     add("--until-eof", action="store_true", help="also stop when stdin ends")
@@ -132,7 +130,6 @@ def dispatch(args: argparse.Namespace) -> None:
     match args.command:
         case "doctor":
             from lib.course.doctor import examine
-
             problems = []
             for state, name, text in examine():
                 print(f"{state:8} {name:10} {text}", flush=True)
@@ -141,7 +138,6 @@ def dispatch(args: argparse.Namespace) -> None:
             print("this machine can run the course: python -m lib run")
         case "run":
             from lib.course.run import run
-
             print(f"open {run(args.profile, only=args.only, store=args.store) / 'index.html'}")
         case "train":
             args.mode = args.mode or ("qlora" if args.method == "plain" else "lora")
@@ -154,12 +150,10 @@ def dispatch(args: argparse.Namespace) -> None:
                 from lib.train.training import train
             else:
                 from lib.coa.adapter import train_joint as train
-
-            result = train(records, settings, model=args.model, out=args.out, say_every=10,
-                           held=held)
+            done = train(records, settings, model=args.model, out=args.out, say_every=10, held=held)
             if is_main_process():
-                print(f"{args.out}: {result.trainable:,} of {result.parameters:,} parameters "
-                      f"trained, {result.seconds:.0f} s, peak {result.peak_mb:.0f} MB"
+                print(f"{args.out}: {done.trainable:,} of {done.parameters:,} parameters "
+                      f"trained, {done.seconds:.0f} s, peak {done.peak_mb:.0f} MB"
                       + f", {process_count()} processes" * (process_count() > 1))
         case "evaluate":
             require(len({*args.systems}) == len(args.systems) <= 2 and args.limit > 0 and
@@ -171,10 +165,10 @@ def dispatch(args: argparse.Namespace) -> None:
             require(not (args.route or args.model) or any(
                 Path(system, "adapter_config.json").is_file() for system in args.systems),
                 "--route and --model are for adapters: none is named")
-            require(not args.out or not (args.out.is_dir() or args.out.resolve() == Path(
-                args.data).resolve()), f"--out {args.out} is a folder, or the records: name a file")
+            if args.out and args.out.exists():  # only an evaluation's figures are replaced
+                own = args.out.is_file() and b'"systems": {' in args.out.read_bytes()
+                require(own, f"--out {args.out} is there, and no evaluation: name another file")
             from lib.deploy.evaluation import differences, evaluate
-
             done = [evaluate(system, records, new_tokens=args.new_tokens, learn=args.learn,
                              route=args.route, base=args.model, places=places)
                     for system in args.systems]
@@ -187,8 +181,8 @@ def dispatch(args: argparse.Namespace) -> None:
                     interval = " [{:.4g}, {:.4g}]".format(*ends) if ends else ""
                     print(f"  {figure:14} {middle:.4g}{interval}")
             if args.out:
-                facts = {"data": args.data, "records": len(records)}
-                write_json(args.out, facts | {"systems": dict(rows)})
+                write_json(args.out, {"data": args.data, "records": len(records),
+                                      "systems": dict(rows)})
         case "export":
             adapters: dict[str, Path] = {}
             for text in args.adapter:
@@ -199,7 +193,6 @@ def dispatch(args: argparse.Namespace) -> None:
             require(args.importance or not args.ignore, "--ignore is for --importance: name both")
             records = first_records(args.importance, args.ignore) if args.importance else ()
             from lib.quantize.gguf import commands, export
-
             kinds = export(args.out, gguf_type=args.type, route=args.route, merged=args.merge,
                            adapters=adapters, model=args.model, records=records,
                            converter=args.converter)
@@ -219,7 +212,6 @@ def dispatch(args: argparse.Namespace) -> None:
             require(source or not adapter, f"{adapter} does not say its records: name --data FILE")
             records = first_records(source, args.ignore) if adapter else ()
             from lib.deploy.deployment import HELD, Cost, deploy, shipped
-
             what = {"adapter": adapter, "form": args.format, "route": args.route,
                     "records": records, "held": records[-HELD:]} if adapter else shipped(
                         args.task, args.format or "packed")
@@ -231,7 +223,6 @@ def dispatch(args: argparse.Namespace) -> None:
                 print(f"start it with `python -m lib serve {args.out}`")
         case "serve":
             from lib.serve.server import serve
-
             with contextlib.suppress(KeyboardInterrupt):  # the ordinary way to stop it
                 settings = from_fields(ServeSettings, args)
                 serve(args.path, settings, args.lora, until_eof=args.until_eof)
@@ -244,6 +235,8 @@ def user_message(error: Exception) -> str:
         return text
     if isinstance(error, ModuleNotFoundError) and (error.name or "lib").split(".")[0] != "lib":
         return f"{error.name} is not installed in {sys.executable}: run `python -m lib doctor`"
+    if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", text):
+        return "memory is short: close other programs, use --accumulate or a smaller --max-length"
     # A full disk, a read-only folder, ...: safetensors reports them as an error of its own.
     system = isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError)
     if system or "os error " in text:

@@ -129,7 +129,7 @@ def swap(part: Path, target: Path) -> None:
 
 def recover(target: Path) -> None:
     """Put the old artifact back if a run died between the two renames."""
-    old = target.with_name(f".{target.name}.old")
+    old = (target := target.resolve()).with_name(f".{target.name}.old")
     if old.exists() and not target.exists():
         old.rename(target)
 

@@ -13,8 +13,7 @@ from lib.errors import require
 TARGETS: dict[str, tuple[str, ...]] = {
     "minimal": ("q_proj", "v_proj"),
     "standard": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "aggressive": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-}
+    "aggressive": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")}
 MODES = ("lora", "qlora", "full")
 METHODS = ("plain", "coa", "paper", "shared", "dedicated")
 

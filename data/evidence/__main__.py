@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from data.evidence.bench import BENCHES, run_bench
+from lib.__main__ import user_message
 from lib.errors import UserError, require
 from lib.files import BUILD, read_json, write_json
 from lib.settings import PROFILES
@@ -88,6 +89,7 @@ def main(argv: list[str]) -> int:
         require(not args.resume or args.names == ["all"], "--resume is for all, alone")
         require(not (args.out or args.solutions or args.run),
                 "--out is for slides or site, --solutions and --run for slides, each alone")
+        require(not (args.json and args.json.is_dir()), f"--json {args.json} is a folder")
         require(not args.json or (len(args.names) == 1 and args.names[0] in BENCHES),
                 f"--json is for one benchmark: use one of {', '.join(BENCHES)}")
         require(not args.engine or args.names == ["serving"], "--engine is for serving alone")
@@ -100,8 +102,10 @@ def main(argv: list[str]) -> int:
             actions = [action(name, args.json) for name in args.names]
         for act in actions:
             act()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        if not (message := user_message(error)):
+            raise
+        print(f"error: {message}", file=sys.stderr)
         return 2
     return 0
 

@@ -27,7 +27,6 @@ def quiet() -> None:
     import datasets  # here, so that this module can be read where they are not installed
     import huggingface_hub
     import transformers
-
     # TRL reports every trainer otherwise; the environment variable would come too late.
     huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
     transformers.utils.logging.set_verbosity_error()
@@ -53,7 +52,6 @@ def locate(model: str) -> str:
 def save_dequantized(gguf: Path, out: Path, *, dtype: str, source: str) -> None:
     """Write the model in a GGUF file, and its tokenizer, as transformers dequantises them."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
     place = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**place)
     model = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype)

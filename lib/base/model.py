@@ -85,6 +85,9 @@ def load_model(model: str = EMBEDDED, *, dtype: torch.dtype | None = None, **opt
     require(not getattr(loaded, "_hf_peft_config_loaded", False),  # as transformers does by itself
             f"{model} is an adapter on the hub: download it, or name its base as the model")
     require(not info["missing_keys"], f"{model} lacks {[*info['missing_keys']][:2]}: save it again")
+    modules = dict(loaded.named_modules())  # a whole one that is not used may be meant so
+    spare = [key for key in info["unexpected_keys"] if key.rpartition(".")[0] in modules]
+    require(not spare, f"{model} has {spare[:2]}, which its config does not use: mend config.json")
     tokenizer = load_tokenizer(model)
     require_rows(loaded, tokenizer)
     it = loaded.generation_config  # values for sampling are saved only with `do_sample`
@@ -141,7 +144,6 @@ def frozen_weight(base: nn.Module, dtype: torch.dtype) -> Tensor:
     if getattr(weight, "quant_state", None) is None:
         return weight.to(dtype)
     import bitsandbytes.functional as bnb  # only a 4-bit model needs it
-
     if getattr(weight.quant_state, "packing_format_for_cpu", False):
         # Scoring has repacked the weight for another kernel: undo it, as the layer would.
         weight.data, weight.quant_state = bnb._convert_weight_packed_for_cpu_inverse(

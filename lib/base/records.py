@@ -9,6 +9,7 @@ import functools
 import itertools
 import json
 import re
+import unicodedata
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,6 @@ def _rows(source: str) -> Iterator[tuple[str, Any]]:
         yield from _hub_rows(source)
     elif kind == ".parquet":
         import pyarrow.parquet
-
         path.open("rb").close()  # a path that cannot be read is reported as such
         try:
             file = pyarrow.parquet.ParquetFile(path)
@@ -73,8 +73,9 @@ def _rows(source: str) -> Iterator[tuple[str, Any]]:
                         "name, or one without a name: name each")
                 for row in filter(None, reader):
                     place = f"{source}:{reader.line_num}"
-                    require(kind == ".csv" or all(f[:1] != '"' for f in row), f"{place} has "
-                            "a quote, which some programs mean and others add: save as CSV")
+                    require(not any(re.match(r'\s+"' if kind == ".csv" else '"', f) for f in row),
+                            f"{place} has a quote, which some programs mean and others add: save "
+                            "as CSV, without a space before quotes")
                     require(len(row) == len(names), f"{place} has {len(row)} fields instead of "
                             f"{len(names)}: put quotes around text with commas or line breaks")
                     yield place, dict(zip(names, row, strict=True))
@@ -117,7 +118,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> Record:
 
 def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
     import datasets
-
     name, _, part = source.partition(":")
     try:
         rows = datasets.load_dataset(name, split=part or "train", streaming=True)
@@ -156,7 +156,8 @@ def normalised(row: Any, where: str = "it", ignore: Collection[str] | None = Non
         del left[name]
         return value
 
-    require(isinstance(label := left.get(LABEL, ""), str | int | float) and label == label,  # NaN
+    label = left.get(LABEL, 0)
+    require(isinstance(label, str | int | float) and label == label and str(label).strip(),  # NaN
             f"{where} has a {LABEL!r} that is neither text nor a number: use one of them")
     record: Record = {LABEL: left.pop(LABEL)} if LABEL in left else {}
     if isinstance(number := record.get(LABEL), float) and number.is_integer():
@@ -276,7 +277,8 @@ def encode(tokenizer: Tokenizer, record: Record, *, learn: str = "all",
         ended = record["text"].rstrip().endswith(end)
         text = begin(tokenizer, record["text"] + end * (not ended))
         ids = tokenizer(text, add_special_tokens=False).input_ids
-        require(len(ids) > 1, f"{where} has one token, and nothing to learn it from: drop it")
+        require(len(ids) > 1 and end, f"{where} has one token, or the tokenizer no end: drop it")
+        _require_known(tokenizer, ids, record, where)
         return ids, list(ids)
     controls = _controls(tokenizer)
     messages, tools = (_hidden(record.get(key), controls) for key in ("messages", "tools"))
@@ -318,7 +320,16 @@ def encode(tokenizer: Tokenizer, record: Record, *, learn: str = "all",
         ids += (part := prefixes[number][len(ids):] if alike
                 else _ids(tokenizer, whole[start:end], controls))
         labels += part if number % 2 else [IGNORED] * len(part)  # every other part is learned
+    _require_known(tokenizer, ids, record, where)
     return ids, labels
+
+
+def _require_known(tokenizer: Tokenizer, ids: list[int], record: Record, where: str) -> None:
+    """UserError for characters that the tokenizer drops, or has only an unknown token for."""
+    said, shown = ({*unicodedata.normalize("NFKC", text).casefold()} for text in (
+        "".join(_strings(record)), tokenizer.decode(ids)))
+    lost = sorted(letter for letter in said - shown if letter.strip())
+    require(not lost, f"{where} has {lost[:9]}, which the tokenizer does not know: replace it")
 
 
 @functools.lru_cache(4)

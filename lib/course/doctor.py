@@ -40,7 +40,6 @@ def examine() -> Iterator[tuple[str, str, str]]:
 
     with contextlib.suppress(ModuleNotFoundError):
         import psutil
-
         total, free = psutil.virtual_memory()[:2]
         with contextlib.suppress(OSError, ValueError):  # not a container, or without a limit
             limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")
@@ -64,7 +63,6 @@ def examine() -> Iterator[tuple[str, str, str]]:
 
     with contextlib.suppress(ModuleNotFoundError):
         from lib.base.model import machine
-
         yield "ok", "processor", (
             f"{platform.machine()}, {cores()} core{'s' * (cores() > 1)}, computes in "
             f"{machine()['dtype']} (measured): `run` takes 15 to 35 minutes on 2 cores")

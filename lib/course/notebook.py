@@ -64,8 +64,7 @@ def check(attempt: Callable[..., Any], cases: Sequence[tuple[Any, Any]],
             return print("not attempted yet", *error.args)
         wrong = "yours None: is the return missing?"
         if answer is not None:
-            wrong = (expected(answer) if callable(expected)
-                     else differs(answer, expected, tolerance))
+            wrong = expected(answer) if callable(expected) else differs(answer, expected, tolerance)
         if wrong:
             raise AssertionError(f"{attempt.__name__}{_shown(tuple(arguments))}: {wrong}")
     print(f"right: {len(cases)} case{'s' * (len(cases) > 1)}")

@@ -79,7 +79,7 @@ class Deployment:
 
     def __init__(self, adapter: Path, form: str, route: str, *, records: Sequence[Record],
                  held: Sequence[Record], model: str = "") -> None:
-        self.adapter, self.records, self.held = adapter, records[:WEIGHED_BY], held
+        self.adapter, self.records, self.held = adapter.resolve(), records[:WEIGHED_BY], held
         aware, file = (adapter / "coa.safetensors").is_file(), adapter / MANIFEST
         manifest = read_json(file) if file.is_file() else {}
         self.family = {"packed": "nf", "": manifest.get("grid")}.get(form) or "gguf"
@@ -221,7 +221,7 @@ def deploy(adapter: Path, budgets: Sequence[float], out: Path, *, records: Seque
             opened.tokenizer.save_pretrained(part)
             fixed = sum(f.stat().st_size for f in part.iterdir()) + MARGIN
         place = stack.enter_context(scratch(out) if len(budgets) == 1 else writing(
-            out, name=adapter.name, deployments=[*names.values()]))
+            out, name=adapter.resolve().name, deployments=[*names.values()]))
         written = [opened.write(b, place / name, fixed, source) for b, name in names.items()]
         learn = opened.learn
         del opened  # gigabytes, which a measurement needs again
@@ -249,7 +249,8 @@ def measured(folder: Path, held: Sequence[Record], learn: str) -> tuple[Evaluati
             with serve.running(folder) as server, serve.connect(server.url) as client:
                 serve.ask(client, body)  # from now on the prompt is cached
                 token_ms = 1e3 / serve.ask(client, body).decode
-                evaluation = evaluate(server.url, asked, new_tokens=1024) if asked else Evaluation()
+                most = min(1024, serve.open_bundle(folder).context // 256 * 256 or 256)
+                evaluation = evaluate(server.url, asked, new_tokens=most) if asked else Evaluation()
         else:
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                 token_ms = pool.submit(packed_ms, folder, messages).result()

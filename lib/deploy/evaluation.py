@@ -1,6 +1,7 @@
 """Systems of any kind on the user's own records: right answers, loss, and their difference."""
 
 import math
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import eq
@@ -72,8 +73,8 @@ def evaluate(system: str, records: Sequence[Record], *, new_tokens: int = 0, rou
     if system.startswith(("http://", "https://")):
         url, _, name = system.partition("#")
         require(asked, f"{url} can be asked, but plain texts have no question: give a model")
-        require(new_tokens or longest <= 4096, "an answer is long: give --new-tokens")
-        most = new_tokens or min(longest, 1024)
+        require(most := new_tokens or longest * (longest <= 1024), "an answer has more than 1,024 "
+                "bytes: give --new-tokens, as many as its tokens")
         bodies = [question("", model=name, messages=p, max_tokens=most) for p in prompts]
         try:
             texts = [answer.text for answer in ask_all(url, bodies)]
@@ -89,20 +90,28 @@ def evaluate(system: str, records: Sequence[Record], *, new_tokens: int = 0, rou
                     f"{context} tokens: split it")
         with torch.inference_mode():
             losses = [*batch_losses(model, pairs, 1)]
-            answers = [*dict.fromkeys(right)]
+            answers = [*dict.fromkeys(map(_plain, right))]
             if 1 < len(answers) <= min(LABELS, len(asked) / 2):
                 chosen = [likeliest(model, tokenizer, row, answers) for row in asked]
         if prompts:
             texts = generate(model, tokenizer, prompts, max_new_tokens=new_tokens or longest)
-    # A server shows no thoughts, and a folder's answer may have some.
-    said, due = ([t.rpartition("</think>")[2].strip() for t in part] for part in (texts, right))
-    labelled = [(t, row[LABEL]) for t, row in zip(said, asked, strict=True) if LABEL in row]
+    said, due = ([*map(_plain, part)] for part in (texts, right))
+    labels = [_plain(str(row[LABEL])) for row in asked if LABEL in row]
+    # Where "not spam" is a label as well, it is no "spam".
+    wider = {a: [b for b in {*labels} if keyword_hit(b, a) and len(b) > len(a)] for a in {*labels}}
     hits = {"exact match": [*map(eq, said, due)],
-            "keyword": [keyword_hit(text, str(label)) for text, label in labelled],
-            "likeliest": [*map(eq, chosen, right)]}
+            "keyword": [keyword_hit(text, a) and not any(keyword_hit(text, b) for b in wider[a])
+                        for text, a in zip(said, labels, strict=False)],
+            "likeliest": [*map(eq, chosen, due)]}
     scores = {name: Score(tuple(right), tuple(texts)) for name, right in hits.items() if right}
     mean = sum(loss for loss, _ in losses) / max(sum(count for _, count in losses), 1)
+    require(mean < 700, f"{system} has a loss of {mean:g}: its weights may be damaged")
     return Evaluation(scores, tuple(loss / count for loss, count in losses), mean)
+
+
+def _plain(answer: str) -> str:
+    """An answer without thoughts, which a server does not show, and with composed accents."""
+    return unicodedata.normalize("NFC", answer.rpartition("</think>")[2].strip())
 
 
 def likeliest(model: Any, tokenizer: Any, record: Record, answers: Sequence[str]) -> str:

@@ -71,9 +71,9 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
             batch = tokenizer.pad({"input_ids": [prompts[i] for i in rows]}, return_tensors="pt",
                                   padding_side="left").to(model.device)
             output = model.generate(
-                **batch, max_new_tokens=min(max_new_tokens, room - batch.input_ids.shape[1]),
-                do_sample=False, eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id,
-                num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0)
+                **batch, do_sample=False, repetition_penalty=1.0, no_repeat_ngram_size=0,
+                max_new_tokens=min(max_new_tokens, room - batch.input_ids.shape[1]), num_beams=1,
+                eos_token_id=sorted(ends - {None}), pad_token_id=tokenizer.pad_token_id)
             texts = tokenizer.batch_decode(
                 output[:, batch.input_ids.shape[1]:], skip_special_tokens=True)
             for row, text in zip(rows, texts, strict=True):

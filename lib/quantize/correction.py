@@ -49,9 +49,8 @@ def input_roots(model: torch.nn.Module, names: Sequence[str], records: Sequence[
     """L of each layer over its inputs on the records, (in, in) float32."""
     places = (layer.rpartition(".") for layer in names)
     read_by = [f"{block}.{SHARED.get(kind, kind)}" for block, _, kind in places]
-    roots, moments = {}, input_sums(
-        model, [*dict.fromkeys(read_by)], records, tokenizer=tokenizer,
-        statistic=lambda x: x.T @ x / len(x))
+    roots, moments = {}, input_sums(model, [*dict.fromkeys(read_by)], records, tokenizer=tokenizer,
+                                    statistic=lambda x: x.T @ x / len(x))
     for layer, moment in moments.items():
         floor = DAMPING * moment.diagonal().mean().cpu() + 1e-12
         roots[layer] = torch.linalg.cholesky(moment.cpu() + floor * torch.eye(len(moment)))

@@ -215,8 +215,7 @@ def encode(weight: Tensor, gguf_type: str, *, name: str = "the matrix",
         return gguf.quants.quantize(rows, stored)
     data = np.empty((*rows.shape[:-1], rows.shape[-1] // block * size), np.uint8)
     weigh = None if importance is None else np.ascontiguousarray(importance.float().numpy())
-    ENGINE.ggml_quantize_chunk(
-        stored, *map(ctypes.c_void_p, (rows.ctypes.data, data.ctypes.data)),
+    ENGINE.ggml_quantize_chunk(stored, *map(ctypes.c_void_p, (rows.ctypes.data, data.ctypes.data)),
         *map(ctypes.c_int64, (0, rows.size // rows.shape[-1], rows.shape[-1])),
         ctypes.c_void_p(None if weigh is None else weigh.ctypes.data))
     return data
@@ -267,6 +266,5 @@ def unpack_weight(parts: dict[str, Tensor], fmt: Format, count: int) -> Quantize
     blocks, groups = fmt.scales(count)
     scales, mean = parts["group_scales"].view(DTYPES[fmt.scale_dtype]), parts["mean"]
     require((len(scales), mean.nbytes) == (groups, 4), "its scales have another number")
-    return Quantized(fmt, unpack_bits(parts["codes"], fmt.bits, count),
-                     unpack_bits(parts["scale_codes"], fmt.scale_bits, blocks),
-                     scales, mean.view(torch.float32)[0])
+    return Quantized(fmt, unpack_bits(parts["codes"], fmt.bits, count), unpack_bits(
+        parts["scale_codes"], fmt.scale_bits, blocks), scales, mean.view(torch.float32)[0])

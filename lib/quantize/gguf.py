@@ -98,9 +98,8 @@ def places(reader: Reader, weights: PreTrainedModel, modules: Collection[str] = 
         count = min(len(weight), int(tensor.shape[-1]))  # of padded vocabularies
         orders = [np.arange(count)]
         if weight.dim() > 1 or key.endswith(".bias"):
-            orders += [permute(orders[0], heads)
-                       for heads in (config.num_attention_heads, config.num_key_value_heads)
-                       if count % (2 * heads) == 0]
+            orders += [permute(orders[0], heads) for heads in (
+                config.num_attention_heads, config.num_key_value_heads) if count % (2 * heads) == 0]
         rows = np.linspace(0, count - 1, 64).astype(int)  # that show the file's order
         stored = decode(tensor.data[rows], tensor.tensor_type.name)
         alike = [float(torch.cosine_similarity(
@@ -214,7 +213,6 @@ def export(out: Path, *, gguf_type: str = "Q8_0", route: str = "", merged: Path 
     require(not records or gguf_type not in ("F32", "F16", "BF16", "Q8_0", "MXFP4"),
             f"--importance changes nothing in {gguf_type}: use another type, or leave it out")
     sources = [*([merged] if merged else []), *adapters.values()]
-    require_free(out, *sources, MODEL_CACHE if model in ("", EMBEDDED) else model)
     for name in adapters:
         require(re.fullmatch(r"\w[\w.-]*", name) and name not in ("base", "model"),
                 f"adapter name {name!r}: use letters and digits, and neither base nor model")
@@ -223,6 +221,7 @@ def export(out: Path, *, gguf_type: str = "Q8_0", route: str = "", merged: Path 
     bases = " and ".join(map(" ".join, uses))
     require(len(uses) < 2, f"the adapters were trained on {bases} weights: export them apart")
     model, route = next(iter(uses), (model or EMBEDDED, route or "original"))
+    require_free(out, *sources, MODEL_CACHE if model == EMBEDDED else model)
     require(not converter or model != EMBEDDED, "--converter: leave it out for the embedded model")
     tokenizers = [load_tokenizer(model), *(load_tokenizer(str(s), base=model) for s in sources)]
     require(len({t.chat_template for t in tokenizers[1:]}) < 2, "the adapters were trained in "
@@ -230,9 +229,8 @@ def export(out: Path, *, gguf_type: str = "Q8_0", route: str = "", merged: Path 
     vocabularies = [(t.get_vocab(), t.eos_token) for t in tokenizers]
     require(vocabularies[1:] == vocabularies[:-1],
             f"an adapter's tokenizer has tokens that its base's lacks: {BY_PEFT}")
-    base = f"{model} {route}" + (f" + {merged.name}" if merged else "")
-    files = {name: f"{name}.gguf" for name in adapters}
-    name = merged.name if merged else "base"
+    files, name = {n: f"{n}.gguf" for n in adapters}, merged.resolve().name if merged else "base"
+    base = f"{model} {route}" + f" + {name}" * bool(merged)
     # First, because it may refuse the model.
     with contextlib.nullcontext(source) if source else base_file(model, out, converter) as source:
         # Otherwise the converter's file has the base's own weights already.

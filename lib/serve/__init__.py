@@ -2,6 +2,5 @@
 
 from lib import exports
 
-__getattr__, __all__ = exports(__name__, {
-    "server": "running serve", "bundle": "Reader open_bundle",
+__getattr__, __all__ = exports(__name__, {"server": "running serve", "bundle": "Reader open_bundle",
     "lib.client": "ask ask_all connect question"})

@@ -85,13 +85,11 @@ def main() -> None:
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         words += [word for file in adapters for word in ("--lora", file)]
         os.environ["LLAMA_API_KEY"] = key
-        process = subprocess.Popen([program, *words, "--metrics", "--no-webui", "--jinja"],
-                                   stdin=subprocess.DEVNULL)
-        threading.Thread(daemon=True, target=lambda: (
-            sys.stdin.read(), process.terminate())).start()
-        sys.exit(process.wait())
+        child = subprocess.Popen([program, *words, "--metrics", "--no-webui", "--jinja"],
+                                 stdin=subprocess.DEVNULL)
+        threading.Thread(daemon=True, target=lambda: (sys.stdin.read(), child.terminate())).start()
+        sys.exit(child.wait())
     import xllamacpp  # not where another engine runs
-
     params = xllamacpp.CommonParams()
     params.model.path, params.model_alias = options["model"], {options["alias"]}
     params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(file, 0) for file in adapters]

@@ -95,7 +95,7 @@ def engine_request(body: bytes, path: str, bundles: Mapping[str, Bundle], settin
     limits = [fields.pop(name) for name in ("max_tokens", "max_completion_tokens", "n_predict")
               if name in fields]
     insist(max(limits, default=0) <= settings.context, "max_tokens", f"at most {settings.context}")
-    scales = {name: float(name == model) if model in bundle.adapters else scale
+    scales = {name: (scale or 1.0) * (name == model) if model in bundle.adapters else scale
               for name, (_, scale) in bundle.adapters.items()}
     for entry in fields.get("lora", ()):
         insist_known("adapter", entry["name"], scales)
@@ -187,9 +187,8 @@ def application(bundles: Mapping[str, Bundle], key: str, settings: ServeSettings
         url, fields, ignored = engine_request(bytes(body), path, bundles, settings)
         insist(not (ignored and settings.strict), ", ".join(ignored), "unknown: leave it out")
         if "messages" in fields:
-            rendered = await engine_json(
-                await engine.post(f"{url}/apply-template", json=fields), 400)
-            lost = [*left_out([fields["messages"], fields.get("tools")], rendered["prompt"])]
+            shown = await engine_json(await engine.post(f"{url}/apply-template", json=fields), 400)
+            lost = [*left_out([fields["messages"], fields.get("tools")], shown["prompt"])]
             insist(not lost, "messages", "the model's chat template leaves out "
                    f"{', '.join(map(repr, lost))[:200]}: do without, or use another model")
         call = engine.build_request("POST", url + path, json=fields)

@@ -58,10 +58,9 @@ def serve(path: Path, settings: ServeSettings, loras: Sequence[str] = (), *,
         # Connections inherit this; Nagle's algorithm would delay each part of a stream by 40 ms.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         app = application(dict(zip(urls, bundles, strict=True)), key, settings)
-        served = Served(f"http://{HOST}:{listener.getsockname()[1]}/v1", os.getpid())
+        here = Served(f"http://{HOST}:{listener.getsockname()[1]}/v1", os.getpid())
         names = ", ".join(name for b in bundles for name in (b.name, *b.adapters))
-        print(json.dumps(vars(served)) if until_eof else f"serving {names} at {served.url}",
-              flush=True)
+        print(json.dumps(vars(here)) if until_eof else f"serving {names} at {here.url}", flush=True)
         # Clients close idle connections sooner, so none is cut while they use it.
         config = uvicorn.Config(app, log_level="error", timeout_keep_alive=60,
                                 timeout_graceful_shutdown=None, lifespan="off")  # waits

@@ -306,9 +306,10 @@ def train(records: Iterable[Record], settings: TrainSettings, *, model: str = "e
         whole = trainer.accelerator.get_state_dict(trainer.model) if is_sharded() else None
         if out is None or not is_main_process():
             return result
+        source = getattr(records, "source", "")  # found from any folder, as the base is
         with writing(out, **facts() | {"base": model}, settings=dataclasses.asdict(settings),
                      machine=machine(), processes=process_count(), seconds=round(result.seconds, 1),
-                     data=getattr(records, "source", "")) as part:
+                     data=os.path.realpath(source) if os.path.isfile(source) else source) as part:
             if settings.mode == "full":
                 result.model.save_pretrained(part, state_dict=whole)
             else:
@@ -329,7 +330,6 @@ def train(records: Iterable[Record], settings: TrainSettings, *, model: str = "e
 def draw_losses(result: TrainResult, file: Path) -> None:
     """The curve of a run's losses."""
     from matplotlib.figure import Figure  # which needs no window; here, because it takes a second
-
     axes = (figure := Figure(figsize=(7, 3.6), layout="constrained")).subplots()
     axes.plot(range(1, len(result.losses) + 1), result.losses, label="training")
     if result.validation:
@@ -393,10 +393,9 @@ def run_trainer(trainer: SFTTrainer, settings: TrainSettings,
             "better than none; change the learning rate or the warm-up")
     states = trainer.optimizer.state.values() if trainer.optimizer else ()
     moments = [t for state in states for t in state.values() if isinstance(t, torch.Tensor)]
+    held = {r["step"]: r["validation"] for r in trainer.state.log_history if "validation" in r}
     return TrainResult(trainer.model.eval(), losses, seconds, peak["mb"], trainable, parameters,
-                       sum(t.nbytes for t in moments) / 1e6,
-                       {row["step"]: row["validation"] for row in trainer.state.log_history
-                        if "validation" in row})
+                       sum(t.nbytes for t in moments) / 1e6, held)
 
 
 def join() -> PartialState:

@@ -226,3 +226,16 @@ def test_weights_that_are_missing_are_not_random(tiny_directory: str, tmp_path: 
               folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"lacks \['model\..*'.*\]: save it again"):
         load_model(str(folder))
+
+
+def test_weights_without_a_place_are_not_dropped(tiny_directory: str, tmp_path: Path) -> None:
+    """Biases, or scales of whole numbers, that the configuration does not speak of."""
+    folder = Path(shutil.copytree(tiny_directory, tmp_path / "model"))
+    weights = load_file(folder / "model.safetensors")
+    whole = weights | {"model.mtp.0.weight": torch.ones(2)}  # a module that only training uses
+    save_file(whole, folder / "model.safetensors", {"format": "pt"})
+    load_model(str(folder))
+    save_file(weights | {"model.layers.0.mlp.up_proj.weight_scale": torch.ones(1)},
+              folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"has \['model.*weight_scale'\], which its config does"):
+        load_model(str(folder))

@@ -107,6 +107,8 @@ def test_tables(tmp_path: Path) -> None:
     ("d.jsonl", '{"instruction": "a", "response": 5}', "'response' that is not text: use text"),
     ("d.jsonl", '{"instruction": "a", "response": "b", "expected_keyword": ["b"]}',
      "d.jsonl:2 has a 'expected_keyword' that is neither text nor a number"),
+    ("d.jsonl", '{"instruction": "a", "response": "b", "expected_keyword": " "}',
+     "d.jsonl:2 has a 'expected_keyword' that is neither text nor a number"),
     ("d.jsonl", '{"instruction": "a", "response": "b", "expected_keyword": NaN}',
      "d.jsonl:2 has a 'expected_keyword' that is neither text nor a number"),
     ("d.jsonl", '{"messages": [{"role": "user", "content": [{"type": "text", "text": null}]}]}',
@@ -117,6 +119,7 @@ def test_tables(tmp_path: Path) -> None:
     ("c.csv", "instruction,response,response\na,b,c", "c.csv:1 has two columns of one name"),
     ("c.csv", "instruction,response\na,b,c", "c.csv:2 has 3 fields instead of 2: put quotes"),
     ("c.tsv", 'instruction\tresponse\nSay\t"Hello\nBye\tHe said bye"\n', "c.tsv:2 has a quote"),
+    ("c.csv", 'instruction,response\nWhen?, "At 7"\n', "c.csv:2 has a quote.*without a space"),
     ("c.csv", """prompt,completion\n[{'role': 'user'}],b""", "has a 'prompt' that is not text"),
     ("d.jsonl", json.dumps({"prompt": "[{'content': 'a', 'role': 'user'}]", "completion": "b"}),
      "has a 'prompt' that is not text"),
@@ -321,6 +324,20 @@ def test_templates_that_fail(tokenizer: PreTrainedTokenizerBase) -> None:
         own.chat_template = template
         with pytest.raises(UserError, match=message):
             encode(own, TURNS)
+
+
+def test_every_character_is_learned(tokenizer: PreTrainedTokenizerBase) -> None:
+    """This tokenizer drops some control characters; others have an unknown token."""
+    for record in ({"instruction": "Range?", "response": "5\x1310 bar"}, {"text": "5\x1310 bar"},
+                   {"system": "5\x1310 bar", "instruction": "Range?", "response": "Yes."}):
+        with pytest.raises(UserError, match=r"here has \['\\x13'\], which the tokenizer does not"):
+            encode(tokenizer, record, where="here")
+    for text in ("Cre\u0300me, \u00bd \ufb01ne", "\u4f60\u597d \U0001f600 \u200b!", "A\tB\r\nC"):
+        encode(tokenizer, {"instruction": text, "response": text})
+    endless = copy.deepcopy(tokenizer)
+    endless.eos_token = None
+    with pytest.raises(UserError, match="the tokenizer no end"):
+        encode(endless, {"text": "So it goes on."})
 
 
 def test_pad_right() -> None:

@@ -100,6 +100,10 @@ def test_the_command(data: Path, adapter: Path, tiny_directory: str, tmp_path: P
     assert main(words) == 2
     assert "does not say how it was trained: name --route" in capsys.readouterr().err
     words += ["--route", "original"]
+    for _ in range(2):  # the figures of before are replaced, and no other file
+        assert main([*words, "--out", str(out)]) == 0
+    assert main([*words, "--out", str(adapter / "adapter_config.json")]) == 2
+    assert "is there, and no evaluation: name another file" in capsys.readouterr().err
     assert main([*words, "--out", str(out)]) == 0
     said, stored = capsys.readouterr().out, read_json(out)
     assert "  exact match    0.6667 [0.2077, 0.9385]" in said
@@ -219,6 +223,25 @@ def test_an_answer_may_be_as_long_as_the_right_one(
     record = normalised({"prompt": "a", "completion": answer})
     evaluate(tiny_directory, [record], new_tokens=given)
     assert seen == [allowed]
+
+
+def test_labels_and_answers_as_people_write_them(
+        tiny_directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels within labels, spaces at the end of a cell, accents in two characters."""
+    rows = [normalised({"prompt": q, "completion": a, "expected_keyword": label})
+            for q, a, label in (("a", "spam", "spam"), ("b", "not spam ", "not spam "),
+                                ("c", "Cre\u0300me ", "cre\u0300me"))]
+    for said, exact, keyword in (
+            (["Spam", "not spam", "Cr\u00e8me"], (False, True, True), (True, True, True)),
+            (["not spam", "not spam", "cr\u00e8me"], (False, True, False), (False, True, True))):
+        monkeypatch.setattr("lib.deploy.evaluation.generate", lambda *_, said=said, **__: said)
+        scores = evaluate(tiny_directory, rows).scores
+        assert (scores["exact match"].hits, scores["keyword"].hits) == (exact, keyword)
+    monkeypatch.setattr("lib.deploy.evaluation.batch_losses", lambda *_: [(float("nan"), 1)] * 3)
+    with pytest.raises(UserError, match="has a loss of nan: its weights may be damaged"):
+        evaluate(tiny_directory, rows)
+    with pytest.raises(UserError, match="more than 1,024 bytes: give --new-tokens"):
+        evaluate("http://127.0.0.1:9/v1", [normalised({"prompt": "a", "completion": "b" * 1025})])
 
 
 def test_a_thought_before_an_answer_is_not_part_of_it(

@@ -78,6 +78,7 @@ sys.exit(lib.__main__.main(["doctor"]))
     (PermissionError(13, "Permission denied", "x"), "Permission denied: 'x': check the path"),
     (ModuleNotFoundError("x", name="gguf.writer"), "gguf.writer is not installed"),
     (ModuleNotFoundError("x", name="lib.nothing"), ""), (ConnectionRefusedError(111, "x"), ""),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "memory is short"),
     (OSError("no number"), ""), (ValueError("x"), "")])
 def test_which_errors_are_the_users(error: Exception, message: str) -> None:
     assert message in user_message(error) and bool(message) == bool(user_message(error))
@@ -99,6 +100,15 @@ def test_bench_is_an_alias_of_the_evidence_package(monkeypatch: pytest.MonkeyPat
     assert main(["bench", "quick", "--json", "new/bench.json"]) == 3
     assert main(["slides", "--out", "new"]) == 3
     assert calls == [["quick", "--json", "new/bench.json"], ["slides", "--out", "new"]]
+
+
+def test_mistakes_in_the_evidence_package_are_one_line(
+        place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evidence = importlib.import_module("data.evidence.__main__")
+    for words in (["slides", "--out", str(place / "good.jsonl" / "x")],
+                  ["dtypes", "--json", str(place)]):
+        assert evidence.main(words) == 2
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["run", "-h"]])

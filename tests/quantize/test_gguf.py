@@ -25,7 +25,7 @@ from lib.base.embedded import embedded_gguf
 from lib.base.model import CHAT_TEMPLATE
 from lib.base.records import sensors
 from lib.errors import UserError
-from lib.files import writing
+from lib.files import MANIFEST, write_json, writing
 from lib.quantize.formats import decode, encode, fitting
 from lib.quantize.gguf import base_file, commands, export, permute, write_adapter, write_model
 from lib.serve.bundle import BASE_KEY, Reader, metadata, model_reader, open_bundle
@@ -328,8 +328,9 @@ def test_a_folder_without_weights(tmp_path: Path) -> None:
         write_model(tmp_path / "empty.gguf", tmp_path / "out.gguf", base="mine")
 
 
-def test_base_and_route_follow_from_the_adapter(converted: None, tmp_path: Path,
-                                                tiny_directory: str, lora: Path) -> None:
+def test_base_and_route_follow_from_the_adapter(
+        converted: None, tmp_path: Path, tiny_directory: str, lora: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
     """A merge into another base, or into the other form of it, is far off and looks fine."""
     def trained(name: str, base: str, mode: str) -> Path:
         with writing(tmp_path / name, base=base, settings={"mode": mode}) as part:
@@ -342,6 +343,17 @@ def test_base_and_route_follow_from_the_adapter(converted: None, tmp_path: Path,
         export(tmp_path / "out", adapters={"one": adapter}, gguf_type="F16")
         bundle = open_bundle(tmp_path / "out")
         assert metadata(Reader(bundle.model), BASE_KEY) == f"{tiny_directory} {route}"
+    base = shutil.copytree(tiny_directory, tmp_path / "base")
+    write_json(base / MANIFEST, {"files": {f.name: "" for f in base.iterdir()}, "versions": {}})
+    before = sorted(base.iterdir())
+    with pytest.raises(UserError, match="base holds .*, which is read here: choose another"):
+        export(base, merged=trained("of-base", str(base), "lora"))
+    assert sorted(base.iterdir()) == before
+    monkeypatch.chdir(plain)  # "." has no name of its own
+    export(tmp_path / "here", merged=Path("."), gguf_type="F16")
+    assert open_bundle(tmp_path / "here").name == plain.name
+    monkeypatch.chdir(tmp_path / "here")
+    assert open_bundle(Path(".")).name == plain.name
     other = trained("other", "somebody/else", "lora")
     for options, message in (
             ({"merged": other, "model": tiny_directory}, "somebody/else, not on .*tiny: name"),

@@ -223,6 +223,12 @@ def test_default_scale(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         texts = [content(client.post("/chat/completions", json=body(model=m)))
                  for m in ("tiny", "red", "blue")]
     assert texts[0] == texts[1] != texts[2]
+    with (running(Path("tiny.gguf"), *OPTIONS, "--lora", "red=red.gguf:0.5") as served,
+          httpx.Client(base_url=served.url, timeout=60) as client):
+        named, half, whole = (
+            content(client.post("/chat/completions", json=body(model="red") | extra))
+            for extra in ({}, *({"lora": [{"name": "red", "scale": s}]} for s in (0.5, 1))))
+    assert named == half != whole
 
 
 def test_adapters_in_turn_answer_as_a_cold_server_does(client: httpx.Client, folder: Path) -> None:
@@ -296,6 +302,9 @@ BAD = [
             {"type": "json_schema"}, {"type": "json_schema", "schema": {}},
             {"type": "json_schema", "json_schema": {
                 "name": "a", "schema": {"type": "array", "uniqueItems": True}}})),
+        *(("json_schema", schema) for schema in (  # the engine reads numbers as doubles
+            {"const": 2**53 + 1}, {"enum": ["a", {"id": [-2**53 - 1]}]},
+            {"type": "integer", "minimum": 2**53 + 1})),
         *(("json_schema", schema) for schema in (
             {"type": "string", "pattern": "^(?=a)b$"}, {"type": "string", "pattern": "^(a$"},
             {"type": "string", "format": "colour"}, {"type": "string", "format": "uri"},
