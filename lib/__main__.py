@@ -166,7 +166,7 @@ def dispatch(args: argparse.Namespace) -> None:
                 Path(system, "adapter_config.json").is_file() for system in args.systems),
                 "--route and --model are for adapters: none is named")
             if args.out and args.out.exists():  # only an evaluation's figures are replaced
-                own = args.out.is_file() and b'"systems": {' in args.out.read_bytes()
+                own = args.out.is_file() and re.match(rb'$|{\n "data": ', args.out.read_bytes())
                 require(own, f"--out {args.out} is there, and no evaluation: name another file")
             from lib.deploy.evaluation import differences, evaluate
             done = [evaluate(system, records, new_tokens=args.new_tokens, learn=args.learn,
@@ -236,7 +236,7 @@ def user_message(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and (error.name or "lib").split(".")[0] != "lib":
         return f"{error.name} is not installed in {sys.executable}: run `python -m lib doctor`"
     if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", text):
-        return "memory is short: close other programs, use --accumulate or a smaller --max-length"
+        return "memory is short: close other programs; `train` has --accumulate and --max-length"
     # A full disk, a read-only folder, ...: safetensors reports them as an error of its own.
     system = isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError)
     if system or "os error " in text:

@@ -130,7 +130,7 @@ def build_slides(out: Path, *, solutions: bool = False, executed: Path | None = 
             if executed:
                 own = with_outputs_of(executed / path.name, notebook)
                 require(own, f"no run in {executed} has the code of {path.stem}: use `python -m "
-                        f"lib run --only {path.stem[:2]}`")
+                        f"lib run --only {path.stem[:2]} --profile {executed.name}`")
             title = notebook.cells[0].source.partition("\n")[0].lstrip("# ")
             notebook.cells = [*deck_cells(notebook.cells, solutions=solutions)]
             page = exporter.from_notebook_node(notebook, {"metadata": {"name": title}})[0]
@@ -201,6 +201,7 @@ def shown_first(executed: Path, source: Path) -> str:
                         file.write_bytes(picture.encode() if kind == "svg+xml"
                                          else base64.b64decode(picture))
                         parts.append(f"![{cell.metadata['alt']}]({file.name})")
+                        break
     return "\n\n".join([*parts, "## The course", ""]) if len(parts) > 1 else ""
 
 

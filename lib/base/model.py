@@ -85,8 +85,8 @@ def load_model(model: str = EMBEDDED, *, dtype: torch.dtype | None = None, **opt
     require(not getattr(loaded, "_hf_peft_config_loaded", False),  # as transformers does by itself
             f"{model} is an adapter on the hub: download it, or name its base as the model")
     require(not info["missing_keys"], f"{model} lacks {[*info['missing_keys']][:2]}: save it again")
-    modules = dict(loaded.named_modules())  # a whole one that is not used may be meant so
-    spare = [key for key in info["unexpected_keys"] if key.rpartition(".")[0] in modules]
+    own = {name for name, module in loaded.named_modules() if module._parameters}
+    spare = [key for key in info["unexpected_keys"] if key.rpartition(".")[0] in own]
     require(not spare, f"{model} has {spare[:2]}, which its config does not use: mend config.json")
     tokenizer = load_tokenizer(model)
     require_rows(loaded, tokenizer)

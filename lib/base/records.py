@@ -73,9 +73,9 @@ def _rows(source: str) -> Iterator[tuple[str, Any]]:
                         "name, or one without a name: name each")
                 for row in filter(None, reader):
                     place = f"{source}:{reader.line_num}"
-                    require(not any(re.match(r'\s+"' if kind == ".csv" else '"', f) for f in row),
+                    require(not any(re.match(' +"' if kind == ".csv" else '"', f) for f in row),
                             f"{place} has a quote, which some programs mean and others add: save "
-                            "as CSV, without a space before quotes")
+                            "as CSV without spaces before quotes, or as JSON lines")
                     require(len(row) == len(names), f"{place} has {len(row)} fields instead of "
                             f"{len(names)}: put quotes around text with commas or line breaks")
                     yield place, dict(zip(names, row, strict=True))
@@ -277,8 +277,8 @@ def encode(tokenizer: Tokenizer, record: Record, *, learn: str = "all",
         ended = record["text"].rstrip().endswith(end)
         text = begin(tokenizer, record["text"] + end * (not ended))
         ids = tokenizer(text, add_special_tokens=False).input_ids
-        require(len(ids) > 1 and end, f"{where} has one token, or the tokenizer no end: drop it")
-        _require_known(tokenizer, ids, record, where)
+        require(len(ids) > 1 and end, f"{where} has one token, or there is no eos_token: mend it")
+        _require_known(tokenizer, ids, text, where)
         return ids, list(ids)
     controls = _controls(tokenizer)
     messages, tools = (_hidden(record.get(key), controls) for key in ("messages", "tools"))
@@ -320,16 +320,16 @@ def encode(tokenizer: Tokenizer, record: Record, *, learn: str = "all",
         ids += (part := prefixes[number][len(ids):] if alike
                 else _ids(tokenizer, whole[start:end], controls))
         labels += part if number % 2 else [IGNORED] * len(part)  # every other part is learned
-    _require_known(tokenizer, ids, record, where)
+    _require_known(tokenizer, ids, whole, where)
     return ids, labels
 
 
-def _require_known(tokenizer: Tokenizer, ids: list[int], record: Record, where: str) -> None:
+def _require_known(tokenizer: Tokenizer, ids: list[int], text: str, where: str) -> None:
     """UserError for characters that the tokenizer drops, or has only an unknown token for."""
-    said, shown = ({*unicodedata.normalize("NFKC", text).casefold()} for text in (
-        "".join(_strings(record)), tokenizer.decode(ids)))
-    lost = sorted(letter for letter in said - shown if letter.strip())
-    require(not lost, f"{where} has {lost[:9]}, which the tokenizer does not know: replace it")
+    said, shown = ({*unicodedata.normalize("NFKC", t).casefold()}
+                   for t in (text, tokenizer.decode(ids)))
+    lost = sorted(c for c in said - shown if c.strip() and ord(c) < HIDDEN)
+    require(not lost, f"{where} has {lost[:9]}, unknown to the tokenizer: replace it")
 
 
 @functools.lru_cache(4)

@@ -58,7 +58,7 @@ class Layers:
         others = [name for name, module in model.named_modules() if ".layers." in f".{name}"
                   and isinstance(module, nn.Linear) and name not in linears]
         require(linears and not others and all(type(m) is nn.Linear for m in linears.values()),
-                "the model has no Llama blocks, other layers in them, or is quantised already: use "
+                "the model has no Llama blocks, or other layers in them, or is quantised: use "
                 "the original of one of that family")
         return cls(tuple(linears), tuple(m.weight.numel() for m in linears.values()))
 

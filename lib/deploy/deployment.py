@@ -79,7 +79,7 @@ class Deployment:
 
     def __init__(self, adapter: Path, form: str, route: str, *, records: Sequence[Record],
                  held: Sequence[Record], model: str = "") -> None:
-        self.adapter, self.records, self.held = adapter.resolve(), records[:WEIGHED_BY], held
+        self.adapter, self.records, self.held = adapter.absolute(), records[:WEIGHED_BY], held
         aware, file = (adapter / "coa.safetensors").is_file(), adapter / MANIFEST
         manifest = read_json(file) if file.is_file() else {}
         self.family = {"packed": "nf", "": manifest.get("grid")}.get(form) or "gguf"
@@ -221,7 +221,7 @@ def deploy(adapter: Path, budgets: Sequence[float], out: Path, *, records: Seque
             opened.tokenizer.save_pretrained(part)
             fixed = sum(f.stat().st_size for f in part.iterdir()) + MARGIN
         place = stack.enter_context(scratch(out) if len(budgets) == 1 else writing(
-            out, name=adapter.resolve().name, deployments=[*names.values()]))
+            out, name=adapter.absolute().name, deployments=[*names.values()]))
         written = [opened.write(b, place / name, fixed, source) for b, name in names.items()]
         learn = opened.learn
         del opened  # gigabytes, which a measurement needs again

@@ -90,19 +90,19 @@ def evaluate(system: str, records: Sequence[Record], *, new_tokens: int = 0, rou
                     f"{context} tokens: split it")
         with torch.inference_mode():
             losses = [*batch_losses(model, pairs, 1)]
-            answers = [*dict.fromkeys(map(_plain, right))]
+            answers = [*dict(zip(map(_plain, right), right, strict=True)).values()]
             if 1 < len(answers) <= min(LABELS, len(asked) / 2):
                 chosen = [likeliest(model, tokenizer, row, answers) for row in asked]
         if prompts:
             texts = generate(model, tokenizer, prompts, max_new_tokens=new_tokens or longest)
     said, due = ([*map(_plain, part)] for part in (texts, right))
     labels = [_plain(str(row[LABEL])) for row in asked if LABEL in row]
-    # Where "not spam" is a label as well, it is no "spam".
+    # Where "not spam" is a label as well, it is no "spam", unless the right answer has both.
     wider = {a: [b for b in {*labels} if keyword_hit(b, a) and len(b) > len(a)] for a in {*labels}}
     hits = {"exact match": [*map(eq, said, due)],
-            "keyword": [keyword_hit(text, a) and not any(keyword_hit(text, b) for b in wider[a])
-                        for text, a in zip(said, labels, strict=False)],
-            "likeliest": [*map(eq, chosen, due)]}
+            "keyword": [keyword_hit(t, a) and not any(keyword_hit(t, b) > keyword_hit(d, b) for b in
+                        wider[a]) for t, a, d in zip(said, labels, due, strict=False)],
+            "likeliest": [*map(eq, map(_plain, chosen), due)]}
     scores = {name: Score(tuple(right), tuple(texts)) for name, right in hits.items() if right}
     mean = sum(loss for loss, _ in losses) / max(sum(count for _, count in losses), 1)
     require(mean < 700, f"{system} has a loss of {mean:g}: its weights may be damaged")

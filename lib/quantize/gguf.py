@@ -229,7 +229,7 @@ def export(out: Path, *, gguf_type: str = "Q8_0", route: str = "", merged: Path 
     vocabularies = [(t.get_vocab(), t.eos_token) for t in tokenizers]
     require(vocabularies[1:] == vocabularies[:-1],
             f"an adapter's tokenizer has tokens that its base's lacks: {BY_PEFT}")
-    files, name = {n: f"{n}.gguf" for n in adapters}, merged.resolve().name if merged else "base"
+    files, name = {n: f"{n}.gguf" for n in adapters}, merged.absolute().name if merged else "base"
     base = f"{model} {route}" + f" + {name}" * bool(merged)
     # First, because it may refuse the model.
     with contextlib.nullcontext(source) if source else base_file(model, out, converter) as source:
@@ -272,7 +272,7 @@ def card(name: str, base: str, kinds: Mapping[str, set[str]], sources: Sequence[
     for source in sources:
         manifest = read_json(source / MANIFEST) if (source / MANIFEST).is_file() else {}
         facts = {key: manifest.get(key) for key in ("base", "data")} | manifest.get("settings", {})
-        lines += ["", f"## Adapter {source.name}", ""]
+        lines += ["", f"## Adapter {source.absolute().name}", ""]
         lines += [f"- {key}: {value}" for key, value in facts.items() if value is not None]
         if (source / "validation.json").is_file():
             best = min(read_json(source / "validation.json").values())

@@ -309,7 +309,7 @@ def train(records: Iterable[Record], settings: TrainSettings, *, model: str = "e
         source = getattr(records, "source", "")  # found from any folder, as the base is
         with writing(out, **facts() | {"base": model}, settings=dataclasses.asdict(settings),
                      machine=machine(), processes=process_count(), seconds=round(result.seconds, 1),
-                     data=os.path.realpath(source) if os.path.isfile(source) else source) as part:
+                     data=os.path.abspath(source) if os.path.isfile(source) else source) as part:
             if settings.mode == "full":
                 result.model.save_pretrained(part, state_dict=whole)
             else:

@@ -232,7 +232,9 @@ def test_weights_without_a_place_are_not_dropped(tiny_directory: str, tmp_path: 
     """Biases, or scales of whole numbers, that the configuration does not speak of."""
     folder = Path(shutil.copytree(tiny_directory, tmp_path / "model"))
     weights = load_file(folder / "model.safetensors")
-    whole = weights | {"model.mtp.0.weight": torch.ones(2)}  # a module that only training uses
+    # A module that only training uses, and a constant that old files of GPT-Neo hold.
+    whole = weights | {"model.mtp.0.weight": torch.ones(2),
+                       "model.layers.0.self_attn.masked_bias": torch.ones(1)}
     save_file(whole, folder / "model.safetensors", {"format": "pt"})
     load_model(str(folder))
     save_file(weights | {"model.layers.0.mlp.up_proj.weight_scale": torch.ones(1)},

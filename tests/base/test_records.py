@@ -119,7 +119,7 @@ def test_tables(tmp_path: Path) -> None:
     ("c.csv", "instruction,response,response\na,b,c", "c.csv:1 has two columns of one name"),
     ("c.csv", "instruction,response\na,b,c", "c.csv:2 has 3 fields instead of 2: put quotes"),
     ("c.tsv", 'instruction\tresponse\nSay\t"Hello\nBye\tHe said bye"\n', "c.tsv:2 has a quote"),
-    ("c.csv", 'instruction,response\nWhen?, "At 7"\n', "c.csv:2 has a quote.*without a space"),
+    ("c.csv", 'instruction,response\nWhen?, "At 7"\n', "c.csv:2 has a quote.*without spaces"),
     ("c.csv", """prompt,completion\n[{'role': 'user'}],b""", "has a 'prompt' that is not text"),
     ("d.jsonl", json.dumps({"prompt": "[{'content': 'a', 'role': 'user'}]", "completion": "b"}),
      "has a 'prompt' that is not text"),
@@ -330,13 +330,20 @@ def test_every_character_is_learned(tokenizer: PreTrainedTokenizerBase) -> None:
     """This tokenizer drops some control characters; others have an unknown token."""
     for record in ({"instruction": "Range?", "response": "5\x1310 bar"}, {"text": "5\x1310 bar"},
                    {"system": "5\x1310 bar", "instruction": "Range?", "response": "Yes."}):
-        with pytest.raises(UserError, match=r"here has \['\\x13'\], which the tokenizer does not"):
+        with pytest.raises(UserError, match=r"here has \['\\x13'\], unknown to the tokenizer"):
             encode(tokenizer, record, where="here")
     for text in ("Cre\u0300me, \u00bd \ufb01ne", "\u4f60\u597d \U0001f600 \u200b!", "A\tB\r\nC"):
         encode(tokenizer, {"instruction": text, "response": text})
+    encode(tokenizer, {"instruction": "A", "response": "B <|im_end|>", "expected_keyword": "\x13"})
+    quoting = copy.deepcopy(tokenizer)
+    quoting.chat_template = tokenizer.chat_template.replace(
+        "{{ message['content'] + '\n\n' }}", "{{ (message['content'] | tojson) + '\n\n' }}")
+    turns = [{"role": "tool", "content": "5\x13"}, {"role": "assistant", "content": "Five."}]
+    ids, _ = encode(quoting, {"messages": turns})
+    assert "5\\u0013" in quoting.decode(ids)
     endless = copy.deepcopy(tokenizer)
     endless.eos_token = None
-    with pytest.raises(UserError, match="the tokenizer no end"):
+    with pytest.raises(UserError, match="there is no eos_token"):
         encode(endless, {"text": "So it goes on."})
 
 

@@ -1,5 +1,6 @@
 """What a configuration is, costs, and where it comes from."""
 
+import copy
 import itertools
 import json
 import random
@@ -72,6 +73,10 @@ def test_layers_of_a_model(tiny: PreTrainedModel) -> None:
     assert len(layers.names) == 14 and layers.sizes[:3] == (64 * 64, 32 * 64, 32 * 64)
     with pytest.raises(UserError, match="no Llama blocks"):
         Layers.of(torch.nn.Linear(2, 2))
+    other = copy.deepcopy(tiny)  # it would be written, and neither counted nor chosen
+    other.model.layers[0].mlp.c_fc = torch.nn.Linear(2, 2)
+    with pytest.raises(UserError, match="other layers in them"):
+        Layers.of(other)
 
 
 @given(configurations)

@@ -9,7 +9,7 @@ from browser import ask, needs_browser
 from conftest import ROOT
 from links import faults
 
-from data.evidence.site import build_site, build_slides, deck_cells
+from data.evidence.site import build_site, build_slides, deck_cells, shown_first
 from lib.course.run import notebooks
 from lib.errors import UserError
 from lib.files import BUILD, read_json, verified
@@ -120,8 +120,21 @@ def test_a_deck_of_a_run_has_its_outputs_and_vectors(tmp_path: Path) -> None:
     deck = (tmp_path / "out" / "04_edge_serving.slides.html").read_text(encoding="utf-8")
     assert "data:image/svg+xml;base64,PHN2ZyB4" in deck and 'src="data:image/png' not in deck
     (tmp_path / "04_edge_serving.ipynb").unlink()
-    with pytest.raises(UserError, match=r"code of 04_edge_serving: .* run --only 04"):
+    advice = f"code of 04_edge_serving: .* run --only 04 --profile {tmp_path.name}"
+    with pytest.raises(UserError, match=advice):
         build_slides(tmp_path / "none", executed=tmp_path)
+
+
+def test_the_first_page_shows_a_figure_once(tmp_path: Path) -> None:
+    """A run's outputs have it twice: as pixels, and as a drawing, which is shown."""
+    notebook = nbformat.read(notebooks("02")[0], as_version=4)
+    for output in (output for cell in notebook.cells if cell.metadata.get("front")
+                   for output in cell.outputs if "image/png" in output.get("data", {})):
+        output.data["image/svg+xml"] = "<svg xmlns='http://www.w3.org/2000/svg'/>"
+    (tmp_path / "run").mkdir()
+    nbformat.write(notebook, tmp_path / "run" / notebooks("02")[0].name)
+    text = shown_first(tmp_path / "run", tmp_path)
+    assert text.count("![") == text.count(".svg)") == len([*tmp_path.glob("front-*")]) > 0
 
 
 def test_what_sphinx_cannot_build_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -237,6 +237,11 @@ def test_labels_and_answers_as_people_write_them(
         monkeypatch.setattr("lib.deploy.evaluation.generate", lambda *_, said=said, **__: said)
         scores = evaluate(tiny_directory, rows).scores
         assert (scores["exact match"].hits, scores["keyword"].hits) == (exact, keyword)
+    both = [normalised({"prompt": "a", "completion": "Oil, then the oil filter.",
+                        "expected_keyword": label}) for label in ("oil", "oil filter")]
+    monkeypatch.setattr("lib.deploy.evaluation.generate",
+                        lambda *_, **__: ["Oil, then the oil filter."] * 2)
+    assert evaluate(tiny_directory, both).scores["keyword"].hits == (True, True)
     monkeypatch.setattr("lib.deploy.evaluation.batch_losses", lambda *_: [(float("nan"), 1)] * 3)
     with pytest.raises(UserError, match="has a loss of nan: its weights may be damaged"):
         evaluate(tiny_directory, rows)

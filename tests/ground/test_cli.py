@@ -40,6 +40,7 @@ def test_trains_an_adapter_and_prints_a_line(place: Path, tiny_directory: str,
                          "--batch-size", "2", "--rslora")) == 0
     out, err = capfd.readouterr()
     settings = verified(place / "out")["settings"]
+    assert verified(place / "out")["data"] == str(place / "good.jsonl")  # `deploy` reads it, too
     assert settings["mode"] == "qlora" and settings["rslora"] is True
     assert (settings["rank"], settings["steps"], settings["targets"]) == (4, 2, "minimal")
     # 2 layers, rank 4: q_proj 64 x 64, v_proj 32 x 64
