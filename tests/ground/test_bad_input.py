@@ -258,8 +258,8 @@ ROWS: dict[str, tuple[Call, str, str]] = {
     "serve: adapter twice": (["serve", "SHELF/edge", "--lora", "mine=a.gguf"], "mine=a.gguf",
                              "each name once"),
     "export: no records": ([*EXPORT, "--importance", "none.csv"], "none.csv", "check the"),
-    "export: out is the adapter": ([*EXPORT, "--adapter", "x=SHELF/adapter", "--route", "original",
-                                    "--out", "SHELF/adapter"], "holds .*adapter, which is read",
+    "export: out is the adapter": ([*EXPORT, "--adapter", "x=SHELF/adapter", "--out",
+                                    "SHELF/adapter", "--route", "original"], "holds .*adapter, which is read",
                                    "choose another folder"),
 
     "deploy: no budget": (["deploy", "--out", "small"], "required: --budget-mb", HELP),
