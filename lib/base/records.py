@@ -142,7 +142,7 @@ def normalised(row: Any, where: str = "it", ignore: Collection[str] | None = Non
     """
     require(isinstance(row, dict), f"{where} is not a JSON object: use {{...}}")
     row = {k: v for k, v in row.items() if v not in (None, [], {}) and k not in (ignore or ())}
-    left = {key: value for key, value in row.items() if value != ""}
+    left = {k: v for k, v in row.items() if not isinstance(v, str) or v.strip()}
 
     def take(*names: str) -> Any:
         """The one of these fields that is there; it must be text."""
@@ -156,8 +156,7 @@ def normalised(row: Any, where: str = "it", ignore: Collection[str] | None = Non
         del left[name]
         return value
 
-    label = left.get(LABEL, 0)
-    require(isinstance(label, str | int | float) and label == label and str(label).strip(),  # NaN
+    require(isinstance(label := left.get(LABEL, ""), str | int | float) and label == label,  # NaN
             f"{where} has a {LABEL!r} that is neither text nor a number: use one of them")
     record: Record = {LABEL: left.pop(LABEL)} if LABEL in left else {}
     if isinstance(number := record.get(LABEL), float) and number.is_integer():
@@ -278,7 +277,7 @@ def encode(tokenizer: Tokenizer, record: Record, *, learn: str = "all",
         text = begin(tokenizer, record["text"] + end * (not ended))
         ids = tokenizer(text, add_special_tokens=False).input_ids
         require(len(ids) > 1 and end, f"{where} has one token, or there is no eos_token: mend it")
-        _require_known(tokenizer, ids, text, where)
+        _require_known(tokenizer, ids, record, text, where=where)
         return ids, list(ids)
     controls = _controls(tokenizer)
     messages, tools = (_hidden(record.get(key), controls) for key in ("messages", "tools"))
@@ -320,15 +319,16 @@ def encode(tokenizer: Tokenizer, record: Record, *, learn: str = "all",
         ids += (part := prefixes[number][len(ids):] if alike
                 else _ids(tokenizer, whole[start:end], controls))
         labels += part if number % 2 else [IGNORED] * len(part)  # every other part is learned
-    _require_known(tokenizer, ids, whole, where)
+    _require_known(tokenizer, ids, record, whole, where=where)
     return ids, labels
 
 
-def _require_known(tokenizer: Tokenizer, ids: list[int], text: str, where: str) -> None:
-    """UserError for characters that the tokenizer drops, or has only an unknown token for."""
-    said, shown = ({*unicodedata.normalize("NFKC", t).casefold()}
-                   for t in (text, tokenizer.decode(ids)))
-    lost = sorted(c for c in said - shown if c.strip() and ord(c) < HIDDEN)
+def _require_known(tokenizer: Tokenizer, ids: list[int], record: Record, text: str, *, where: str
+                   ) -> None:
+    """UserError for characters of a record that stand in its text, and not in its ids."""
+    given, said, shown = ({*unicodedata.normalize("NFKC", t).casefold()} for t in (
+        "".join(_strings(record | {LABEL: 0})), text, tokenizer.decode(ids)))
+    lost = sorted(c for c in given & said - shown if c.strip())
     require(not lost, f"{where} has {lost[:9]}, unknown to the tokenizer: replace it")
 
 

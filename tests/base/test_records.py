@@ -65,7 +65,7 @@ def test_shapes_become_messages(tmp_path: Path, name: str) -> None:
 
 
 def test_tables(tmp_path: Path) -> None:
-    (tmp_path / "c.csv").write_text('instruction,response,id\n"Name, or\ntell","He said ""x"".",\n')
+    (tmp_path / "c.csv").write_text('instruction,response,id\n"Name, or\ntell","He said ""x"".", \n')
     (tmp_path / "c.tsv").write_text('instruction\tresponse\tid\nName, or tell\tHe said "x".\t\n')
     for name, asked in (("c.csv", "Name, or\ntell"), ("c.tsv", "Name, or tell")):
         (record,) = Records(tmp_path / name)
@@ -106,8 +106,6 @@ def test_tables(tmp_path: Path) -> None:
      "d.jsonl:2 has a turn with 'role', 'value', 'content': keep one of"),
     ("d.jsonl", '{"instruction": "a", "response": 5}', "'response' that is not text: use text"),
     ("d.jsonl", '{"instruction": "a", "response": "b", "expected_keyword": ["b"]}',
-     "d.jsonl:2 has a 'expected_keyword' that is neither text nor a number"),
-    ("d.jsonl", '{"instruction": "a", "response": "b", "expected_keyword": " "}',
      "d.jsonl:2 has a 'expected_keyword' that is neither text nor a number"),
     ("d.jsonl", '{"instruction": "a", "response": "b", "expected_keyword": NaN}',
      "d.jsonl:2 has a 'expected_keyword' that is neither text nor a number"),
