@@ -65,7 +65,8 @@ def test_shapes_become_messages(tmp_path: Path, name: str) -> None:
 
 
 def test_tables(tmp_path: Path) -> None:
-    (tmp_path / "c.csv").write_text('instruction,response,id\n"Name, or\ntell","He said ""x"".", \n')
+    (tmp_path / "c.csv").write_text('instruction,response,id\n'
+                                    '"Name, or\ntell","He said ""x"".", \n')
     (tmp_path / "c.tsv").write_text('instruction\tresponse\tid\nName, or tell\tHe said "x".\t\n')
     for name, asked in (("c.csv", "Name, or\ntell"), ("c.tsv", "Name, or tell")):
         (record,) = Records(tmp_path / name)
