@@ -42,21 +42,22 @@ def takes(run: dict[str, Any]) -> str:
             f"memory on {run['cores']} cores that compute in {run['dtype']}.")
 
 
-def executed_cells(path: Path) -> list[nbformat.NotebookNode]:
-    """The cells of an executed copy, without the cell of parameters that papermill puts in."""
-    return [cell for cell in nbformat.read(path, as_version=4).cells
-            if "injected-parameters" not in cell.metadata.get("tags", [])]
+def read_executed(path: Path) -> nbformat.NotebookNode:
+    """An executed copy, without the cell of parameters that papermill puts in."""
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells = [cell for cell in notebook.cells
+                      if "injected-parameters" not in cell.metadata.get("tags", [])]
+    return notebook
 
 
 def with_outputs_of(run: Path, notebook: nbformat.NotebookNode) -> bool:
     """Take the outputs of a run's copy, if it has the same code; False if it has not."""
-    cells = executed_cells(run) if run.is_file() else []
-    code = [cell for cell in cells if cell.cell_type == "code"]
-    own = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    if [cell.source for cell in code] != [cell.source for cell in own]:
+    if not run.is_file() or source_hash(done := read_executed(run)) != source_hash(notebook):
         return False
-    for cell, done in zip(own, code, strict=True):
-        cell.outputs = done.outputs
+    outputs = (cell.outputs for cell in done.cells if cell.cell_type == "code")
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = next(outputs)
     return True
 
 
@@ -67,7 +68,7 @@ def store_outputs(executed: Path, source: Path, run: dict[str, Any]) -> None:
     seconds of each code cell, and into the opening.
     """
     stored, seconds, count = nbformat.read(source, as_version=4), [], 0
-    for cell, done in zip(stored.cells, executed_cells(executed), strict=True):
+    for cell, done in zip(stored.cells, read_executed(executed).cells, strict=True):
         if cell.cell_type != "code":
             continue
         count += 1

@@ -221,7 +221,7 @@ def deploy(adapter: Path, budgets: Sequence[float], out: Path, *, records: Seque
             opened.tokenizer.save_pretrained(part)
             fixed = sum(f.stat().st_size for f in part.iterdir()) + MARGIN
         place = stack.enter_context(scratch(out) if len(budgets) == 1 else writing(
-            out, name=adapter.absolute().name, deployments=[*names.values()]))
+            out, name=opened.adapter.name, deployments=[*names.values()]))
         written = [opened.write(b, place / name, fixed, source) for b, name in names.items()]
         learn = opened.learn
         del opened  # gigabytes, which a measurement needs again
