@@ -8,6 +8,7 @@ import itertools
 import math
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,7 +57,8 @@ def parser() -> Parser:
     add("--out", required=True, **DIR)
     add("--model", default="embedded", help="hub id or directory")
     add("--mode", choices=MODES, help="default qlora, or lora over configurations")
-    add_fields(train, TrainSettings, omit=("mode", "plain"))
+    add_fields(train, TrainSettings, omit=("mode", "plain", "learning_rate"))
+    add("--learning-rate", type=float, help="default 0.003, with --mode full 0.0003")
 
     add = commands.add_parser("evaluate", help="score one or two systems on records").add_argument
     add("systems", nargs="+", metavar="SYSTEM", help="embedded, a folder, a hub id, http://HOST/v1#NAME")
@@ -88,6 +90,7 @@ def parser() -> Parser:
     add("--format", default="", choices=("", "packed", "gguf"), help="default by the adapter")
     add("--route", default="", choices=("", "original", "dequantized"), help="as for export")
     add("--model", default="", help="the adapter's base, where it is now")
+    add("--converter", help="as for export", **DIR)
     add("--budget-mb", "--budgets", required=True, metavar="MB", action="extend", type=lambda t: [
         *map(float, t.split(","))], help="size of all files, MB (10^6 bytes); or several: 75,90")
     add("--memory-mb", metavar="MB", help="limit, measured here", **LIMIT)
@@ -141,6 +144,9 @@ def dispatch(args: argparse.Namespace) -> None:
             print(f"open {run(args.profile, only=args.only, store=args.store) / 'index.html'}")
         case "train":
             args.mode = args.mode or ("qlora" if args.method == "plain" else "lora")
+            # Full fine-tuning needs a tenth of LoRA's (claim T7).
+            if args.learning_rate is None:
+                args.learning_rate = 3e-4 if args.mode == "full" else TrainSettings.learning_rate
             settings, ignore = from_fields(TrainSettings, args), args.ignore
             records = Records(args.data, ignore=ignore)
             held = Records(args.eval_data, ignore=ignore) if args.eval_data else None
@@ -169,8 +175,8 @@ def dispatch(args: argparse.Namespace) -> None:
                 own = args.out.is_file() and re.match(rb'$|{\n "data": ', args.out.read_bytes())
                 require(own, f"--out {args.out} is there, and no evaluation: name another file")
             from lib.deploy.evaluation import differences, evaluate
-            done = [evaluate(system, records, new_tokens=args.new_tokens, learn=args.learn,
-                             route=args.route, base=args.model, places=places)
+            options = {"new_tokens": args.new_tokens, "learn": args.learn, "route": args.route}
+            done = [evaluate(system, records, base=args.model, places=places, **options)
                     for system in args.systems]
             rows = [(system, row.figures()) for system, row in zip(args.systems, done, strict=True)]
             rows += [("the second less the first", differences(*done))] if done[1:] else []
@@ -216,11 +222,11 @@ def dispatch(args: argparse.Namespace) -> None:
                     "records": records, "held": records[-HELD:]} if adapter else shipped(
                         args.task, args.format or "packed")
             done = deploy(**what, budgets=args.budget_mb, out=args.out, model=args.model,
-                          limits=Cost(args.memory_mb, args.token_ms))
+                          limits=Cost(args.memory_mb, args.token_ms), converter=args.converter)
             for budget, deployed in done.items():
                 print(f"{args.out}, {budget:g} MB, by {len(what['held'])} records: {deployed}")
             if any(args.out.rglob("model.gguf")):
-                print(f"start it with `python -m lib serve {args.out}`")
+                print(f"start it with `python -m lib serve {shlex.quote(str(args.out))}`")
         case "serve":
             from lib.serve.server import serve
             with contextlib.suppress(KeyboardInterrupt):  # the ordinary way to stop it

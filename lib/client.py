@@ -23,6 +23,7 @@ class Answer:
     first: float
     last: float
     prompt_tokens: float
+    whole: bool  # it ended by itself, and not at a limit
 
     @property
     def decode(self) -> float:
@@ -44,28 +45,30 @@ def connect(url: str, **options: Any) -> httpx.Client:
 
 def ask(client: httpx.Client, body: dict[str, Any]) -> Answer:
     """Stream one chat answer and time it; UserError with the server's words if it is refused."""
-    times, parts, usage, event = [], [], {}, None
+    times, parts, usage, ended, rest = [], [], {}, "", ""
     start = time.perf_counter()
     options = {"stream": True, "stream_options": {"include_usage": True}}
     with client.stream("POST", "/chat/completions", json=body | options) as reply:
         if not reply.is_success:
             said = reply.read().decode(errors="replace")[:300]
             raise UserError(f"status {reply.status_code}: {said}")
-        for line in reply.iter_lines():
-            kind, _, data = line.partition(":")
-            if kind not in ("data", "error") or "{" not in data:
-                continue
-            event = json.loads(data)
-            require("choices" in event, f"the server broke off: {data.strip()[:300]}")
-            usage = event.get("usage") or usage
-            for choice in event["choices"]:
-                if part := choice["delta"].get("content"):
-                    times.append(time.perf_counter() - start)
-                    parts.append(part)
-    require(event, "the server sends no stream of events")
+        for text in reply.iter_text():
+            *lines, rest = (rest + text).split("\n")  # an answer may have Unicode's other line ends
+            for kind, _, data in (line.partition(":") for line in lines):
+                if kind not in ("data", "error") or "{" not in data:
+                    continue
+                event = json.loads(data)
+                require("choices" in event, f"the server broke off: {data.strip()[:300]}")
+                usage = event.get("usage") or usage
+                for choice in event["choices"]:
+                    ended = choice.get("finish_reason") or ended
+                    if part := choice["delta"].get("content"):
+                        times.append(time.perf_counter() - start)
+                        parts.append(part)
+    require(ended, "the server broke off, or sends no stream of events")
     times = times or [time.perf_counter() - start]  # an answer may end before any text
     return Answer("".join(parts).strip(), usage.get("completion_tokens", math.nan), times[0],
-                  times[-1], usage.get("prompt_tokens", math.nan))
+                  times[-1], usage.get("prompt_tokens", math.nan), ended != "length")
 
 
 def ask_all(url: str, bodies: Sequence[dict[str, Any]], *, clients: int = 4) -> list[Answer]:

@@ -49,6 +49,14 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not readable JSON ({error}): make it again") from None
 
 
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; ValueError for a key that it has twice."""
+    keys = [key for key, _ in pairs]
+    if len({*keys}) < len(keys):
+        raise ValueError(f"{max(keys, key=keys.count)!r} is twice in one object")
+    return dict(pairs)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON beside `path`, then rename it into place."""
     with replacing(path) as part:

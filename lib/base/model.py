@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import functools
 import gc
+import math
 import os
 import platform
 import re
@@ -41,16 +42,16 @@ CHAT_TEMPLATE = (
 def load_tokenizer(model: str = EMBEDDED, *, template: str = "auto", base: str = ""
                    ) -> PreTrainedTokenizerBase:
     """Tokenizer with a chat template, and a pad token that is not the end token if it has one.
-
     The template is the course's for the embedded model and for one without a template, else the
     model's own; or "course" or "own". The own one remains as `tokenizer.own_chat_template`.
-    What the folder of an adapter lacks is its base's, or that of `base`.
-    """
+    What the folder of an adapter lacks is its base's, or that of `base`."""
     base, own = base or adapter_base(model), Path(model, "chat_template.jinja")
-    if base and not any(Path(model).glob("tokenizer.*")):
+    if base and not has_tokenizer(model):
         tokenizer = load_tokenizer(base, template=template)
-        if own.is_file():
-            tokenizer.chat_template = own.read_text(encoding="utf-8")
+        config = Path(model, "tokenizer_config.json")
+        named = read_json(config).get("chat_template") if config.is_file() else None
+        if own.is_file() or named:
+            tokenizer.chat_template = named or own.read_text(encoding="utf-8")
         return tokenizer
     tokenizer = _load(transformers.AutoTokenizer, model)
     if isinstance(tokenizer.chat_template, dict):  # of several; a GGUF file has one
@@ -74,9 +75,7 @@ def load_tokenizer(model: str = EMBEDDED, *, template: str = "auto", base: str =
 def load_model(model: str = EMBEDDED, *, dtype: torch.dtype | None = None, **options: object
                ) -> PreTrainedModel:
     """Causal language model in evaluation mode: "embedded", a hub id or a local directory.
-
-    By default in `best_dtype()`; `options` go to `from_pretrained`. UserError if it fails to load.
-    """
+    By default in `best_dtype()`; `options` go to `from_pretrained`. UserError if it fails."""
     quiet()
     hold_memory()
     release_memory()
@@ -85,8 +84,9 @@ def load_model(model: str = EMBEDDED, *, dtype: torch.dtype | None = None, **opt
     require(not getattr(loaded, "_hf_peft_config_loaded", False),  # as transformers does by itself
             f"{model} is an adapter on the hub: download it, or name its base as the model")
     require(not info["missing_keys"], f"{model} lacks {[*info['missing_keys']][:2]}: save it again")
-    own = {name for name, module in loaded.named_modules() if module._parameters}
-    spare = [key for key in info["unexpected_keys"] if key.rpartition(".")[0] in own]
+    own = {re.sub(r"\d+", "0", name) for name, m in loaded.named_modules() if m._parameters}
+    spare = [key for key in info["unexpected_keys"]  # perhaps of layers that the config lacks
+             if re.sub(r"\d+", "0", key.rpartition(".")[0]) in own]
     require(not spare, f"{model} has {spare[:2]}, which its config does not use: mend config.json")
     tokenizer = load_tokenizer(model)
     require_rows(loaded, tokenizer)
@@ -94,6 +94,11 @@ def load_model(model: str = EMBEDDED, *, dtype: torch.dtype | None = None, **opt
     it.do_sample = bool(it.do_sample or {it.temperature, it.top_p, it.top_k} - {None, 1}) or None
     loaded.config.pad_token_id = it.pad_token_id = tokenizer.pad_token_id
     return loaded.eval()
+
+
+def context(model: PreTrainedModel) -> float:
+    """The most tokens that a model reads; infinite where its config has no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 def require_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -106,7 +111,7 @@ def require_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
 def _load(loader: Any, model: str, **options: object) -> Any:
     """`loader.from_pretrained`, but say in one line why a model does not load."""
     source = locate(model)
-    whole = loader is transformers.AutoTokenizer and any(Path(source).glob("tokenizer.*"))
+    whole = loader is transformers.AutoTokenizer and has_tokenizer(source)
     require(whole or not Path(source, "adapter_config.json").is_file(), f"{source} is an adapter "
             f"of {adapter_base(source) or None}: name its base as the model")
     try:
@@ -115,11 +120,17 @@ def _load(loader: Any, model: str, **options: object) -> Any:
         path = Path(source)
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         require(path.is_dir(), f"model {model!r} is not a local directory and did not load from "
-                f"the hub ({reason}): check the network and the name, or use MODEL=embedded")
+                f"the hub ({reason}): check path, name and network, say where it is with "
+                "--model, or use MODEL=embedded; a server's address begins with http://")
         if (path / "manifest.json").is_file():
             verified(path)  # names the damaged file, if there is one
         raise UserError(f"{path} does not load ({reason}): check that it is a complete model, "
                         "that there is enough memory, and the pinned versions") from error
+
+
+def has_tokenizer(source: str) -> bool:
+    """Whether a folder has a tokenizer of its own; slow ones have no tokenizer.json."""
+    return any(file for name in ("tokenizer.*", "vocab.*") for file in Path(source).glob(name))
 
 
 def adapter_base(source: str) -> str:
@@ -207,9 +218,7 @@ def release_memory() -> None:
 @functools.cache
 def best_dtype() -> torch.dtype:
     """bfloat16 if a short matrix product is faster in it than in float32: we time both.
-
-    Without bfloat16 instructions it takes up to 40 times as long. `COURSE_DTYPE` overrides.
-    """
+    Without bfloat16 instructions it takes up to 40 times as long. `COURSE_DTYPE` overrides."""
     if name := os.environ.get("COURSE_DTYPE"):
         require(name in ("float32", "bfloat16"), f"COURSE_DTYPE={name}: use float32 or bfloat16")
         return getattr(torch, name)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import UserError, require
-from lib.files import ROOT
+from lib.files import ROOT, unique
 
 DATA = ROOT / "data"
 Record = dict[str, Any]
@@ -30,9 +30,7 @@ ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "developer"
 
 class Records:
     """Records of a file or a hub data set, read as needed, each as `normalised` gives it.
-
-    `where` names the place of the last one, and so do errors.
-    """
+    `where` names the place of the last one, and so do errors."""
 
     def __init__(self, source: Path | str, *, ignore: Collection[str] = ()) -> None:
         self.source, self.ignore, self.where = str(source), ignore, str(source)
@@ -61,7 +59,7 @@ def _rows(source: str) -> Iterator[tuple[str, Any]]:
             rows = (row for batch in file.iter_batches(1000) for row in batch.to_pylist())
             yield from ((f"{source}, record {i}", _said(row)) for i, row in enumerate(rows, 1))
         except (pyarrow.ArrowException, ValueError, OSError) as error:
-            raise UserError(f"{source} is no Parquet file ({error}): write it again") from None
+            raise UserError(f"{source} is not a Parquet file ({error}): write it again") from None
     elif kind in (".csv", ".tsv"):
         with path.open(encoding="utf-8-sig", newline="") as file:
             csv.field_size_limit(2**31 - 1)
@@ -78,7 +76,8 @@ def _rows(source: str) -> Iterator[tuple[str, Any]]:
                             "as CSV without spaces before quotes, or as JSON lines")
                     require(len(row) == len(names), f"{place} has {len(row)} fields instead of "
                             f"{len(names)}: put quotes around text with commas or line breaks")
-                    yield place, dict(zip(names, row, strict=True))
+                    # So databases write a field without a value.
+                    yield place, {n: f for n, f in zip(names, row, strict=True) if f != r"\N"}
             except (csv.Error, UnicodeError) as error:
                 raise UserError(f"{source}:{reader.line_num} cannot be read ({error}): double "
                                 "each quote inside quotes, and save as UTF-8") from None
@@ -94,9 +93,9 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
             try:
                 rows = []
                 if path.suffix.lower() == ".json" and line.lstrip()[:1] == b"[":
-                    rows = json.loads((line + file.read()).decode(), object_pairs_hook=_unique)
+                    rows = json.loads((line + file.read()).decode(), object_pairs_hook=unique)
                 elif line.strip():
-                    rows = [json.loads(line.decode(), object_pairs_hook=_unique)]
+                    rows = [json.loads(line.decode(), object_pairs_hook=unique)]
                 # JSON can spell half a character ("\ud800"), which no tokenizer takes.
                 json.dumps(rows, ensure_ascii=False).encode("utf-8")
             except UnicodeError:
@@ -106,14 +105,6 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
                                 "object a line, and each key once") from None
             yield from ((place if len(rows) == 1 else f"{place}, record {i}", row)
                         for i, row in enumerate(rows, 1))
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> Record:
-    """An object of JSON; ValueError for a key that it has twice."""
-    keys = [key for key, _ in pairs]
-    if len({*keys}) < len(keys):
-        raise ValueError(f"{max(keys, key=keys.count)!r} is twice in one object")
-    return dict(pairs)
 
 
 def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
@@ -137,9 +128,7 @@ def _said(value: Any) -> Any:
 
 def normalised(row: Any, where: str = "it", ignore: Collection[str] | None = None) -> Record:
     """A record of any of the shapes as {"messages": [...]} or {"text": ...}, with tools and label.
-
-    Without `ignore` further fields are not looked at.
-    """
+    Without `ignore` further fields are not looked at."""
     require(isinstance(row, dict), f"{where} is not a JSON object: use {{...}}")
     row = {k: v for k, v in row.items() if v not in (None, [], {}) and k not in (ignore or ())}
     left = {k: v for k, v in row.items() if not isinstance(v, str) or v.strip()}
@@ -186,8 +175,12 @@ def normalised(row: Any, where: str = "it", ignore: Collection[str] | None = Non
     require(not left or ignore is None, f"{where} has {', '.join(map(repr, left))}, which would "
             "not be used: drop it, or name it with --ignore")
     if "messages" in record:
-        last = record["messages"][-1]["role"] if record["messages"] else "nothing"
+        turns = record["messages"]  # most templates show the order of calls, and not their ids
+        last = turns[-1]["role"] if turns else "nothing"
         require(last == "assistant", f"{where} ends with {last}: end with the assistant's turn")
+        calls = (call.get("id") for turn in turns for call in turn.get("tool_calls", ()))
+        require(all(turn["tool_call_id"] in calls for turn in turns if "tool_call_id" in turn),
+                f"{where} has answers of tools in another order than the calls: reorder them")
     return record
 
 
@@ -204,9 +197,8 @@ def _message(turn: Any, where: str, ignore: Collection[str] | None) -> Record:
     role = ROLES.get(message.get("role"))
     require(role, f"{where} has the role {message.get('role')!r}: use one of {', '.join(ROLES)}")
     content = message.get("content", "")
-    if isinstance(content, list) and all(
-            isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text"
-            and isinstance(part["text"], str) for part in content):
+    if isinstance(content, list) and all(isinstance(part, dict) and part == {
+            "type": "text", "text": str(part.get("text"))} for part in content):
         content = "".join(part["text"] for part in content)
     require(isinstance(content, str), f"{where} has a turn whose content is not text: use text")
     require(content.strip() or message.get("tool_calls"),
@@ -216,7 +208,7 @@ def _message(turn: Any, where: str, ignore: Collection[str] | None) -> Record:
         for function in (call.get("function", call) for call in calls):
             if isinstance(function.get("arguments"), str):  # templates expect them decoded
                 text = function["arguments"]
-                function["arguments"] = json.loads(text, object_pairs_hook=_unique)
+                function["arguments"] = json.loads(text, object_pairs_hook=unique)
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{where}: tool calls unlike OpenAI's ({error}): write them so") from None
     return message | {"role": role, "content": content} | ({"tool_calls": calls} if calls else {})
@@ -263,13 +255,12 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[Record], *, own: boo
     return _ids(tokenizer, render(tokenizer, messages, own=own), controls)
 
 
-def encode(tokenizer: Tokenizer, record: Record, *, learn: str = "all",
-           where: str = "the record") -> tuple[list[int], list[int]]:
+def encode(tokenizer: Tokenizer, record: Record, *, learn: str = "all", where: str = "the record",
+           asked: bool = True) -> tuple[list[int], list[int]]:
     """Token ids of a record and their labels: those of the assistant's turns with their ends.
-
     `learn` is "all" or "last", of these turns. Of plain text all tokens are learned. UserError
-    if the chat template leaves out a part of the record, or does not end an answer.
-    """
+    if the chat template leaves out a part of the record, does not end an answer, or (`asked`)
+    would ask for it with more than stands before it, as where it begins a thought."""
     record = normalised(record, where)
     if "text" in record:
         end = tokenizer.eos_token or ""
@@ -287,8 +278,9 @@ def encode(tokenizer: Tokenizer, record: Record, *, learn: str = "all",
             return begin(tokenizer, tokenizer.apply_chat_template(
                 messages[:count], tools=tools, tokenize=False, **options))
         except Exception as error:  # of Jinja, or what a template raises itself
-            raise UserError(f"{where}: the template says {error}: use --learn last, or another "
-                            "--template") from None
+            remedy = "use --learn last, or another --template" if count else (
+                "leave out the assistant's first turn, which answers nothing")
+            raise UserError(f"{where}: the template says {error}: {remedy}") from None
 
     whole, cuts = rendered(len(messages)), [0]
     own = [message for message in messages if message["role"] != "tool"]  # some quote a tool's
@@ -306,6 +298,8 @@ def encode(tokenizer: Tokenizer, record: Record, *, learn: str = "all",
     for index, message in enumerate(messages):
         if message["role"] == "assistant" and (learn == "all" or index == len(messages) - 1):
             prompt, text = rendered(index, add_generation_prompt=True), rendered(index + 1)
+            while not (asked or text.startswith(prompt)):
+                prompt = prompt[:-1]
             ends = [m.end() for m in controls[0].finditer(text) if m.end() > len(prompt)]
             kept = ends and text.startswith(prompt) and whole.startswith(text[:ends[-1]])
             require(kept, f"{where}: the chat template does not end an answer, or changes it "
@@ -325,11 +319,18 @@ def encode(tokenizer: Tokenizer, record: Record, *, learn: str = "all",
 
 def _require_known(tokenizer: Tokenizer, ids: list[int], record: Record, text: str, *, where: str
                    ) -> None:
-    """UserError for characters of a record that stand in its text, and not in its ids."""
+    """UserError for characters of a record that its text has, and its ids lack; and for answers
+    that these change: other spaces, or small letters."""
+    decoded = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     given, said, shown = ({*unicodedata.normalize("NFKC", t).casefold()} for t in (
-        "".join(_strings(record | {LABEL: 0})), text, tokenizer.decode(ids)))
+        "".join(_strings(record | {LABEL: 0})), text, decoded))
     lost = sorted(c for c in given & said - shown if c.strip())
     require(not lost, f"{where} has {lost[:9]}, unknown to the tokenizer: replace it")
+    whole = unicodedata.normalize("NFC", decoded)
+    for message in record.get("messages", [{"role": "assistant", "content": record.get("text")}]):
+        exact = unicodedata.normalize("NFC", message["content"]) in whole
+        require(exact or message["role"] != "assistant", f"{where}: the tokenizer changes "
+                f"{message['content'][:99]!r}, as spaces or capitals: use another model")
 
 
 @functools.lru_cache(4)

@@ -4,7 +4,6 @@ from lib import exports
 
 __getattr__, __all__ = exports(__name__, {"adapter": "OWNED PACE CoaLora MixingNetwork train_over",
     "configuration": "AnyFormat Configuration Switchable best_formats block_and_kind format_errors "
-                     "greedy_configuration known_configurations random_configuration "
-                     "sensitivities",
+                     "greedy_configuration known_configurations random_configuration sensitivities",
     "pareto": "Evaluated Features Journal expected_improvement fillers front hypervolume "
               "non_dominated reference_point search"})

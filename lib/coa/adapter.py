@@ -43,12 +43,10 @@ LEAST_LOSS = 0.02  # nats; below it a step follows the gradient of the loss itse
 
 class MixingNetwork(nn.Module):
     """U_theta: embeddings, LayerNorm, two linear layers, the last one zero at the start.
-
     U = pace * network(fields of a format, block, kind) + diag(gates(bits) - 1), for all layers at
     once, to (layers, r, r). A NormalFloat format has five fields, a GGUF format one, its type. The
     gates are ours and not learned: 1, and 0 for the last components, an `owned` share of the
-    rank, in layers that do not have the first value of the first field (NormalFloat: 2 bits).
-    """
+    rank, in layers that do not have the first value of the first field (NormalFloat: 2 bits)."""
 
     def __init__(self, layers: Layers, rank: int, *, owned: float = 0, family: str = "nf") -> None:
         super().__init__()
@@ -62,9 +60,9 @@ class MixingNetwork(nn.Module):
         self.places = [[blocks.index(block), MODULE_KINDS.index(kind)] for block, kind in places]
         sizes = [*fields, len(blocks), len(MODULE_KINDS)]
         self.embeddings = nn.ModuleList(nn.Embedding(size, WIDTH) for size in sizes)
-        self.network = nn.Sequential(
-            nn.LayerNorm(WIDTH * len(sizes)), nn.Linear(WIDTH * len(sizes), HIDDEN),
-            nn.SiLU(), nn.Linear(HIDDEN, rank * rank))
+        width = WIDTH * len(sizes)
+        self.network = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, HIDDEN), nn.SiLU(),
+                                     nn.Linear(HIDDEN, rank * rank))
         nn.init.zeros_(self.network[-1].weight)
         nn.init.zeros_(self.network[-1].bias)
 
@@ -100,10 +98,8 @@ def learned_a(layer: nn.Module) -> Tensor:
 
 class CoaLora:
     """A configuration-aware adapter on peft's own LoRA layers.
-
     A forward pass of `model`, peft's, applies U for `base.configuration`, and leaves it in
-    `mixers`, (layers, r, r), and (I + U) A in `mixed`. `network` is trained with A and B.
-    """
+    `mixers`, (layers, r, r), and (I + U) A in `mixed`. `network` is trained with A and B."""
 
     def __init__(self, model: PeftModel, base: Switchable,
                  network: MixingNetwork | None = None) -> None:
@@ -236,16 +232,13 @@ def _descend_on_logarithm(trainer: Any, parts: int) -> None:
     trainer.compute_loss = compute
 
 
-def train_over(base: Switchable, records: Iterable[Record],
-               configurations: Sequence[Configuration], settings: TrainSettings, *,
-               method: str = "coa", callbacks: Sequence[TrainerCallback] = (), **options: Any
-               ) -> tuple[TrainResult, CoaLora | None]:
+def train_over(base: Switchable, records: Iterable[Record], configurations: Sequence[Configuration],
+               settings: TrainSettings, *, method: str = "coa", callbacks: Sequence[TrainerCallback]
+               = (), **options: Any) -> tuple[TrainResult, CoaLora | None]:
     """Train one adapter on a base that changes its configuration in each part of a step.
-
     `base` is fresh and gets the adapter, which is also returned if it has a network. `method`:
     "paper", with the paper's network; "coa", also with owned components, which start from the
-    quantisation error (NormalFloat's 2 bits); the others are plain LoRA. `options`: of `train`.
-    """
+    quantisation error (NormalFloat's 2 bits); the others are plain LoRA. `options`: of `train`."""
     require(process_count() == 1, "it takes one process: start it without `accelerate launch`")
     require(method in METHODS, f"unknown method {method!r}: use one of {', '.join(METHODS)}")
     require(settings.mode == "lora" and set(settings.modules) == set(MODULE_KINDS),
@@ -280,9 +273,7 @@ def train_over(base: Switchable, records: Iterable[Record],
 def train_joint(records: Sequence[Record] | Records, settings: TrainSettings, *,
                 model: str = EMBEDDED, **options: Any) -> TrainResult:
     """The methods of `python -m lib train --method`: coa, paper, shared, dedicated.
-
-    The first three train over a `training_set`, the last over the file `settings.configuration`.
-    """
+    The first three train over a `training_set`, the last over the file `settings.configuration`."""
     base = Switchable.load(model, cache_mb=1500)  # to round to some types takes seconds
     if settings.method == "dedicated":
         only = read_json(Path(settings.configuration))
@@ -305,10 +296,8 @@ def set_components(layer: torch.nn.Module, rows: range, b: Tensor, a: Tensor) ->
 @torch.no_grad()
 def start_owned(coa: CoaLora, roots: Sequence[Tensor]) -> None:
     """The components owned by layers of 2 bits start from their mean error in `best_formats`.
-
     The rows of A without an owner grow by sqrt(r / their number): a step moves B A by the sum
-    of |a|^2 over them, so they learn as fast as all r would.
-    """
+    of |a|^2 over them, so they learn as fast as all r would."""
     base, rank, owned = coa.base, coa.network.rank, coa.network.owned
     formats, shared = [fmt for fmt in best_formats() if fmt.bits == 2], rank - owned
     for index, layer in enumerate(coa.lora_layers.values() if owned else ()):

@@ -100,9 +100,8 @@ class Configuration:
     @cached_property
     def indices(self) -> list[list[int]]:
         """For each layer, the positions of its format's fields in the family's grid."""
-        fields = ([fmt] if isinstance(fmt, str) else fmt.as_list() for fmt in self.formats)
-        return [[values.index(value) for values, value in zip(
-            GRIDS[self.family].values(), row, strict=True)] for row in fields]
+        sizes = [*map(len, GRIDS[self.family].values())]
+        return torch.stack(torch.unravel_index(self.numbers, sizes), 1).tolist()
 
     @property
     def bytes(self) -> int:
@@ -148,11 +147,9 @@ class Configuration:
 
 class Switchable:
     """A model, its original weights, and a cache of its layers in other formats.
-
     A layer's weight points to the dequantised tensor of its format, built from the file's
     float16 weights; cached ones, up to `cache_mb` MB, are shared, so nothing may write into
-    them. `configuration` is None for the original weights.
-    """
+    them. `configuration` is None for the original weights."""
 
     def __init__(self, model: PreTrainedModel, *, cache_mb: float = 512,
                  dtype: torch.dtype | None = None, name: str = EMBEDDED) -> None:
@@ -220,10 +217,8 @@ class Switchable:
     def training_set(self, records: Sequence[Record], family: str = "nf", *, count: int = 50,
                      seed: int = 0, **options: Any) -> list[Configuration]:
         """Configurations spread over the budgets, random and greedy ones in turn.
-
         Those with more noise than the cheapest greedy one, which has fewer bits, are left out:
-        they are useless, and steps on them do harm. `options` are those of `sensitivities`.
-        """
+        they are useless, and steps on them do harm. `options` are those of `sensitivities`."""
         formats, best = FAMILIES[family], best_formats(family)
         noise = format_errors(self, formats) * sensitivities(self, records, **options)[:, None]
         columns, every = [FORMAT_NUMBERS[fmt] for fmt in best], list[Configuration]()
@@ -239,9 +234,7 @@ class Switchable:
 def random_configuration(layers: Layers, budget: float, rng: random.Random,
                          family: str = "nf") -> Configuration:
     """Random formats of a family whose bits a weight are within 0.05 of the budget.
-
-    They are drawn in proportion to exp(t * bits), where t moves until the sum fits.
-    """
+    They are drawn in proportion to exp(t * bits), where t moves until the sum fits."""
     formats, t = FAMILIES[family], 0.0
     costs = [fmt.bits_per_parameter for fmt in formats]
     require(min(costs) < budget < max(costs),
@@ -261,9 +254,8 @@ def best_formats(family: str = "nf") -> tuple[AnyFormat, ...]:
     if family == "gguf":
         return FAMILIES[family]
     weight = torch.randn(1 << 16, generator=torch.Generator().manual_seed(0))
-    rows = sorted((fmt.bits_per_parameter,
-                   float((round_trip(weight, fmt) - weight).square().sum()), number)
-                  for number, fmt in enumerate(FAMILIES[family]))
+    rows = sorted((fmt.bits_per_parameter, float((round_trip(weight, fmt) - weight).square().sum()),
+                   number) for number, fmt in enumerate(FAMILIES[family]))
     costs, errors, positions = zip(*rows, strict=True)
     return tuple(FAMILIES[family][positions[i]] for i in _lower_hull(errors, costs))
 
@@ -284,8 +276,7 @@ def sensitivities(base: Switchable, records: Sequence[Record], *, tokenizer: Any
                   learn: str = "all") -> Tensor:
     """(layers,): mean squared gradient of an example's loss by a layer's weights, per weight.
     Noise of energy e, spread evenly over n weights, moves the loss by about |g| sqrt(e / n);
-    the square of that is sensitivity times energy.
-    """
+    the square of that is sensitivity times energy."""
     tokenizer = tokenizer or load_tokenizer(base.name)
     weights = [base.model.get_submodule(name).weight for name in base.layers.names]
     total = torch.zeros(len(weights))
@@ -331,10 +322,8 @@ def greedy_configuration(layers: Layers, budget: float, formats: Sequence[AnyFor
 
 def spend(errors: Tensor, costs: Tensor, budget: float) -> list[int]:
     """The column for each row that makes errors fall most for what the budget buys.
-
     `errors` and `costs` are (rows, columns), costs ascending; every row starts at its first
-    column. Moves are sorted by error saved for the cost, which falls along a row's lower hull.
-    """
+    column. Moves are sorted by error saved for the cost, which falls along a row's lower hull."""
     moves = []
     for row, (error, cost) in enumerate(zip(errors.tolist(), costs.tolist(), strict=True)):
         for at, to in itertools.pairwise(_lower_hull(error, cost)):

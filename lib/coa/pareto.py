@@ -63,13 +63,11 @@ def front_by_segment(points: Tensor) -> list[int]:
 def expected_improvement(bits: Tensor, mean: Tensor, spread: Tensor, points: Tensor,
                          reference: Tensor) -> Tensor:
     """Expected hypervolume improvement of candidates whose bits are known exactly, (n,).
-
     Only the loss is uncertain, y ~ N(mean, spread^2). With f(b) the least loss among the points
     of at most b bits, a candidate of c bits gains int_c^R max(0, f(b) - y) db. As f is constant
     between the front's points, E = sum_i width_i(c) * EI(f_i), EI(f) = (f - mean) Phi(z) +
     spread phi(z), z = (f - mean) / spread (Emmerich et al. 2011, with one objective exact).
-    `bits`, `mean` and `spread` (above 0) are (n,), `points` (m, 2), `reference` (2,).
-    """
+    `bits`, `mean` and `spread` (above 0) are (n,), `points` (m, 2), `reference` (2,)."""
     inside = front(points[(points < reference).all(1)])
     left = torch.cat([torch.tensor([-torch.inf], dtype=inside.dtype), inside[:, 0]])
     right = torch.cat([inside[:, 0], reference[:1]])
@@ -117,10 +115,8 @@ class Features:
 
 class Surrogate:
     """Gaussian process of the logarithm of the loss, on (n, features) sums of noise.
-
     Matern 5/2 on standardised features for the curvature, a linear term for the trend, white
-    noise. The hyper-parameters are fitted from several starts.
-    """
+    noise. The hyper-parameters are fitted from several starts."""
 
     def __init__(self, sums: Tensor, logs: Tensor, *, starts: int = 3, seed: int = 0) -> None:
         # Its own kernel: if two processes shared one, the second fit would overwrite the first.
@@ -202,10 +198,8 @@ def search(start: Evaluated, features: Features, evaluate: Evaluate, *, evaluati
 def propose(evaluated: Evaluated, features: Features, surrogate: Surrogate, reference: Tensor, *,
             count: int, rng: random.Random) -> Tensor:
     """(count, layers): the candidates of highest expected improvement, each given those before.
-
     The climbs start from random points of the front. A chosen candidate counts at its expected
-    loss when the next is chosen (kriging believer). The first ones go to empty segments.
-    """
+    loss when the next is chosen (kriging believer). The first ones go to empty segments."""
     def acquire(bits: Tensor, sums: Tensor) -> Tensor:
         return expected_improvement(bits, *surrogate.predict(sums), evaluated.points, reference)
 
@@ -243,11 +237,9 @@ def fillers(features: Features, points: Tensor) -> list[Tensor]:
 def climb(configuration: Tensor, features: Features, acquire: Callable[[Tensor, Tensor], Tensor],
           *, steps: int = STEPS) -> list[Tensor]:
     """The configurations passed on the way up the finite differences of the acquisition.
-
     Each step takes the gain of every neighbour, and applies the best change of each of the most
     promising layers together, and of fewer and fewer layers if that gains nothing.
-    `acquire` takes (n,) bits and (n, features) sums of noise.
-    """
+    `acquire` takes (n,) bits and (n, features) sums of noise."""
     passed = []
     bits, sums = features.bits(configuration[None]), features.sums(configuration[None])
     value = acquire(bits, sums)
@@ -281,9 +273,7 @@ def climb(configuration: Tensor, features: Features, acquire: Callable[[Tensor, 
 
 def neighbours(configuration: Tensor, features: Features) -> tuple[Tensor, Tensor]:
     """(layer, new format number) of every change of one field by one place up or down its list.
-
-    A category goes to every other one. Numbers count fields as itertools.product does.
-    """
+    A category goes to every other one. Numbers count fields as itertools.product does."""
     layers, numbers, stride = [], [], features.noise.shape[1]
     for name, values in GRIDS[features.family].items():
         count = len(values)

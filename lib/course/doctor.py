@@ -18,9 +18,7 @@ MEMORY_GB, DISK_GB = 4.4, 2.2  # the largest notebook; base model, its wheel, on
 
 def examine() -> Iterator[tuple[str, str, str]]:
     """(state, name, what was found) of every check; nothing is changed or downloaded.
-
-    The state is "ok", "note" (it works) or "problem", and then the text ends with the remedy.
-    """
+    The state is "ok", "note" (it works) or "problem", and then the text ends with the remedy."""
     yield ("ok" if sys.version_info[:2] <= (3, 13) else "note", "python",
            f"{platform.python_version()}, tried: 3.11 to 3.13")
 

@@ -53,10 +53,8 @@ def start(number: str, profile: str, model: str = "") -> tuple[Profile, Measurem
 def check(attempt: Callable[..., Any], cases: Sequence[tuple[Any, Any]],
           tolerance: float = 1e-6) -> None:
     """Print `right: N cases`, or `not attempted yet` after a NotImplementedError.
-
     `cases` are pairs (arguments, expected); an `expected` that is a function takes the answer
-    and says what is wrong with it, or "". AssertionError, in one line, for a wrong answer.
-    """
+    and says what is wrong with it, or "". AssertionError, in one line, for a wrong answer."""
     for arguments, expected in cases:
         try:
             answer = attempt(*copy.deepcopy(arguments))

@@ -30,9 +30,7 @@ def notebooks(only: str = "") -> list[Path]:
 
 def run(profile: str, *, only: str = "", store: bool = False) -> Path:
     """Execute the notebooks; the site of all that were executed, beside the copies and NN.json.
-
-    `store` also writes the outputs back into notebooks/. UserError for a cell that fails.
-    """
+    `store` also writes the outputs back into notebooks/. UserError for a cell that fails."""
     get_profile(profile)
     os.environ["COURSE_PROFILE"] = profile  # the kernels read it, too
     out, selected = run_directory(profile), notebooks(only)

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from lib import coa, serve, train
-from lib.base.model import dequantized_base, load_model, load_tokenizer, release_memory
+from lib.base import encode as token_ids
+from lib.base.model import context, dequantized_base, load_model, load_tokenizer, release_memory
 from lib.base.records import LABEL, Record, chat, movies, normalised, render, sensors
 from lib.deploy.evaluation import Evaluation, evaluate
 from lib.deploy.packed import WEIGHTS, load_deployed, save_packed, tables
@@ -89,11 +90,14 @@ class Deployment:
             adapter, model, "original" if aware else route, rounded=True)
         self.tokenizer = load_tokenizer(str(adapter), base=self.name)
         self.learn = manifest.get("settings", {}).get("learn", "all")
-        self.base = base = coa.Switchable(
-            dequantized_base(self.name) if self.route == "dequantized"
-            else load_model(self.name, dtype=torch.float16), name=self.name, cache_mb=0)
+        self.longest = max(len(token_ids(self.tokenizer, r, learn="last")[0]) for r in held)
+        whole = (dequantized_base(self.name) if self.route == "dequantized"
+                 else load_model(self.name, dtype=torch.float16))
+        self.base = base = coa.Switchable(whole, name=self.name, cache_mb=0)
         # Read before the adapter is added, which renames the layers.
         self.parameters, self.tables = base.model.num_parameters(), tables(base.model)
+        require(self.longest <= context(base.model), f"a record has {self.longest} tokens, and the "
+                f"model's context {context(base.model)}: split it")
         tied = {"lm_head.weight"} - {f"{name}.weight" for name in self.tables}
         self.rest = {key: value for key, value in base.model.state_dict().items()
                      if key not in tied | {f"{name}.weight" for name in base.layers.names}}
@@ -197,14 +201,12 @@ class Deployment:
 
 def deploy(adapter: Path, budgets: Sequence[float], out: Path, *, records: Sequence[Record],
            held: Sequence[Record], form: str = "", route: str = "", limits: Cost = Cost(),
-           model: str = "") -> dict[float, Deployed]:
+           model: str = "", converter: Path | None = None) -> dict[float, Deployed]:
     """Write one artifact: the files of a budget in MB, or a folder for each of several.
-
     `form`: "packed", NormalFloat with the adapter beside, or "gguf", llama.cpp's types with the
     adapter folded in; by default what the adapter knows, else GGUF. `route` and `model` are as in
     `export`. The first `records` say what errors matter; those `held` choose, and are answered.
-    UserError for a budget or limit that cannot be kept; nothing is written.
-    """
+    UserError for a budget or limit that cannot be kept; nothing is written."""
     names, done = {budget: f"{budget:g}mb" for budget in budgets}, dict[float, Deployed]()
     require(budgets and all(b > 0 for b in budgets) and len({*names.values()}) == len(budgets),
             f"budget of {', '.join(f'{b:g}' for b in budgets)} MB: use numbers above 0, each once")
@@ -214,20 +216,21 @@ def deploy(adapter: Path, budgets: Sequence[float], out: Path, *, records: Seque
     opened = Deployment(Path(adapter), form, route, records=records, held=held, model=model)
     with contextlib.ExitStack() as stack:
         if opened.family == "gguf":
-            source = stack.enter_context(base_file(opened.name, out))
+            source = stack.enter_context(base_file(opened.name, out, converter))
             fixed = serve.Reader(source).data_offset + MARGIN
         else:
+            require(not converter, "packed files need no --converter: leave it out")
             source, part = None, stack.enter_context(scratch())
             opened.tokenizer.save_pretrained(part)
             fixed = sum(f.stat().st_size for f in part.iterdir()) + MARGIN
         place = stack.enter_context(scratch(out) if len(budgets) == 1 else writing(
             out, name=opened.adapter.name, deployments=[*names.values()]))
         written = [opened.write(b, place / name, fixed, source) for b, name in names.items()]
-        learn = opened.learn
+        learn, longest = opened.learn, opened.longest
         del opened  # gigabytes, which a measurement needs again
         release_memory()
         for (budget, name), facts in zip(names.items(), written, strict=True):
-            done[budget] = Deployed(*facts, *measured(place / name, held, learn))
+            done[budget] = Deployed(*facts, *measured(place / name, held, learn, longest))
             spent = done[budget].cost
             require(spent.memory_mb <= limits.memory_mb and spent.token_ms <= limits.token_ms,
                     f"{done[budget].actual_mb:.1f} MB of files take {spent}, more than the limits: "
@@ -237,19 +240,23 @@ def deploy(adapter: Path, budgets: Sequence[float], out: Path, *, records: Seque
     return done
 
 
-def measured(folder: Path, held: Sequence[Record], learn: str) -> tuple[Evaluation, Cost]:
+def measured(folder: Path, held: Sequence[Record], learn: str, longest: int
+             ) -> tuple[Evaluation, Cost]:
     """Right answers of deployed files, and their cost in processes of their own."""
-    asked = [record for record in held if "messages" in record  # and the answer is no call
+    asked = [record for record in held if "messages" in record  # calls of tools are not scored
              and not {"tools", "tool_calls"} & {*record, *record["messages"][-1]}
              and (LABEL in record) == (LABEL in held[0])]
     messages = asked[0]["messages"][:-1] if asked else chat("Hello.")
     with peak_memory(children=True) as peak:
         if (folder / "model.gguf").is_file():
             body = serve.question("", messages=messages, max_tokens=TOKENS, ignore_eos=True)
-            with serve.running(folder) as server, serve.connect(server.url) as client:
+            size = serve.open_bundle(folder).context // 256 * 256 or 256
+            most = min(1024, size)
+            need = max(2048, -(-(longest + most) // 256) * 256)  # the server's own, or more
+            with (serve.running(folder, "--context", str(min(size, need))) as server,
+                  serve.connect(server.url) as client):
                 serve.ask(client, body)  # from now on the prompt is cached
                 token_ms = 1e3 / serve.ask(client, body).decode
-                most = min(1024, serve.open_bundle(folder).context // 256 * 256 or 256)
                 evaluation = evaluate(server.url, asked, new_tokens=most) if asked else Evaluation()
         else:
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from lib.base.model import load_model, load_tokenizer, require_rows
+from lib.base.model import context, load_model, load_tokenizer, require_rows
 from lib.base.records import LABEL, Record, encode
-from lib.client import ask_all, question
+from lib.client import ask_all, connect, question
 from lib.deploy.packed import WEIGHTS, load_deployed
 from lib.errors import UserError, require
 from lib.evaluate.scores import Score, batch_losses, generate, keyword_hit, paired_interval
@@ -28,13 +28,16 @@ class Evaluation:
 
     # "exact match" with the last turn; "keyword": the label is in it; "likeliest": of few answers
     scores: dict[str, Score] = field(default_factory=dict)
-    losses: tuple[float, ...] = ()  # mean negative log-likelihood of a learned token, nats
-    loss: float = 0.0  # the mean over all learned tokens
+    loss: float = 0.0  # mean negative log-likelihood of a learned token, nats
+    sums: tuple[float, ...] = ()  # of these in a record
+    counts: tuple[int, ...] = ()  # the learned tokens of a record
+    cut: int = 0  # answers that reached the limit of their tokens
 
     def figures(self) -> dict[str, Any]:
         """What is stored and printed; shares with their 95 % Wilson intervals."""
-        row = {name: [score.share, *score.interval] for name, score in self.scores.items()}
-        return row | ({"loss": self.loss, "perplexity": math.exp(self.loss)} if self.losses else {})
+        row: dict[str, Any] = {n: [s.share, *s.interval] for n, s in self.scores.items()}
+        row |= {"cut off": self.cut} if self.cut else {}
+        return row | ({"loss": self.loss, "perplexity": math.exp(self.loss)} if self.sums else {})
 
 
 def open_system(system: str, route: str = "", base: str = "") -> tuple[Any, Any]:
@@ -56,7 +59,6 @@ def open_system(system: str, route: str = "", base: str = "") -> tuple[Any, Any]
 def evaluate(system: str, records: Sequence[Record], *, new_tokens: int = 0, route: str = "",
              base: str = "", learn: str = "all", places: Sequence[str] = ()) -> Evaluation:
     """One system on records: what `open_system` opens, or the address of a server, http://...
-
     ".../v1#NAME" asks a server for that model. `learn` as in `encode`; `places` name the records.
     """
     asked = [record for record in records if "messages" in record]
@@ -64,12 +66,13 @@ def evaluate(system: str, records: Sequence[Record], *, new_tokens: int = 0, rou
             "tools are not scored: leave them out with --ignore tools, and records that call one")
     require(asked or (learn == "all" and not new_tokens), "all of a text counts, and none is "
             "answered: leave --learn and --new-tokens out")
-    require(len({("messages" in row, LABEL in row) for row in records}) < 2, "some records have "
-            f"no question, or no {LABEL}: evaluate them apart, or --ignore {LABEL}")
+    kinds = {("messages" in row, LABEL in row) for row in records}
+    require(len(kinds) < 2 and kinds != {(False, True)}, "some records have no question, or no "
+            f"{LABEL}: evaluate them apart, or --ignore {LABEL}")
     prompts = [record["messages"][:-1] for record in asked]
     right = [record["messages"][-1]["content"] for record in asked]
     longest = max([128, *(len(text.encode()) for text in right)])  # a token has a byte or more
-    pairs, losses, texts, chosen = [], [], [], []
+    pairs, losses, texts, chosen, cut = [], [], [], [], list[int]()
     if system.startswith(("http://", "https://")):
         url, _, name = system.partition("#")
         require(asked, f"{url} can be asked, but plain texts have no question: give a model")
@@ -77,24 +80,30 @@ def evaluate(system: str, records: Sequence[Record], *, new_tokens: int = 0, rou
                 "bytes: give --new-tokens, as many as its tokens")
         bodies = [question("", model=name, messages=p, max_tokens=most) for p in prompts]
         try:
-            texts = [answer.text for answer in ask_all(url, bodies)]
+            if not name:
+                with connect(url) as client:
+                    names = [row["id"] for row in client.get("/models").json()["data"]]
+                require(len(names) == 1, f"it serves {', '.join(names)}: which one?")
+            given = ask_all(url, bodies)
+            texts, cut = [a.text for a in given], [i for i, a in enumerate(given) if not a.whole]
         except Exception as error:  # of many kinds: the address, the network, the reply
             raise UserError(f"{url} gives no answers ({' '.join(str(error).split())}): start it, "
                             "with a model after #, and its key in COURSE_API_KEY") from None
     else:
         model, tokenizer = open_system(system, route, base)
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
         for record, where in zip(records, places or ["a record"] * len(records), strict=True):
-            pairs.append(encode(tokenizer, record, learn=learn, where=where))
-            require(len(pairs[-1][0]) <= context, f"{where} is longer than the model's context, "
-                    f"{context} tokens: split it")
+            pairs.append(encode(tokenizer, record, learn=learn, where=where, asked=False))
+            require(len(pairs[-1][0]) <= context(model), f"{where} is longer than the model's "
+                    f"context, {context(model)} tokens: split it")
         with torch.inference_mode():
             losses = [*batch_losses(model, pairs, 1)]
             answers = [*dict(zip(map(_plain, right), right, strict=True)).values()]
-            if 1 < len(answers) <= min(LABELS, len(asked) / 2):
+            few = 1 < len(answers) <= min(LABELS, len(asked) / 2)
+            if few and not any("</think>" in text for text in right):  # each has its own thought
                 chosen = [likeliest(model, tokenizer, row, answers) for row in asked]
         if prompts:
-            texts = generate(model, tokenizer, prompts, max_new_tokens=new_tokens or longest)
+            texts = generate(model, tokenizer, prompts, max_new_tokens=new_tokens or longest,
+                             cut=cut)
     said, due = ([*map(_plain, part)] for part in (texts, right))
     labels = [_plain(str(row[LABEL])) for row in asked if LABEL in row]
     # Where "not spam" is a label as well, it is no "spam", unless the right answer has both.
@@ -106,19 +115,21 @@ def evaluate(system: str, records: Sequence[Record], *, new_tokens: int = 0, rou
     scores = {name: Score(tuple(right), tuple(texts)) for name, right in hits.items() if right}
     mean = sum(loss for loss, _ in losses) / max(sum(count for _, count in losses), 1)
     require(mean < 700, f"{system} has a loss of {mean:g}: its weights may be damaged")
-    return Evaluation(scores, tuple(loss / count for loss, count in losses), mean)
+    sums, counts = zip(*losses, strict=True) if losses else ((), ())
+    return Evaluation(scores, mean, sums, counts, len(cut))
 
 
 def _plain(answer: str) -> str:
     """An answer without thoughts, which a server does not show, and with composed accents."""
-    return unicodedata.normalize("NFC", answer.rpartition("</think>")[2].strip())
+    answer = answer.rpartition("</think>")[2].partition("<think>")[0]  # one may not have ended
+    return unicodedata.normalize("NFC", answer.strip())
 
 
 def likeliest(model: Any, tokenizer: Any, record: Record, answers: Sequence[str]) -> str:
     """The answer whose tokens together are the likeliest."""
     *prompt, last = record["messages"]
-    pairs = (encode(tokenizer, {"messages": [*prompt, last | {"content": answer}]}, learn="last")
-             for answer in answers)
+    pairs = (encode(tokenizer, {"messages": [*prompt, last | {"content": answer}]}, learn="last",
+                    asked=False) for answer in answers)
     losses = [loss for loss, _ in batch_losses(model, pairs, 1)]
     return answers[losses.index(min(losses))]
 
@@ -127,6 +138,8 @@ def differences(one: Evaluation, other: Evaluation) -> dict[str, tuple[float, fl
     """Second less first on the same records, (mean, low, high) of the 95 % interval."""
     rows = {name: torch.tensor(other.scores[name].hits).double() - torch.tensor(score.hits).double()
             for name, score in one.scores.items() if name in other.scores}
-    if one.losses and other.losses:
-        rows["loss by record"] = torch.tensor(other.losses) - torch.tensor(one.losses)
+    if one.sums and other.sums:  # in all, if the tokenizers differ: tokens of two are no one unit
+        alike = one.counts == other.counts
+        a, b = (torch.tensor(e.sums) / torch.tensor(e.counts if alike else 1) for e in (one, other))
+        rows["loss by record" if alike else "nats by record"] = b - a
     return {name: paired_interval(row) for name, row in rows.items() if len(row) > 1}

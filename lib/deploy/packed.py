@@ -31,9 +31,7 @@ def save_packed(base: Switchable, configuration: Configuration, out: Path, *,
                 rest: Mapping[str, Tensor] | None = None,
                 table_format: Format | None = None) -> None:
     """Write the blocks' linears in their formats, and the `rest`, as one safetensors file.
-
-    `tables` of the rest are packed in a format of their own; norms and biases are float32.
-    """
+    `tables` of the rest are packed in a format of their own; norms and biases are float32."""
     base.layers.require_same(configuration.layers)
     require(configuration.family == "nf", "packed files hold NormalFloat: use --format gguf")
     formats, tensors = dict(zip(base.layers.names, configuration.formats, strict=True)), {}
@@ -54,9 +52,7 @@ def save_packed(base: Switchable, configuration: Configuration, out: Path, *,
 
 def load_packed(model: PreTrainedModel, file: Path) -> None:
     """Put a packed file's weights into a model of the same shape, in place, unpacked once.
-
-    A product with packed weights takes many times as long (`data/results/switching.json`).
-    """
+    A product with packed weights takes many times as long (`data/results/switching.json`)."""
     require(file.is_file(), f"{file} does not exist: check the path")
     try:
         with safe_open(file, "pt") as reader:

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from peft import PeftModel
 from scipy.special import ndtr, stdtrit
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lib.base.model import decoded, pad_right
+from lib.base.model import context, decoded, pad_right
 from lib.base.records import IGNORED, Record, encode, prompt_ids
 from lib.errors import UserError, require
 
@@ -47,8 +48,9 @@ class Score:
 @torch.inference_mode()
 def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
              questions: Sequence[str | Sequence[Record]], *, max_new_tokens: int = 56,
-             batch_size: int = 100, own: bool = False) -> list[str]:
-    """Greedy answers to instructions or messages; `own` uses the model's own chat template."""
+             batch_size: int = 100, own: bool = False, cut: list[int] | None = None) -> list[str]:
+    """Greedy answers to instructions or messages; `own` uses the model's own chat template.
+    `cut` gets the numbers of those that reach `max_new_tokens`, or the end of the context."""
     prompts = [prompt_ids(tokenizer, question, own=own) for question in questions]
     # A model may end its turn with another token than its tokenizer's end of text.
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None) or []
@@ -56,28 +58,33 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     with contextlib.suppress(UserError):  # and what training taught as the end of an answer
         _, labels = encode(tokenizer, {"prompt": "a", "completion": "b"})
         ends.add([label for label in labels if label != IGNORED][-1])
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 30)
+    room = int(min(context(model), 1 << 30))
     if max(map(len, prompts), default=0) + max_new_tokens > room:
         batch_size = 1  # a long prompt beside a short one would take its room
     # Prompts of similar length share a batch, so that there is little padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
-    # For each row of its strided view torch would copy the head's weight: gigabytes.
-    with model.get_output_embeddings().register_forward_pre_hook(
-            lambda _, inputs: (inputs[0].contiguous(), *inputs[1:])):
+    core = model.get_base_model() if isinstance(model, PeftModel) else model
+    with contextlib.ExitStack() as stack:
+        stack.callback(setattr, core, "generation_config", core.generation_config)
+        core.generation_config = GenerationConfig()  # its own may sample, stop at texts, ...
+        # For each row of its strided view torch would copy the head's weight: gigabytes.
+        stack.enter_context(model.get_output_embeddings().register_forward_pre_hook(
+            lambda _, inputs: (inputs[0].contiguous(), *inputs[1:])))
         for start in range(0, len(order), batch_size):
             rows = order[start:start + batch_size]
             # Padded on the left, all answers of a batch start in the same column.
             batch = tokenizer.pad({"input_ids": [prompts[i] for i in rows]}, return_tensors="pt",
                                   padding_side="left").to(model.device)
             output = model.generate(
-                **batch, do_sample=False, repetition_penalty=1.0, no_repeat_ngram_size=0,
-                max_new_tokens=min(max_new_tokens, room - batch.input_ids.shape[1]), num_beams=1,
+                **batch, max_new_tokens=min(max_new_tokens, room - batch.input_ids.shape[1]),
                 eos_token_id=sorted(ends - {None}), pad_token_id=tokenizer.pad_token_id)
-            texts = tokenizer.batch_decode(
-                output[:, batch.input_ids.shape[1]:], skip_special_tokens=True)
-            for row, text in zip(rows, texts, strict=True):
+            new = output[:, batch.input_ids.shape[1]:]
+            texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+            for row, text, ids in zip(rows, texts, new.tolist(), strict=True):
                 answers[row] = text.strip()
+                if cut is not None and not ends & {*ids}:
+                    cut.append(row)
     return answers
 
 
@@ -138,13 +145,11 @@ def wilson(hits: int, total: int) -> tuple[float, float]:
 
 def paired_interval(differences: Tensor) -> tuple[float, float, float]:
     """(mean, low, high) of paired differences and the 95 % interval of their mean.
-
     `differences` has an axis for each thing drawn, such as (seeds, configurations, examples);
     the interval is for drawing all again. V = sum of v_a, v_a = s_a^2 / n_a, where s_a^2 is the
     sample variance of the n_a > 1 means along axis a (Cameron, Gelbach, Miller 2011, without the
     term they subtract, so rather wide). The half-width is Student's t sqrt(V) with
-    V^2 / sum(v_a^2 / (n_a - 1)) degrees of freedom (Welch 1947). Notebook 06 has its coverage.
-    """
+    V^2 / sum(v_a^2 / (n_a - 1)) degrees of freedom (Welch 1947). Notebook 06 has its coverage."""
     values, variance, freedom = differences.double(), 0.0, 0.0
     require(values.numel() > 1, "one difference has no interval: give several")
     for axis, count in enumerate(values.shape):
@@ -159,9 +164,7 @@ def paired_interval(differences: Tensor) -> tuple[float, float, float]:
 @contextlib.contextmanager
 def peak_memory(interval: float = 0.05, *, children: bool = False) -> Iterator[dict[str, float]]:
     """Peak memory, {"mb": 10^6 bytes}, of this process, or of its `children`, in the block.
-
-    Allocated memory on a GPU, exact; else resident memory, sampled every `interval` seconds.
-    """
+    Allocated memory on a GPU, exact; else resident memory, sampled every `interval` seconds."""
     peak, stop, process = {"mb": 0.0}, threading.Event(), psutil.Process()
 
     def watch() -> None:

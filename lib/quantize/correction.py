@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lib.base.model import context
 from lib.base.records import Record, encode
+from lib.errors import require
 from lib.quantize import formats
 
 DAMPING = 1e-3  # share of the mean variance that every direction of the inputs gets at least
@@ -35,8 +37,10 @@ def input_sums(model: torch.nn.Module, names: Sequence[str], records: Sequence[R
     hooks = [model.get_submodule(layer).register_forward_hook(
         lambda _, inputs, __, layer=layer: add(layer, inputs[0])) for layer in names]
     try:
-        for record in records:
+        for number, record in enumerate(records, 1):
             ids = torch.tensor([encode(tokenizer, record, learn="last")[0]], device=device)
+            require(ids.shape[1] <= context(model), f"record {number} is longer than the model's "
+                    f"context, {context(model)} tokens: split it")
             model(input_ids=ids, logits_to_keep=1)
     finally:
         for hook in hooks:
@@ -60,8 +64,7 @@ def input_roots(model: torch.nn.Module, names: Sequence[str], records: Sequence[
 def low_rank(error: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """(B, A) of the given rank that minimise |(E - B A) L|_F, the error of the outputs.
     The best rank-r part of E L, taken back through L (QERA, Zhang et al. 2025). Row i of A and
-    column i of B have one norm, so that Adam moves both alike. Draws from torch's generator.
-    """
+    column i of B have one norm, so that Adam moves both alike. Draws from torch's generator."""
     left, values, right = torch.svd_lowrank(
         error @ root, q=min(rank + SPARE, *error.shape), niter=SWEEPS)
     b = left[:, :rank] * values[:rank]
@@ -87,14 +90,12 @@ def encode_with_feedback(weights: Mapping[str, Tensor], roots: Mapping[str, Tens
 @torch.no_grad()
 def codes_with_feedback(weight: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
     """Q4_0, rounded so that later columns compensate for the error of earlier ones.
-
     GPTQ (Frantar et al. 2023, section 3): with U the upper Cholesky factor of R^-1, column j
     is rounded and its error (w_j - q_j) / U_jj times U_jk is subtracted from each column k > j.
     That keeps |(W - Q) L|_F small. When a block's first column is reached it gets the scale that
     llama.cpp chooses, with the mean square of each input as importance.
     From (layers, out, in), in a multiple of 32, and (layers, in, in): codes (layers, out, in) uint8
-    and scales (layers, out, in / 32) float16. A weight is (code - 8) * scale.
-    """
+    and scales (layers, out, in / 32) float16. A weight is (code - 8) * scale."""
     weight, codes, scales = weight.clone(), torch.empty_like(weight, dtype=torch.uint8), []
     ahead = torch.linalg.cholesky(torch.cholesky_inverse(root), upper=True)
     for start in range(0, weight.shape[-1], BLOCK):

@@ -97,10 +97,8 @@ GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {"nf": GRID, "gguf": {"type": FAM
 @functools.cache
 def normal_float(bits: int) -> Tensor:
     """Codebook of 2^bits quantisation levels in [-1, 1], float32, ascending.
-
     Quantiles of N(0, 1) at evenly spaced probabilities: 2^(bits-1) above zero, one less below,
-    and zero itself; all divided by the largest.
-    """
+    and zero itself; all divided by the largest."""
     require(2 <= bits <= 8, f"{bits} bits: NormalFloat is defined here for 2 to 8")
     half = 2 ** (bits - 1)
     levels = [0.0]
@@ -112,10 +110,8 @@ def normal_float(bits: int) -> Tensor:
 
 def quantize_blocks(weight: Tensor, codebook: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """Codes (n,) uint8 and absmax (ceil(n / block),) float32 of a weight, row by row.
-
     A code is the nearest entry, of two the lower one, of a codebook (levels,), ascending in
-    [-1, 1], scaled by the block's absmax. The last block may be short.
-    """
+    [-1, 1], scaled by the block's absmax. The last block may be short."""
     blocks = _blocks(weight, block)
     absmax = blocks.abs().amax(1)
     return _codes(blocks, absmax, codebook)[: weight.numel()], absmax
@@ -164,9 +160,7 @@ class Quantized:
 
 def quantize(weight: Tensor, fmt: Format) -> Quantized:
     """Quantise the scales, less their mean, by groups, then the weights by the decoded scales.
-
-    Scales are coded with the b0-bit codebook; bitsandbytes uses a map of 8-bit floats there.
-    """
+    Scales are coded with the b0-bit codebook; bitsandbytes uses a map of 8-bit floats there."""
     blocks = _blocks(weight, fmt.block)
     absmax = blocks.abs().amax(1)
     require(absmax.isfinite().all(), "a weight is not finite: the model is damaged, fetch it again")
@@ -199,9 +193,7 @@ def fitting(gguf_type: str, columns: int) -> str:
 def encode(weight: Tensor, gguf_type: str, *, name: str = "the matrix",
            importance: Tensor | None = None) -> np.ndarray:
     """Rows of a matrix as GGUF stores them: (..., out, bytes) of blocks, or floats.
-
-    `importance` (in,) weighs each column's squared error, in the types that take it.
-    """
+    `importance` (in,) weighs each column's squared error, in the types that take it."""
     fits = fitting(gguf_type, weight.shape[-1])
     columns = weight.shape[-1]
     require(fits == gguf_type, f"{name} has rows of {columns}, not for {gguf_type}: use {fits}")

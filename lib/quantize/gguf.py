@@ -6,6 +6,7 @@ converter makes. Our weights take the place of its tensors, in its order of rows
 
 import contextlib
 import re
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -43,9 +44,7 @@ Places = dict[str, tuple[str, np.ndarray]]  # {name in a file: (key in a state, 
 
 def permute(rows: np.ndarray, heads: int) -> np.ndarray:
     """Rows (heads * d, columns) as llama.cpp rotates those of q and k in a Llama.
-
-    transformers rotates row i with row i + d/2 of a head; here the two become neighbours.
-    """
+    transformers rotates row i with row i + d/2 of a head; here the two become neighbours."""
     half = rows.shape[0] // heads // 2
     return rows.reshape(heads, 2, half, -1).swapaxes(1, 2).reshape(rows.shape)
 
@@ -53,11 +52,10 @@ def permute(rows: np.ndarray, heads: int) -> np.ndarray:
 @contextlib.contextmanager
 def base_file(model: str, near: Path, converter: Path | None = None) -> Iterator[Path]:
     """A GGUF file of a base: the embedded model's own, or one in F32 by llama.cpp's converter.
-
     The converter is fetched once, or is a checkout of llama.cpp. It runs as a process, because
-    it brings a package `gguf` of its own. The file is in a scratch folder beside `near`.
-    """
+    it brings a package `gguf` of its own. The file is in a scratch folder beside `near`."""
     if model == EMBEDDED:
+        require(not converter, "--converter: leave it out for the embedded model")
         with embedded_gguf() as path:
             yield path
         return
@@ -77,7 +75,7 @@ def base_file(model: str, near: Path, converter: Path | None = None) -> Iterator
                                work / "base.gguf"], capture_output=True, encoding="utf-8")
         reason = done.stderr.strip().rpartition("\n")[2]
         require(done.returncode == 0, f"llama.cpp's converter does not take {model} "
-                f"({reason[:200]}): use another model, or a newer --converter")
+                f"({reason[:200]}): use its original, another model, or a newer --converter")
         yield work / "base.gguf"
 
 
@@ -117,13 +115,11 @@ def write_model(source: Path, out: Path, *, weights: PreTrainedModel | None = No
                 importance: Mapping[str, Tensor] | None = None, base: str = EMBEDDED,
                 tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, set[str]]:
     """Write a GGUF file like `source` with other weights and types; vectors stay F32.
-
     `weights` take the place of the file's, all matrices in `gguf_type`, but for those that are
     `encoded` already, by module; `importance` weighs each column's error, by module (`encode`).
     `base` names these weights: an adapter must carry the same name. The chat template of the
     `tokenizer`, and whether it begins with BOS, replace the file's. Returns {type: the kinds of
-    matrices that have it}; rows may not suit `gguf_type` (`fitting`).
-    """
+    matrices that have it}; rows may not suit `gguf_type` (`fitting`)."""
     reader, kinds = Reader(source), dict[str, set[str]]()
     require(reader.tensors, f"{base} has no weights: save it again")  # or a converter skipped them
     state, found = (weights.state_dict(), places(reader, weights)) if weights else ({}, {})
@@ -152,9 +148,7 @@ def write_model(source: Path, out: Path, *, weights: PreTrainedModel | None = No
 def write_adapter(adapter: Path | str, out: Path, source: Path, weights: PreTrainedModel, *,
                   base: str = EMBEDDED) -> None:
     """Write a PEFT adapter as a GGUF LoRA (float16) for a base's `weights` and its file `source`.
-
-    llama.cpp adds scale * (alpha / r) B (A x); the alpha written gives the adapter's own scale.
-    """
+    llama.cpp adds scale * (alpha / r) B (A x); the alpha written gives the adapter's own scale."""
     factors, reader = adapter_factors(adapter), Reader(source)
     rank, scale = next((a.shape[0], scale) for a, _, scale in factors.values())
     where = {key.removesuffix(".weight"): (name, order) for name, (key, order)
@@ -196,17 +190,15 @@ def _writer(out: Path, like: Reader, content: str, base: str,
 
 def export(out: Path, *, gguf_type: str = "Q8_0", route: str = "", merged: Path | None = None,
            adapters: Mapping[str, Path] | None = None, model: str = "",
-           weights: PreTrainedModel | None = None,
-           encoded: Mapping[str, Encoded] | None = None, records: Sequence[Record] = (),
-           converter: Path | None = None, source: Path | None = None) -> dict[str, set[str]]:
+           weights: PreTrainedModel | None = None, encoded: Mapping[str, Encoded] | None = None,
+           records: Sequence[Record] = (), converter: Path | None = None,
+           source: Path | None = None) -> dict[str, set[str]]:
     """Write the folder that `python -m lib serve` serves: a model file, adapters beside it.
-
     `merged` is an adapter to fold in before quantising, `adapters` are some to keep, by name.
     `model` and `route` ("original" or "dequantized", as in `merge`) are by default those that
     they were trained on; `weights` is what `merge` gave for them. `gguf_type` and `encoded`: as in
     `write_model`, which says what is returned. `records` say how much each column's error
-    matters. `converter`: as in `base_file`, which made `source` if it is given.
-    """
+    matters. `converter`: as in `base_file`, which made `source` if it is given."""
     adapters = adapters or {}
     require(route in ("", "original", "dequantized"), f"route {route!r}: original or dequantized")
     fitting(gguf_type, 256)  # an unknown type is refused before the work
@@ -222,7 +214,6 @@ def export(out: Path, *, gguf_type: str = "Q8_0", route: str = "", merged: Path 
     require(len(uses) < 2, f"the adapters were trained on {bases} weights: export them apart")
     model, route = next(iter(uses), (model or EMBEDDED, route or "original"))
     require_free(out, *sources, MODEL_CACHE if model == EMBEDDED else model)
-    require(not converter or model != EMBEDDED, "--converter: leave it out for the embedded model")
     tokenizers = [load_tokenizer(model), *(load_tokenizer(str(s), base=model) for s in sources)]
     require(len({t.chat_template for t in tokenizers[1:]}) < 2, "the adapters were trained in "
             "different chat templates, and a model file has one: export them apart")
@@ -260,9 +251,10 @@ def export(out: Path, *, gguf_type: str = "Q8_0", route: str = "", merged: Path 
 def commands(out: Path) -> list[str]:
     """What serves an exported folder: this course, llama.cpp's own server, Ollama."""
     adapters = sorted({*out.glob("*.gguf")} - {out / "model.gguf"})
-    loras = "".join(f" --lora {file}" for file in adapters)
-    ollama = [f"ollama create {out.name} -f {out / 'Modelfile'}"] * (out / "Modelfile").is_file()
-    return [f"python -m lib serve {out}", f"llama-server -m {out / 'model.gguf'}{loras}", *ollama]
+    own = ["llama-server", "-m", out / "model.gguf", *(w for f in adapters for w in ("--lora", f))]
+    rows, file = [["python", "-m", "lib", "serve", out], own], out / "Modelfile"
+    rows += [["ollama", "create", out.absolute().name, "-f", file]] * file.is_file()
+    return [shlex.join(map(str, row)) for row in rows]
 
 
 def card(name: str, base: str, kinds: Mapping[str, set[str]], sources: Sequence[Path]) -> str:
@@ -286,9 +278,8 @@ def modelfile(tokenizer: PreTrainedTokenizerBase) -> str:
     roles = {"system": "{{ .System }}", "user": "{{ .Prompt }}", "assistant": "{{ .Response }}"}
 
     def rendered(*names: str) -> str:
-        text = tokenizer.apply_chat_template(
-            [{"role": name, "content": roles[name]} for name in names], tokenize=False,
-            add_generation_prompt=names[-1] == "user")
+        turns, ask = [{"role": n, "content": roles[n]} for n in names], names[-1] == "user"
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
         return text.removeprefix(tokenizer.bos_token or "")  # Ollama adds it
 
     asked = rendered("user")

@@ -18,11 +18,9 @@ INT8_THRESHOLD = 6.0  # columns whose activations exceed it are computed in 16 b
 
 def merge(adapter: Path | str, *, route: str = "original", model: str = "") -> PreTrainedModel:
     """A model, by default the adapter's base, with the adapter folded in: W' = W + (alpha / r) B A.
-
     The route says which W. "original": the base in float32. "dequantized": the NF4 base in
     float32, which a QLoRA adapter was trained on. "through_4bit": peft's merge into the NF4
-    layers, which rounds the sum to 4 bits again. Returned in float32, the last in NF4.
-    """
+    layers, which rounds the sum to 4 bits again. Returned in float32, the last in NF4."""
     require(route in ROUTES, f"unknown route {route!r}: use one of {', '.join(ROUTES)}")
     model = model or origin(adapter)[0] or EMBEDDED
     if route == "through_4bit":
@@ -76,8 +74,7 @@ def load_dynamic_int8(directory: Path | str) -> PreTrainedModel:
 
 def save_quantized(merged: Path, out: Path, bits: int) -> None:
     """A merged model as bitsandbytes quantises it, saved: LLM.int8 (8 bits) or NF4 (4).
-    LLM.int8: int8 weights, a scale a row (Dettmers et al. 2022). NF4: with double quantisation.
-    """
+    LLM.int8: int8 weights, a scale a row (Dettmers et al. 2022). NF4: with double quantisation."""
     config = quantized_config() if bits == 4 else BitsAndBytesConfig(
         load_in_8bit=True, llm_int8_threshold=INT8_THRESHOLD)
     # From the file's own float16: bfloat16 would drop three of its bits first.

@@ -49,7 +49,9 @@ def open_bundle(path: Path, loras: Sequence[str] = ()) -> Bundle:
         require(name not in adapters, f"adapter {name!r} has the model's name: rename it")
         reader = model_reader(model, {n: file for n, (file, _) in adapters.items()})
         architecture, tokens = metadata(reader, "general.architecture"), "tokenizer.ggml.tokens"
-        context = int(metadata(reader, f"{architecture}.context_length"))
+        context = metadata(reader, f"{architecture}.context_length")
+        require(context and not metadata(reader, f"{architecture}.pooling_type"), f"{model} is no "
+                "language model, or not its first file: name another one")
         template = str(metadata(reader, "tokenizer.chat_template") or "")
         return Bundle(name, model, adapters, context, len(reader.fields[tokens].data), template)
     except DAMAGE as error:  # a manifest that was edited, or what is read after a header

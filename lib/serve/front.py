@@ -24,6 +24,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from lib.files import unique
 from lib.serve.bundle import Bundle
 from lib.settings import ServeSettings
 
@@ -63,11 +64,12 @@ def engine_request(body: bytes, path: str, bundles: Mapping[str, Bundle], settin
                    ) -> tuple[str, dict[str, Any], list[str]]:
     """The engine's address, the request for it, and the names of the fields that it leaves out."""
     try:
-        fields = json.loads(body, parse_constant=int)  # which refuses NaN
+        # Which refuses NaN, and a key given twice.
+        fields = json.loads(body, parse_constant=int, object_pairs_hook=unique)
         fields = {name: value for name, value in fields.items() if value is not None}
         json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()  # half a character, 1e999
     except (ValueError, AttributeError, RecursionError):
-        insist(False, "body", "it is not a JSON object in UTF-8")
+        insist(False, "body", "it is not a JSON object in UTF-8 with each key once")
     if error := best_match(VALIDATORS[path].iter_errors(fields)):
         said = [e.schema["description"] for e in (error.parent or error, error)
                 if "description" in e.schema]
@@ -84,6 +86,10 @@ def engine_request(body: bytes, path: str, bundles: Mapping[str, Bundle], settin
         message["role"] = message["role"].replace("developer", "system")
         if isinstance(parts := message.get("content"), list):  # as in training
             message["content"] = "".join(part["text"] for part in parts)
+    turns = fields.get("messages", ())  # most templates show the order of calls, and not their ids
+    calls = (call.get("id") for turn in turns for call in turn.get("tool_calls") or ())
+    insist(all(turn["tool_call_id"] in calls for turn in turns if "tool_call_id" in turn),
+           "messages", "put the answers of tools in the order of their calls")
     insist(bundle.template or "messages" not in fields, None, "no chat template: use /completions")
     insist(fields.get("messages", [{"role": ""}])[-1]["role"] != "assistant", "messages", "end "
            "with a question, or the answer of a tool: what is begun is not continued")
@@ -150,15 +156,15 @@ def left_out(value: Any, prompt: str) -> Iterator[Any]:
         if key == "arguments":
             with contextlib.suppress(ValueError, TypeError):  # not JSON, or decoded already
                 item = json.loads(item)
+        if key in ("properties", "arguments") and isinstance(item, dict):
+            yield from left_out([*item], prompt)
         if key not in ("role", "type", "id", "index", "tool_call_id", "reasoning_content"):
             yield from left_out(item, prompt)
 
 
 def admit(request: Request, settings: ServeSettings) -> None:
     """Refuse all but this machine's programs with the key, and the pages that may ask.
-
-    A page may point its own host name here (DNS rebinding), or send a request without asking.
-    """
+    A page may point its own host name here (DNS rebinding), or send a request without asking."""
     host, origin, given = map(request.headers.get, ("host", "origin", "authorization"))
     insist(re.fullmatch(r"(127\.0\.0\.1|localhost)(:\d+)?", host or ""), None,
            f"host {host!r}: use 127.0.0.1 or localhost")

@@ -38,7 +38,6 @@ class Served:
 def serve(path: Path, settings: ServeSettings, loras: Sequence[str] = (), *,
           until_eof: bool = False) -> None:
     """Serve until SIGTERM or Ctrl-C; running requests are finished first.
-
     With `until_eof`, the address is printed as JSON, and the end of standard input also stops it.
     """
     bundles = open_bundles(path, loras)

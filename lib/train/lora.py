@@ -1,6 +1,7 @@
 """LoRA in formulas (Hu et al. 2021): the update, its size, a faster step, adapters on disk."""
 
 import contextlib
+import re
 import types
 import warnings
 from collections.abc import Iterable, Iterator
@@ -27,10 +28,8 @@ UNUSED = ("layer_replication", "modules_to_save", "use_dora", "rank_pattern", "a
 
 def delta_weight(a: Tensor, b: Tensor, *, alpha: float, rslora: bool = False) -> Tensor:
     """The update of a frozen weight: dW = (alpha / r) B A, of shape (d_out, d_in).
-
     A (r, d_in) is random at the start, B (d_out, r) zero, so that dW = 0. rsLoRA divides alpha
-    by sqrt(r) instead (Kalajdzievski 2023). UserError if A and B differ in rank.
-    """
+    by sqrt(r) instead (Kalajdzievski 2023). UserError if A and B differ in rank."""
     rank = a.shape[0]
     require(b.shape[1] == rank, f"A has rank {rank}, B has rank {b.shape[1]}: make them equal")
     return (alpha / (rank**0.5 if rslora else rank)) * (b @ a)
@@ -93,10 +92,8 @@ def adapter_files(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def origin(directory: Path | str, *, rounded: bool = False) -> tuple[str, str]:
     """(base, route) of an adapter: the model it was trained on, and which form of its weights.
-
     The route is "dequantized" after QLoRA and "original" after LoRA; "" where files do not say.
-    UserError if it was trained for configurations, unless the weights will be `rounded` to one.
-    """
+    UserError if it was trained for configurations, unless the weights will be `rounded` to one."""
     config, file = adapter_files(Path(directory))[0], Path(directory) / MANIFEST
     manifest = read_json(file) if file.is_file() else {}
     aware = Path(directory, "coa.safetensors").is_file() or "configuration" in manifest
@@ -114,9 +111,11 @@ def settled(directory: Path, model: str = "", route: str = "", *, rounded: bool 
     """(base, route) of an adapter, or those named; UserError if it has others, or none."""
     base, own = origin(directory, rounded=rounded)
     require(base or model, f"{directory} does not say its base: name that with --model")
-    # A path of another machine, or a hub id of which this folder is a copy.
-    moved = not Path(base).exists() and (base[:1] in tuple("/.~") or base[1:2] == ":" or bool(
-        model and Path(model).is_dir() and Path(base).name == Path(model).absolute().name))
+    # A path of another machine, a hub id of which this is a copy, or what Unsloth made of one.
+    theirs, ours = Path(base).name, Path(model).absolute().name if model else ""
+    moved = not Path(base).exists() and (
+        base[:1] in tuple("/.~") or base[1:2] == ":" or (theirs == ours and Path(model).is_dir())
+        or re.sub("(-unsloth)?-bnb-4bit$", "", theirs.lower()) == ours.lower() != theirs.lower())
     require(model or not moved, f"{directory} was trained on {base}, which is not there: put it "
             "back, or name where it is with --model")
     require(not (base and model) or moved or Path(base).resolve() == Path(model).resolve(),
@@ -148,14 +147,17 @@ def load_adapter(model: PreTrainedModel, directory: Path | str) -> PeftModel:
 def make_portable(directory: Path, base: str) -> None:
     """Name the base in a saved configuration, not its local path, and sort the modules."""
     file = directory / "adapter_config.json"
-    config = read_json(file)
+    config, modules = read_json(file), read_json(file)["target_modules"]
     write_json(file, config | {"base_model_name_or_path": base, "inference_mode": True,
-                               "target_modules": sorted(config["target_modules"])})
+                               "target_modules": modules if isinstance(modules, str)
+                               else sorted(modules)})
 
 
 def adapter_factors(directory: Path | str) -> dict[str, tuple[Tensor, Tensor, float]]:
     """{module: (A, B, scale)} of a saved adapter, in float32. UserError if it has other parts."""
     config, tensors = adapter_files(Path(directory))
+    # peft adds a copy of an adapted head or embedding.
+    tensors = {name: t for name, t in tensors.items() if ".base_layer.weight" not in name}
     parts = [key for key in UNUSED if config.get(key)]
     if config.get("init_lora_weights") not in (True, False, None, "gaussian"):
         parts.append(f"init_lora_weights {config['init_lora_weights']!r}")  # it changes the base
@@ -168,21 +170,17 @@ def adapter_factors(directory: Path | str) -> dict[str, tuple[Tensor, Tensor, fl
     pairs = {f"{module}.lora_{factor}.weight" for module in paired for factor in "AB"}
     require(type(rank) is int and ranks == {rank} and tensors.keys() == pairs
             and type(alpha) in (int, float) and 0 < alpha < float("inf"),
-            f"{directory} must hold an A and a B of rank {rank} for each module (it has rank "
-            f"{ranks}): train the adapter again")
+            f"{directory} needs an A and a B of rank {rank} a module, not {ranks}: train it again")
     scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
-    return {module.removeprefix("base_model.model."): (
-        tensors[f"{module}.lora_A.weight"].float(), tensors[f"{module}.lora_B.weight"].float(),
-        scale) for module in paired}
+    factors = {m: [tensors[f"{m}.lora_{factor}.weight"].float() for factor in "AB"] for m in paired}
+    return {m.removeprefix("base_model.model."): (a, b, scale) for m, (a, b) in factors.items()}
 
 
 class LoraLinear(torch.autograd.Function):
     """y = x W^T + s (x A^T) B^T with W frozen (Hu et al. 2021, section 4.1).
-
     Shapes: x (..., d_in), W (d_out, d_in), A (r, d_in), B (d_out, r). It computes in the dtype
     of x; A and B may be float32 and then get float32 gradients:
-    dA = (dy B s)^T x, dB = s dy^T (x A^T), dx = dy W + (dy B s) A.
-    """
+    dA = (dy B s)^T x, dB = s dy^T (x A^T), dx = dy W + (dy B s) A."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, base: nn.Module, a: Tensor, b: Tensor,

@@ -20,6 +20,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast
 from datasets import Dataset
 from datasets.arrow_writer import ArrowWriter
+from filelock import FileLock, Timeout
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
@@ -28,9 +29,9 @@ from trl import SFTConfig, SFTTrainer
 
 from lib.base import quantized_config
 from lib.base.embedded import EMBEDDED, locate
-from lib.base.model import best_dtype, hold_memory, load_model, load_tokenizer, machine
+from lib.base.model import best_dtype, context, hold_memory, load_model, load_tokenizer, machine
 from lib.base.records import IGNORED, Record, encode
-from lib.errors import require
+from lib.errors import UserError, require
 from lib.evaluate.scores import answer_loss, batch_losses, peak_memory
 from lib.files import read_json, require_free, scratch, sha256, verified, write_json, writing
 from lib.host import is_main_process, is_sharded, process_count
@@ -172,10 +173,7 @@ def base_for(mode: str, name: str) -> PreTrainedModel:
     if mode == "qlora":
         return load_model(name, quantization_config=quantized_config())
     # A step of Adam is often smaller than bfloat16 can add to a weight.
-    model = load_model(name, dtype=torch.float32 if mode == "full" else None)
-    require(not getattr(model.config, "quantization_config", None), f"{name} is quantised already: "
-            "name the model that it was made from, or use --mode qlora")
-    return model
+    return load_model(name, dtype=torch.float32 if mode == "full" else None)
 
 
 def make_trainer(model: PreTrainedModel, tokenizer: Any, records: Iterable[Record],
@@ -205,15 +203,19 @@ def make_trainer(model: PreTrainedModel, tokenizer: Any, records: Iterable[Recor
         save_strategy="no" if is_sharded() else "steps", save_steps=CHECKPOINT_EVERY,
         ddp_find_unused_parameters=False, report_to=settings.report_to, disable_tqdm=True,
         logging_steps=1, logging_nan_inf_filter=False)
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    require(settings.max_length <= (context or math.inf), f"--max-length {settings.max_length} is "
-            f"above the model's context: use {context} or less")
+    require(settings.max_length <= context(model), f"--max-length {settings.max_length} is above "
+            f"the model's context: use {context(model)} or less")
     learned, validated = tokenised(tokenizer, records, settings, work), None
     if held is not None:
         require(not settings.eval_share, "two sets for validation: use --eval-data or --eval-share")
         validated = tokenised(tokenizer, held, settings, work / "held")
     elif settings.eval_share:
-        learned, validated = split(learned, settings.eval_share)
+        # Evenly spread; int(i * share) counts those before row i.
+        share, rows = settings.eval_share, range(len(learned))
+        held_rows = [i for i in rows if int((i + 1) * share) > int(i * share)]
+        require(held_rows, f"{len(rows)} records have no share of {share}: give more")
+        validated = learned.select(held_rows)
+        learned = learned.select(sorted({*rows} - {*held_rows}))
     require(validated or not (settings.patience or settings.eval_every),
             "nothing to validate with: add --eval-data or --eval-share")
     trainer = (SFTTrainer if settings.plain else CourseTrainer)(
@@ -255,13 +257,6 @@ def tokenised(tokenizer: Any, records: Iterable[Record], settings: Any, work: Pa
     return Dataset.from_file(str(file))
 
 
-def split(data: Dataset, share: float) -> tuple[Dataset, Dataset]:
-    """Rows to learn, and a share of them for validation, evenly spread."""
-    held = [i for i in range(len(data)) if int((i + 1) * share) > int(i * share)]
-    require(held, f"{len(data)} records have no share of {share}: give more")
-    return data.select(sorted({*range(len(data))} - {*held})), data.select(held)
-
-
 def preview(tokenizer: Any, input_ids: Sequence[int], labels: Sequence[int]) -> str:
     """One example as it is trained on: what is read, and what is learned."""
     parts = []
@@ -277,13 +272,11 @@ def train(records: Iterable[Record], settings: TrainSettings, *, model: str = "e
           base: PreTrainedModel | None = None, adapt: Callable[[SFTTrainer], Any] = id,
           identity: Sequence[Any] = (), facts: Callable[[], dict[str, Any]] = dict) -> TrainResult:
     """Train on records; save the adapter ("full": the model) and its losses to `out` if given.
-
     Started again with the same settings and records, a killed run resumes from its checkpoint.
     `model` is "embedded", a hub id, or a local directory; `say_every` the steps between lines of
     progress; `held` is for validation. UserError for records, model or settings that do not fit.
     Other ways to train give the loaded `base`, change the trainer by `adapt`, say what else
-    determines the result (`identity`), and what else the manifest says (`facts`).
-    """
+    determines the result (`identity`), and what else the manifest says (`facts`)."""
     seed_everything(settings.seed)
     if model != EMBEDDED and Path(model).is_dir():
         model = str(Path(model).resolve())  # it is stored, and read from any folder
@@ -294,8 +287,11 @@ def train(records: Iterable[Record], settings: TrainSettings, *, model: str = "e
         locate(model)  # the first process creates the embedded model's files
     tokenizer = load_tokenizer(model, template=settings.template)
     with work_directory(out, processes) as work:
-        trainer = make_trainer(base or base_for(settings.mode, model), tokenizer, records,
-                               settings, work=work, say_every=say_every, held=held)
+        loaded = base or base_for(settings.mode, model)
+        own = getattr(getattr(loaded, "hf_quantizer", None), "pre_quantized", False)
+        require(not own, f"{model} is quantised already: name the model that it was made from")
+        trainer = make_trainer(loaded, tokenizer, records, settings, work=work,
+                               say_every=say_every, held=held)
         adapt(trainer)
         files = [(f.name, f.stat().st_mtime_ns) for f in sorted(Path(model).glob("*.safetensors"))]
         every = [dataclasses.asdict(settings), model, files, processes.num_processes, bool(held),
@@ -341,17 +337,24 @@ def draw_losses(result: TrainResult, file: Path) -> None:
 
 @contextlib.contextmanager
 def work_directory(out: Path | None, processes: PartialState) -> Iterator[Path]:
-    """The folder for checkpoints: beside `out`, and kept if the block is interrupted."""
+    """The folder for checkpoints: beside `out`, of one run, kept if the block is interrupted."""
     if out is None:
         with scratch() as work:
             yield work
         return
     work, done = out.with_name(f".{out.name}.work"), False
+    work.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(work / f"lock-{RANK}", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"another run trains {out}: wait, or choose another --out") from None
     try:
         yield work
         processes.wait_for_everyone()
         done = True
     finally:
+        lock.release()
         if is_main_process() and (done or not any(work.glob("checkpoint-*"))):
             shutil.rmtree(work, ignore_errors=True)
 

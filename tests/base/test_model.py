@@ -19,7 +19,7 @@ from lib.base import embedded
 from lib.base.embedded import EMBEDDED, locate
 from lib.base.model import best_dtype, load_model, load_tokenizer, machine
 from lib.errors import UserError
-from lib.files import writing
+from lib.files import read_json, write_json, writing
 
 
 @pytest.fixture(autouse=True)
@@ -228,6 +228,12 @@ def test_weights_that_are_missing_are_not_random(tiny_directory: str, tmp_path: 
         load_model(str(folder))
 
 
+def test_the_template_of_an_adapter_alone(tiny_directory: str, tmp_path: Path) -> None:
+    write_json(tmp_path / "adapter_config.json", {"base_model_name_or_path": tiny_directory})
+    write_json(tmp_path / "tokenizer_config.json", {"chat_template": "as it was trained"})
+    assert load_tokenizer(str(tmp_path)).chat_template == "as it was trained"
+
+
 def test_weights_without_a_place_are_not_dropped(tiny_directory: str, tmp_path: Path) -> None:
     """Biases, or scales of whole numbers, that the configuration does not speak of."""
     folder = Path(shutil.copytree(tiny_directory, tmp_path / "model"))
@@ -240,4 +246,9 @@ def test_weights_without_a_place_are_not_dropped(tiny_directory: str, tmp_path: 
     save_file(weights | {"model.layers.0.mlp.up_proj.weight_scale": torch.ones(1)},
               folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"has \['model.*weight_scale'\], which its config does"):
+        load_model(str(folder))
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = read_json(folder / "config.json")
+    write_json(folder / "config.json", config | {"num_hidden_layers": 1})
+    with pytest.raises(UserError, match=r"has \['model.layers.1.*, which its config does"):
         load_model(str(folder))

@@ -9,7 +9,8 @@ import pyarrow.parquet
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizers import normalizers
+from tokenizers import Tokenizer, normalizers
+from tokenizers.pre_tokenizers import Sequence, Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
@@ -67,7 +68,8 @@ def test_shapes_become_messages(tmp_path: Path, name: str) -> None:
 def test_tables(tmp_path: Path) -> None:
     (tmp_path / "c.csv").write_text('instruction,response,id\n'
                                     '"Name, or\ntell","He said ""x"".", \n')
-    (tmp_path / "c.tsv").write_text('instruction\tresponse\tid\nName, or tell\tHe said "x".\t\n')
+    (tmp_path / "c.tsv").write_text(
+        'instruction\tresponse\tid\nName, or tell\tHe said "x".\t\\N\n')  # as MySQL writes it
     for name, asked in (("c.csv", "Name, or\ntell"), ("c.tsv", "Name, or tell")):
         (record,) = Records(tmp_path / name)
         assert [m["content"] for m in record["messages"]] == [asked, 'He said "x".']
@@ -115,6 +117,10 @@ def test_tables(tmp_path: Path) -> None:
     ("d.jsonl", '{"messages": [{"role": "user", "content": [{"type": "thought", "text": "a"}]}]}',
      "has a turn whose content is not text"),
     ("d.jsonl", '{"messages": 5}', "has messages that are not a list"),
+    ("d.jsonl", json.dumps({"messages": [
+        {"role": "assistant", "tool_calls": [{"id": n, "function": {}} for n in "ab"]},
+        *({"role": "tool", "tool_call_id": n, "content": n} for n in "ba"),
+        {"role": "assistant", "content": "c"}]}), "answers of tools in another order"),
     ("c.csv", "instruction,response,response\na,b,c", "c.csv:1 has two columns of one name"),
     ("c.csv", "instruction,response\na,b,c", "c.csv:2 has 3 fields instead of 2: put quotes"),
     ("c.tsv", 'instruction\tresponse\nSay\t"Hello\nBye\tHe said bye"\n', "c.tsv:2 has a quote"),
@@ -123,7 +129,7 @@ def test_tables(tmp_path: Path) -> None:
     ("d.jsonl", json.dumps({"prompt": "[{'content': 'a', 'role': 'user'}]", "completion": "b"}),
      "has a 'prompt' that is not text"),
     ("c.csv", 'instruction,response\n"a"b,c', "c.csv:2 cannot be read .*double each quote"),
-    ("p.parquet", "PAR1", "p.parquet is no Parquet file"),
+    ("p.parquet", "PAR1", "p.parquet is not a Parquet file"),
     ("d.xlsx", "x", "give a .jsonl, .json, .csv"), ("d.jsonl", "\n \n", "has no records")])
 def test_says_which_record_is_wrong(tmp_path: Path, name: str, text: str | bytes,
                                     message: str) -> None:
@@ -154,7 +160,7 @@ def test_parquet_and_long_fields(tmp_path: Path) -> None:
     data = bytearray(file.read_bytes())
     data[4:40] = b"x" * 36
     file.write_bytes(data)
-    with pytest.raises(UserError, match="p.parquet is no Parquet file"):
+    with pytest.raises(UserError, match="p.parquet is not a Parquet file"):
         list(Records(file))
     (tmp_path / "long.csv").write_text(f"text\n{'a' * 200_000}\n")
     assert len(next(iter(Records(tmp_path / "long.csv")))["text"]) == 200_000
@@ -323,6 +329,10 @@ def test_templates_that_fail(tokenizer: PreTrainedTokenizerBase) -> None:
         own.chat_template = template
         with pytest.raises(UserError, match=message):
             encode(own, TURNS)
+    # As models that reason begin an answer: not to be trained so, but it has a loss.
+    assert encode(own, TURNS, asked=False) == encode(tokenizer, TURNS)
+    with pytest.raises(UserError, match="leave out the assistant's first turn"):
+        encode(tokenizer, {"messages": TURNS["messages"][2:]})
 
 
 def test_every_character_is_learned(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -331,6 +341,14 @@ def test_every_character_is_learned(tokenizer: PreTrainedTokenizerBase) -> None:
                    {"system": "5\x1310 bar", "instruction": "Range?", "response": "Yes."}):
         with pytest.raises(UserError, match=r"here has \['\\x13'\], unknown to the tokenizer"):
             encode(tokenizer, record, where="here")
+    spaced = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    spaced.pre_tokenizer = Sequence([Whitespace(), spaced.pre_tokenizer])
+    squeezing = copy.deepcopy(tokenizer)
+    squeezing._tokenizer = spaced  # as those of some models do
+    for record in ({"prompt": "a", "completion": "if x:\n  y = x"}, {"text": "if x:\n  y = x"}):
+        encode(tokenizer, record)
+        with pytest.raises(UserError, match=r"the tokenizer changes 'if x:\\n  y = x', as spaces"):
+            encode(squeezing, record)
     for text in ("Cre\u0300me, \u00bd \ufb01ne", "\u4f60\u597d \U0001f600 \u200b!", "A\tB\r\nC"):
         encode(tokenizer, {"instruction": text, "response": text})
     encode(tokenizer, {"instruction": "A", "response": "B <|im_end|>", "expected_keyword": "\x13"})

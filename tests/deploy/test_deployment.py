@@ -32,7 +32,7 @@ from lib.deploy.evaluation import Evaluation, evaluate
 from lib.deploy.packed import load_deployed
 from lib.errors import UserError
 from lib.evaluate.scores import held_out_loss
-from lib.files import read_json, sha256, verified
+from lib.files import read_json, sha256, verified, write_json
 from lib.quantize.correction import encode_with_feedback, input_roots
 from lib.quantize.formats import FAMILIES, Format, decode
 from lib.quantize.gguf import export, permute
@@ -83,8 +83,8 @@ def served(tiny_directory: str, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def _converted(tiny_directory: str, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The converter's file of the tiny model, which takes it seconds each time."""
     real = module.base_file
-    monkeypatch.setattr(module, "base_file", lambda model, near: contextlib.nullcontext(
-        tiny_gguf) if model == tiny_directory else real(model, near))
+    monkeypatch.setattr(module, "base_file", lambda model, near, *more: contextlib.nullcontext(
+        tiny_gguf) if model == tiny_directory else real(model, near, *more))
 
 
 @pytest.fixture
@@ -177,6 +177,25 @@ def test_any_adapter(tiny_directory: str, packed: Path, tmp_path: Path) -> None:
         run(packed, 8.5, tmp_path / "c", form="gguf")
 
 
+def test_long_records_are_asked_whole(tiny_directory: str, tmp_path: Path) -> None:
+    """The server's own context is 2,048 tokens; the model's limits both."""
+    long = [normalised({"prompt": "word " * 2200, "completion": "Yes."})]
+    adapter = saved_adapter(load_model(tiny_directory), tmp_path / "plain")
+    options = {"records": long, "held": long, "route": "original"}
+    with pytest.raises(UserError, match="a record has 2... tokens, and the model's context 2048"):
+        deploy(adapter, [5.6], tmp_path / "out", **options)
+    with pytest.raises(UserError, match="record 1 is longer than the model's context"):
+        export(tmp_path / "edge", merged=adapter, gguf_type="Q4_0", route="original", records=long)
+    model = shutil.copytree(tiny_directory, tmp_path / "long")
+    write_json(model / "config.json",
+               read_json(model / "config.json") | {"max_position_embeddings": 4096})
+    adapter = saved_adapter(load_model(str(model)), tmp_path / "other")
+    done = deploy(adapter, [5.6], tmp_path / "out", **options)[5.6]
+    assert len(done.evaluation.scores["exact match"].texts) == 1
+    with pytest.raises(UserError, match="packed files need no --converter"):
+        deploy(adapter, [9], tmp_path / "new", form="packed", converter=tmp_path, **options)
+
+
 @pytest.mark.usefixtures("quick")
 def test_one_that_was_trained_for_a_configuration_gets_it(served: Path, tiny_directory: str,
                                                           tmp_path: Path) -> None:
@@ -261,7 +280,7 @@ def test_limits_are_kept_or_refused(packed: Path, tmp_path: Path,
 def test_packed_files_are_measured(packed: Path, tmp_path: Path) -> None:
     done = run(packed, 8.5, tmp_path / "out")
     assert done.cost.memory_mb > done.actual_mb and done.cost.token_ms > 0
-    assert done.evaluation.losses and "exact match" in done.evaluation.scores
+    assert done.evaluation.sums and "exact match" in done.evaluation.scores
 
 
 @pytest.mark.usefixtures("quick")

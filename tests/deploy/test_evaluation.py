@@ -1,6 +1,7 @@
 """`python -m lib evaluate`: systems of each kind on the same records."""
 
 import copy
+import dataclasses
 import itertools
 import json
 import math
@@ -55,6 +56,7 @@ def test_models_adapters_and_servers(data: Path, adapter: Path, tiny_directory: 
                                      tmp_path: Path) -> None:
     records = [*Records(data)]
     plain = evaluate(tiny_directory, records, new_tokens=6)
+    assert plain.figures()["cut off"] == plain.cut == 3 and differences(plain, plain)
     assert plain.scores["exact match"].hits == plain.scores["keyword"].hits == (True, True, False)
     model, tokenizer = load_model(tiny_directory), load_tokenizer(tiny_directory)
     assert plain.loss == pytest.approx(held_out_loss(model, tokenizer, records), rel=1e-5)
@@ -62,12 +64,19 @@ def test_models_adapters_and_servers(data: Path, adapter: Path, tiny_directory: 
     assert texts(tuned) != texts(plain) and tuned.loss != plain.loss
     mean, low, high = differences(plain, tuned)["loss by record"]
     assert low < mean < high
-    assert mean == pytest.approx(sum(tuned.losses) / 3 - sum(plain.losses) / 3, rel=1e-4)
+    assert mean == pytest.approx(sum((b - a) / n for a, b, n in zip(
+        plain.sums, tuned.sums, plain.counts, strict=True)) / 3, rel=1e-4)
+    # Of two tokenizers only the answers as wholes can be compared.
+    longer = dataclasses.replace(tuned, counts=tuple(2 * n for n in tuned.counts))
+    assert differences(plain, longer)["nats by record"][0] == pytest.approx(
+        (sum(tuned.sums) - sum(plain.sums)) / 3, rel=1e-4)
     export(tmp_path / "edge", adapters={"mine": adapter}, route="original", gguf_type="F32")
     with running(tmp_path / "edge", "--context", "256") as served:
-        assert texts(evaluate(served.url, records, new_tokens=6)) == texts(plain)
+        with pytest.raises(UserError, match="it serves base, mine: which one.*a model after #"):
+            evaluate(served.url, records)
+        assert texts(evaluate(f"{served.url}#base", records, new_tokens=6)) == texts(plain)
         other = evaluate(f"{served.url}#mine", records, new_tokens=6)
-        assert texts(other) == texts(tuned) and not other.losses
+        assert texts(other) == texts(tuned) and other.cut == tuned.cut == 3 and not other.sums
 
 
 def test_the_likeliest_of_few_answers(tiny_directory: str) -> None:
@@ -76,9 +85,9 @@ def test_the_likeliest_of_few_answers(tiny_directory: str) -> None:
     rows = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
             for q, a in itertools.product(["Good?", "And now?"], ["Yes, it is.", "No."])]
     done = evaluate(tiny_directory, rows, new_tokens=2)
-    nats = [mean * sum(label != IGNORED for label in encode(tokenizer, row)[1])
-            for mean, row in zip(done.losses, rows, strict=True)]
-    expected = [nats[i] == min(nats[i // 2 * 2:i // 2 * 2 + 2]) for i in range(4)]
+    assert list(done.counts) == [
+        sum(label != IGNORED for label in encode(tokenizer, row)[1]) for row in rows]
+    expected = [done.sums[i] == min(done.sums[i // 2 * 2:i // 2 * 2 + 2]) for i in range(4)]
     assert list(done.scores["likeliest"].hits) == expected and sum(expected) == 2
     assert "likeliest" not in evaluate(tiny_directory, rows[:3], new_tokens=2).scores
 
@@ -87,10 +96,13 @@ def test_thoughts_are_not_scored(tiny_directory: str, monkeypatch: pytest.Monkey
     """A server leaves them out of its answers, and a folder's answer has them."""
     record = normalised({"prompt": "Warm?", "completion": "<think>\nDry.\n</think>\n\nWet.",
                          "expected_keyword": "dry"})
-    for text in ("<think>\nDry.\n</think>\n\nWet.", "Wet.", "<think>Hm.</think>Wet."):
+    for text in ("<think>\nDry.\n</think>\n\nWet.", "Wet.", "<think>Hm.</think>Wet.", "<think>Dry"):
         monkeypatch.setattr("lib.deploy.evaluation.generate", lambda *_, text=text, **__: [text])
         scores = evaluate(tiny_directory, [record]).scores
-        assert (scores["exact match"].hits, scores["keyword"].hits) == ((True,), (False,))
+        assert (scores["exact match"].hits, scores["keyword"].hits) == (("Wet." in text,), (False,))
+    rows = [normalised({"prompt": q, "completion": f"<think>{q}</think>{a}"})
+            for q in "no" for a in ("Dry.", "Wet.")]  # each has its own thought
+    assert "likeliest" not in evaluate(tiny_directory, rows).scores
 
 
 def test_the_command(data: Path, adapter: Path, tiny_directory: str, tmp_path: Path,
@@ -179,7 +191,8 @@ def test_a_base_that_has_moved_can_be_named(adapter: Path, data: Path, tiny_dire
     words = ["evaluate", str(moved), "--data", str(data), "--route", "original", "--limit", "1"]
     assert main(words) == 2 and "gone, which is not there: put it" in capsys.readouterr().err
     assert main([*words, "--model", tiny_directory]) == 0
-    for name in ("./models/gone", "C:\\models\\gone", f"owner/{Path(tiny_directory).name}"):
+    own = Path(tiny_directory).name
+    for name in ("./models/gone", "C:\\models\\gone", f"owner/{own}", f"unsloth/{own}-bnb-4bit"):
         write_json(moved / "adapter_config.json", config | {"base_model_name_or_path": name})
         assert main([*words, "--model", tiny_directory]) == 0
     write_json(moved / "adapter_config.json", config | {"base_model_name_or_path": "owner/other"})
@@ -198,6 +211,8 @@ def test_records_that_do_not_fit(tiny_directory: str, data: Path) -> None:
     for other in ({"text": "a b"}, unlabelled):  # a figure would be of fewer records than it says
         with pytest.raises(UserError, match="evaluate them apart"):
             evaluate(tiny_directory, [*Records(data), other])
+    with pytest.raises(UserError, match="no question, .*--ignore expected_keyword"):
+        evaluate(tiny_directory, [{"text": "a b", "expected_keyword": "b"}])
 
 
 def test_an_answer_ends_where_the_context_does(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -209,6 +224,9 @@ def test_an_answer_ends_where_the_context_does(tokenizer: PreTrainedTokenizerBas
     assert alone[0]  # and a longer question beside it takes nothing away
     both = generate(model, tokenizer, ["Why?", "Why not, and when?"], max_new_tokens=100)
     assert both[:1] == alone
+    model.generation_config.num_return_sequences = 2
+    model.generation_config.stop_strings = [alone[0][:1]]
+    assert generate(model, tokenizer, ["Why?"], max_new_tokens=100) == alone
 
 
 @pytest.mark.parametrize(("answer", "given", "allowed"), [
@@ -218,7 +236,7 @@ def test_an_answer_may_be_as_long_as_the_right_one(
         ) -> None:
     """Cut off, it would be wrong whatever it says."""
     seen = []
-    monkeypatch.setattr("lib.deploy.evaluation.generate", lambda *_, max_new_tokens: (
+    monkeypatch.setattr("lib.deploy.evaluation.generate", lambda *_, max_new_tokens, **__: (
         seen.append(max_new_tokens), [answer])[1])
     record = normalised({"prompt": "a", "completion": answer})
     evaluate(tiny_directory, [record], new_tokens=given)
@@ -257,6 +275,6 @@ def test_a_thought_before_an_answer_is_not_part_of_it(
     done = evaluate(tiny_directory, [normalised({"prompt": q, "completion": "At 7:30."})
                                      for q in "ab"])
     assert done.scores["exact match"].hits == (True, False)
-    other = Evaluation({"exact match": done.scores["exact match"]}, (), 0.0)
-    labels = Evaluation(done.scores | {"likeliest": done.scores["exact match"]}, (), 0.0)
+    other = Evaluation({"exact match": done.scores["exact match"]})
+    labels = Evaluation(done.scores | {"likeliest": done.scores["exact match"]})
     assert [*differences(labels, other)] == [*differences(other, labels)] == ["exact match"]

@@ -49,6 +49,11 @@ def test_trains_an_adapter_and_prints_a_line(place: Path, tiny_directory: str,
     assert {p.name for p in place.iterdir()} == {"good.jsonl", "out"}
 
 
+def test_full_fine_tuning_has_a_rate_of_its_own(place: Path, tiny_directory: str) -> None:
+    assert main(training(tiny_directory, "--steps", "1", "--mode", "full")) == 0
+    assert verified(place / "out")["settings"]["learning_rate"] == 3e-4
+
+
 @pytest.mark.skipif(os.name != "posix", reason="there is no limit of a file's size")
 def test_a_full_disk_for_real(place: Path) -> None:
     """The kernel refuses more than 64 kB a file."""

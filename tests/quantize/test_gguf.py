@@ -310,6 +310,8 @@ def test_what_one_takes_home(converted: None, tmp_path: Path, tiny_directory: st
     assert own.endswith('PARAMETER stop "<|im_end|>"\n')
     assert commands(tmp_path / "plain")[2] == (
         f"ollama create plain -f {tmp_path / 'plain' / 'Modelfile'}")
+    (tmp_path / "plain").rename(tmp_path / "a b")
+    assert commands(tmp_path / "a b")[0] == f"python -m lib serve '{tmp_path / 'a b'}'"
     dated = shutil.copytree(lora, tmp_path / "dated-lora")  # Ollama would always say one date
     (dated / "chat_template.jinja").write_text("{{ strftime_now('%Y') }}" + CHAT_TEMPLATE)
     export(tmp_path / "dated", **options | {"merged": dated})
@@ -385,6 +387,15 @@ def test_files_that_are_refused(tmp_path: Path, lora: Path, tiny_gguf: Path,
         open_bundle(tmp_path / "text.gguf")
     with pytest.raises(UserError, match="is an adapter: name a model"):
         open_bundle(good)
+    for architecture, keys in (("clip", ()), ("qwen3", ("context_length", "pooling_type"))):
+        writer = gguf.GGUFWriter(tmp_path / "other.gguf", architecture)  # for pictures; embeddings
+        for key in keys:
+            writer.add_uint32(f"{architecture}.{key}", 1)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        with pytest.raises(UserError, match="other.gguf is no language model, or not its first"):
+            open_bundle(tmp_path / "other.gguf")
     with pytest.raises(UserError, match="use NAME=FILE"):
         open_bundle(f32, ["adapter"])
     with pytest.raises(UserError, match="has the model's name"):

@@ -31,6 +31,7 @@ from lib.client import ask, ask_all, question
 from lib.errors import UserError
 from lib.quantize.gguf import write_adapter, write_model
 from lib.serve.bundle import Reader
+from lib.serve.front import left_out
 from lib.serve.server import Served, running
 from lib.settings import TARGETS
 from lib.train.lora import load_adapter
@@ -274,7 +275,8 @@ BAD = [
     *((CHAT, data, 400) for data in (
         b"", b"{", b"[1, 2]", b"null", b"\xff\xfe{}", b'{"messages": NaN}', b"[" * 100_000,
         b'{"messages": [{"role": "user", "content": "Hi \\ud83d"}]}',
-        b'{"messages": [{"role": "user", "content": "Hi"}], "min_p": 1e999}')),
+        b'{"messages": [{"role": "user", "content": "Hi"}], "min_p": 1e999}',
+        b'{"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3, "max_tokens": 5}')),
     *((CHAT, {"messages": messages}, 400) for messages in (
         [], "Hello", [{}], ["Hello"], [{"role": "user", "content": 5}],
         [{"role": "robot", "content": "Hello"}], [{"role": "user", "content": "word " * 400}],
@@ -336,6 +338,7 @@ BAD = [
 
 @pytest.mark.parametrize(("options", "said"), [
     ({"json_schema": {"enum": [1]}, "ignore_eos": True}, "ignore_eos: omit it"),
+    ({"json_schema": {"type": "object", "minProperties": 2}}, "the keys may repeat"),
     ({"json_schema": {"type": "object", "properties": {"n": {"type": "number", "format": "float"}}}
       }, "a format of what is not a string"),
     ({"json_schema": {"oneOf": [{"type": "object"}, {"type": "object", "title": "b"}]}}, "anyOf"),
@@ -454,9 +457,17 @@ def test_tools_where_the_template_knows_them(folder: Path) -> None:
                       {"tools": [{"type": "function", "function": None}]},
                       {"tools": [{"type": "function", "function": {
                           "name": "a", "parameters": {"type": "colour"}}}]},
+                      {"messages": [*asked[:2], asked[2] | {"tool_call_id": "another"}]},
                       {"tool_choice": "required", "stream": True}, {"messages": [
                           *HELLO, {"role": "assistant", "tool_calls": [{"function": {}}]}]}):
             refusal(client.post(CHAT, json=asked_for(**tool | wrong)), 400)
+
+
+def test_names_of_values_must_be_in_the_prompt() -> None:
+    tool = {"function": {"name": "f", "parameters": {"properties": {"city": {"type": "string"}}}}}
+    assert [*left_out(tool, "f: a tool")] == ["city"]
+    call = {"function": {"name": "f", "arguments": '{"on": true}'}}
+    assert [*left_out(call, "call f")] == ["on"] and not [*left_out(call, 'call f {"on": true}')]
 
 
 @pytest.mark.parametrize("slot", [99, -7, "one"])
@@ -618,27 +629,30 @@ def test_a_proxy_sees_no_local_traffic(
             proxy.accept()
 
 
-@pytest.mark.parametrize("parts", [[], ["one"]])
+@pytest.mark.parametrize("parts", [[], ["a\u2028b\x85"]])
 def test_an_answer_of_no_part_or_one(parts: list[str]) -> None:
     """A model in few bits may end at once: that is an empty answer, not a failure."""
     events = [{"choices": [{"delta": {"content": part}}]} for part in parts]
-    events += [{"choices": [], "usage": {"completion_tokens": 1, "prompt_tokens": 3}}]
-    text = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
+    events += [{"choices": [{"delta": {}, "finish_reason": "stop"}],
+                "usage": {"completion_tokens": 1, "prompt_tokens": 3}}]
+    text = "".join(f"data: {json.dumps(event, ensure_ascii=False)}\n\n" for event in events)
     transport = httpx.MockTransport(lambda _: httpx.Response(200, text=text))
     with httpx.Client(transport=transport, base_url="http://server") as client:
         answer = ask(client, question("Hello"))
-    assert answer.text == "".join(parts) and answer.last >= answer.first > 0
-    assert math.isnan(answer.decode)
-    bare = 'data: {"choices": [{"delta": {"content": "a"}}]}\n\n'  # without figures of usage
+    assert answer.text == "".join(parts).strip() and answer.last >= answer.first > 0
+    assert math.isnan(answer.decode) and answer.whole
+    # Without figures of usage, and cut at its limit.
+    bare = 'data: {"choices": [{"delta": {"content": "a"}, "finish_reason": "length"}]}\n\n'
     transport = httpx.MockTransport(lambda _: httpx.Response(200, text=bare))
     with httpx.Client(transport=transport, base_url="http://server") as client:
         answer = ask(client, question("Hello"))
-    assert answer.text == "a" and math.isnan(answer.tokens)
+    assert answer.text == "a" and math.isnan(answer.tokens) and not answer.whole
 
 
 @pytest.mark.parametrize(("status", "text", "message"), [
     (404, '{"error": {"message": "no model x"}}', "status 404.*no model x"),
     (200, 'data: {"error": {"message": "out of memory"}}\n\n', "broke off.*out of memory"),
+    (200, 'data: {"choices": [{"delta": {"content": "a"}}]}\n\n', "broke off"),
     (200, '{"choices": [{"message": {"content": "a"}}]}', "no stream of events")])
 def test_a_server_says_what_is_wrong(status: int, text: str, message: str) -> None:
     transport = httpx.MockTransport(lambda _: httpx.Response(status, text=text))

@@ -27,6 +27,7 @@ from lib.train.lora import (
     linear_shapes,
     load_adapter,
     lora_config,
+    make_portable,
 )
 
 
@@ -224,8 +225,18 @@ def test_adapter_of_something_else(make_tiny: Callable[[], LlamaForCausalLM], ad
                                           "0.self_attn.q_proj.lora_B.bias")}])
 def test_factors_that_do_not_go_together(adapter: Path, tmp_path: Path,
                                          change: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="must hold an A and a B of rank"):
+    with pytest.raises(UserError, match="needs an A and a B of rank"):
         adapter_factors(changed(adapter, tmp_path / "changed", **change))
+
+
+def test_copies_of_the_base_are_no_factors(adapter: Path, tmp_path: Path) -> None:
+    """peft saves an adapted head or embedding, too."""
+    mine = Path(shutil.copytree(adapter, tmp_path / "mine"))
+    (mine / "manifest.json").unlink(missing_ok=True)
+    whole = load_file(mine / "adapter_model.safetensors")
+    save_file(whole | {"base_model.model.lm_head.base_layer.weight": torch.ones(8, 8)},
+              mine / "adapter_model.safetensors")
+    assert adapter_factors(mine).keys() == adapter_factors(adapter).keys()
 
 
 @pytest.mark.parametrize("options", [
@@ -244,6 +255,7 @@ def test_adapters_made_elsewhere(make_tiny: Callable[[], LlamaForCausalLM], tmp_
         if parameter.requires_grad:
             parameter.data += 0.05 * torch.randn_like(parameter)
     theirs.eval().save_pretrained(str(tmp_path))
+    make_portable(tmp_path, "base")
     ids = torch.arange(3, 13)[None]
     with torch.no_grad():
         expected = theirs(input_ids=ids).logits
@@ -253,7 +265,7 @@ def test_adapters_made_elsewhere(make_tiny: Callable[[], LlamaForCausalLM], tmp_
         try:
             factors = adapter_factors(tmp_path)
         except UserError as error:
-            assert re.search("which A and B do not hold|must hold an A and a B", str(error))
+            assert re.search("which A and B do not hold|needs an A and a B", str(error))
             return
         plain = make_tiny()
         for name, (a, b, scale) in factors.items():

@@ -18,6 +18,7 @@ from unittest.mock import Mock
 import bitsandbytes as bnb
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
@@ -27,7 +28,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from lib.base.model import MODULE_KINDS, best_dtype, load_model
+from lib.base.model import MODULE_KINDS, best_dtype, load_model, quantized_config
 from lib.base.records import IGNORED, Record, encode, sensors
 from lib.errors import UserError
 from lib.evaluate.scores import held_out_loss
@@ -117,6 +118,18 @@ def ordered_trainer(model: Any, tokenizer: Any, settings: TrainSettings, work: P
     trainer.args.train_sampling_strategy = "sequential"
     trainer.args.save_strategy = "no"
     return trainer
+
+
+def test_two_runs_do_not_share_a_folder(tiny_directory: str, tmp_path: Path) -> None:
+    """They would write one file of tokens, and each would delete the other's checkpoints."""
+    out, work = tmp_path / "out", tmp_path / ".out.work"
+    work.mkdir()
+    with FileLock(work / "lock-0"), pytest.raises(UserError, match="another run trains .*out"):
+        train(RECORDS, SETTINGS["lora"], model=tiny_directory, out=out)
+    assert [p.name for p in work.iterdir()] == ["lock-0"]
+    short = dataclasses.replace(SETTINGS["lora"], steps=1)
+    train(RECORDS[:2], short, model=tiny_directory, out=out)
+    assert not work.exists()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -429,6 +442,16 @@ def test_an_adapter_that_did_not_move(tiny_directory: str,
     settings = dataclasses.replace(SETTINGS["lora"], steps=1)
     with pytest.raises(UserError, match="did not move"):
         train(RECORDS, settings, model=tiny_directory)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_quantised_base_is_refused(mode: str, tiny_directory: str, tmp_path: Path,
+                                     tokenizer: PreTrainedTokenizerBase) -> None:
+    """It would train, and no converter takes it: the adapter could not be exported."""
+    load_model(tiny_directory, quantization_config=quantized_config()).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="is quantised already: name the model that it was made"):
+        train(RECORDS, SETTINGS[mode], model=str(tmp_path))
 
 
 def test_of_plain_text_no_last_turn_is_learned(tiny_directory: str) -> None:
