@@ -1,5 +1,6 @@
 """A client that measures streamed answers, one or many at a time."""
 
+import itertools
 import json
 import math
 import os
@@ -23,7 +24,7 @@ class Answer:
     first: float
     last: float
     prompt_tokens: float
-    whole: bool  # it ended by itself, and not at a limit
+    whole: bool  # neither a limit nor a filter ended it
 
     @property
     def decode(self) -> float:
@@ -52,7 +53,7 @@ def ask(client: httpx.Client, body: dict[str, Any]) -> Answer:
         if not reply.is_success:
             said = reply.read().decode(errors="replace")[:300]
             raise UserError(f"status {reply.status_code}: {said}")
-        for text in reply.iter_text():
+        for text in itertools.chain(reply.iter_text(), "\n"):
             *lines, rest = (rest + text).split("\n")  # an answer may have Unicode's other line ends
             for kind, _, data in (line.partition(":") for line in lines):
                 if kind not in ("data", "error") or "{" not in data:
@@ -65,10 +66,12 @@ def ask(client: httpx.Client, body: dict[str, Any]) -> Answer:
                     if part := choice["delta"].get("content"):
                         times.append(time.perf_counter() - start)
                         parts.append(part)
-    require(ended, "the server broke off, or sends no stream of events")
+    broken = ended in ("", "abort", "error")
+    require(not broken, f"the server broke off {ended}, or sends no stream of events")
     times = times or [time.perf_counter() - start]  # an answer may end before any text
+    whole = ended not in ("length", "content_filter")
     return Answer("".join(parts).strip(), usage.get("completion_tokens", math.nan), times[0],
-                  times[-1], usage.get("prompt_tokens", math.nan), ended != "length")
+                  times[-1], usage.get("prompt_tokens", math.nan), whole)
 
 
 def ask_all(url: str, bodies: Sequence[dict[str, Any]], *, clients: int = 4) -> list[Answer]:

@@ -1,7 +1,5 @@
 """The base model, in full precision or NF4, and its tokenizer: one call for every source.
-
-"Full precision" of the default means SmolLM2-135M-Instruct in Q4_1, dequantised to float16.
-"""
+"Full precision" of the default means SmolLM2-135M-Instruct in Q4_1, dequantised to float16."""
 
 import contextlib
 import ctypes
@@ -50,8 +48,10 @@ def load_tokenizer(model: str = EMBEDDED, *, template: str = "auto", base: str =
         tokenizer = load_tokenizer(base, template=template)
         config = Path(model, "tokenizer_config.json")
         named = read_json(config).get("chat_template") if config.is_file() else None
-        if own.is_file() or named:
-            tokenizer.chat_template = named or own.read_text(encoding="utf-8")
+        if isinstance(named, list):  # of several
+            named = {row["name"]: row["template"] for row in named}.get("default")
+        tokenizer.chat_template = (own.read_text(encoding="utf-8") if own.is_file() else
+                                   named or tokenizer.chat_template)
         return tokenizer
     tokenizer = _load(transformers.AutoTokenizer, model)
     if isinstance(tokenizer.chat_template, dict):  # of several; a GGUF file has one

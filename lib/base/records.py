@@ -1,7 +1,5 @@
 """The user's own records: files of many formats, in many shapes, as messages, as token ids.
-
-A field that carries content is used, listed in `ignore`, or refused by its name.
-"""
+A field that carries content is used, listed in `ignore`, or refused by its name."""
 
 import copy
 import csv
@@ -178,9 +176,10 @@ def normalised(row: Any, where: str = "it", ignore: Collection[str] | None = Non
         turns = record["messages"]  # most templates show the order of calls, and not their ids
         last = turns[-1]["role"] if turns else "nothing"
         require(last == "assistant", f"{where} ends with {last}: end with the assistant's turn")
-        calls = (call.get("id") for turn in turns for call in turn.get("tool_calls", ()))
-        require(all(turn["tool_call_id"] in calls for turn in turns if "tool_call_id" in turn),
-                f"{where} has answers of tools in another order than the calls: reorder them")
+        calls = [c["id"] for turn in turns for c in turn.get("tool_calls", ()) if c.get("id")]
+        told, order = itertools.groupby(turn.get("tool_call_id") for turn in turns), iter(calls)
+        require(all(number in order for number, _ in told if number in calls),
+                f"{where} has tool answers in a different order from their calls: reorder them")
     return record
 
 
@@ -260,7 +259,7 @@ def encode(tokenizer: Tokenizer, record: Record, *, learn: str = "all", where: s
     """Token ids of a record and their labels: those of the assistant's turns with their ends.
     `learn` is "all" or "last", of these turns. Of plain text all tokens are learned. UserError
     if the chat template leaves out a part of the record, does not end an answer, or (`asked`)
-    would ask for it with more than stands before it, as where it begins a thought."""
+    would ask for it otherwise than it begins, as where the question ends in an open thought."""
     record = normalised(record, where)
     if "text" in record:
         end = tokenizer.eos_token or ""
@@ -298,8 +297,8 @@ def encode(tokenizer: Tokenizer, record: Record, *, learn: str = "all", where: s
     for index, message in enumerate(messages):
         if message["role"] == "assistant" and (learn == "all" or index == len(messages) - 1):
             prompt, text = rendered(index, add_generation_prompt=True), rendered(index + 1)
-            while not (asked or text.startswith(prompt)):
-                prompt = prompt[:-1]
+            if not (asked or text.startswith(prompt)):
+                prompt = rendered(index)
             ends = [m.end() for m in controls[0].finditer(text) if m.end() > len(prompt)]
             kept = ends and text.startswith(prompt) and whole.startswith(text[:ends[-1]])
             require(kept, f"{where}: the chat template does not end an answer, or changes it "
@@ -319,18 +318,18 @@ def encode(tokenizer: Tokenizer, record: Record, *, learn: str = "all", where: s
 
 def _require_known(tokenizer: Tokenizer, ids: list[int], record: Record, text: str, *, where: str
                    ) -> None:
-    """UserError for characters of a record that its text has, and its ids lack; and for answers
-    that these change: other spaces, or small letters."""
+    """UserError for characters of a record that stand in its text, and not in its ids, and for
+    answers that these change: with other spaces, letters or signs."""
     decoded = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     given, said, shown = ({*unicodedata.normalize("NFKC", t).casefold()} for t in (
         "".join(_strings(record | {LABEL: 0})), text, decoded))
     lost = sorted(c for c in given & said - shown if c.strip())
     require(not lost, f"{where} has {lost[:9]}, unknown to the tokenizer: replace it")
     whole = unicodedata.normalize("NFC", decoded)
-    for message in record.get("messages", [{"role": "assistant", "content": record.get("text")}]):
+    for message in record.get("messages", ()):
         exact = unicodedata.normalize("NFC", message["content"]) in whole
-        require(exact or message["role"] != "assistant", f"{where}: the tokenizer changes "
-                f"{message['content'][:99]!r}, as spaces or capitals: use another model")
+        require(exact or message["role"] != "assistant", f"{where}: the tokenizer changes spaces, "
+                f"capitals or signs of {message['content'][:99]!r}: use another model")
 
 
 @functools.lru_cache(4)

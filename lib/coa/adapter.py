@@ -1,9 +1,7 @@
 """CoA-LoRA: one adapter for every configuration (Ye, Tang, Ngai, arXiv 2509.25214).
-
 A small network U_theta reads a layer's format and gives an r x r matrix:
 dW = (alpha / r) B (I + U) A. With U = 0 this is LoRA. It is trained over many configurations, and
-so are its baselines: over one it is a dedicated adapter (QLoRA), without a network a shared one.
-"""
+so are its baselines: over one it is a dedicated adapter (QLoRA), without a network a shared one."""
 
 import itertools
 import random

@@ -1,8 +1,6 @@
 """The Pareto search over two objectives that pull apart, both to be minimised: bits and loss.
-
 Points are rows (bits a weight, loss). A Gaussian process predicts the loss, not from the 1,050
-fields of a configuration but from each layer's squared error times its sensitivity.
-"""
+fields of a configuration but from each layer's squared error times its sensitivity."""
 
 import math
 import random

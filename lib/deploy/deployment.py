@@ -90,7 +90,8 @@ class Deployment:
             adapter, model, "original" if aware else route, rounded=True)
         self.tokenizer = load_tokenizer(str(adapter), base=self.name)
         self.learn = manifest.get("settings", {}).get("learn", "all")
-        self.longest = max(len(token_ids(self.tokenizer, r, learn="last")[0]) for r in held)
+        self.longest = max(len(token_ids(self.tokenizer, record, learn="last")[0])
+                           for record in (*self.records, *held))
         whole = (dequantized_base(self.name) if self.route == "dequantized"
                  else load_model(self.name, dtype=torch.float16))
         self.base = base = coa.Switchable(whole, name=self.name, cache_mb=0)
@@ -252,9 +253,9 @@ def measured(folder: Path, held: Sequence[Record], learn: str, longest: int
             body = serve.question("", messages=messages, max_tokens=TOKENS, ignore_eos=True)
             size = serve.open_bundle(folder).context // 256 * 256 or 256
             most = min(1024, size)
-            need = max(2048, -(-(longest + most) // 256) * 256)  # the server's own, or more
-            with (serve.running(folder, "--context", str(min(size, need))) as server,
-                  serve.connect(server.url) as client):
+            need = min(size, -(-(longest + most) // 256) * 256)
+            more = ("--context", str(need)) if need > 2048 else ()  # than the server's own
+            with serve.running(folder, *more) as server, serve.connect(server.url) as client:
                 serve.ask(client, body)  # from now on the prompt is cached
                 token_ms = 1e3 / serve.ask(client, body).decode
                 evaluation = evaluate(server.url, asked, new_tokens=most) if asked else Evaluation()

@@ -78,13 +78,15 @@ def evaluate(system: str, records: Sequence[Record], *, new_tokens: int = 0, rou
         require(asked, f"{url} can be asked, but plain texts have no question: give a model")
         require(most := new_tokens or longest * (longest <= 1024), "an answer has more than 1,024 "
                 "bytes: give --new-tokens, as many as its tokens")
-        bodies = [question("", model=name, messages=p, max_tokens=most) for p in prompts]
         try:
             if not name:
                 with connect(url) as client:
-                    names = [row["id"] for row in client.get("/models").json()["data"]]
+                    reply = client.get("/models")
+                names = [row["id"] for row in reply.json()["data"]] if reply.is_success else [""]
                 require(len(names) == 1, f"it serves {', '.join(names)}: which one?")
-            given = ask_all(url, bodies)
+                name = names[0]
+            given = ask_all(url, [question("", model=name, messages=p, max_tokens=most)
+                                  for p in prompts])
             texts, cut = [a.text for a in given], [i for i, a in enumerate(given) if not a.whole]
         except Exception as error:  # of many kinds: the address, the network, the reply
             raise UserError(f"{url} gives no answers ({' '.join(str(error).split())}): start it, "
@@ -121,8 +123,8 @@ def evaluate(system: str, records: Sequence[Record], *, new_tokens: int = 0, rou
 
 def _plain(answer: str) -> str:
     """An answer without thoughts, which a server does not show, and with composed accents."""
-    answer = answer.rpartition("</think>")[2].partition("<think>")[0]  # one may not have ended
-    return unicodedata.normalize("NFC", answer.strip())
+    answer = answer.rpartition("</think>")[2].strip()
+    return unicodedata.normalize("NFC", "" if answer.startswith("<think>") else answer)
 
 
 def likeliest(model: Any, tokenizer: Any, record: Record, answers: Sequence[str]) -> str:

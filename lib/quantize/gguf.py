@@ -1,8 +1,6 @@
 """From a model and adapters to GGUF files, of any architecture that llama.cpp converts.
-
 A file of the base gives metadata and tokenizer: the embedded model's own file, or one that the
-converter makes. Our weights take the place of its tensors, in its order of rows.
-"""
+converter makes. Our weights take the place of its tensors, in its order of rows."""
 
 import contextlib
 import re

@@ -50,8 +50,8 @@ def open_bundle(path: Path, loras: Sequence[str] = ()) -> Bundle:
         reader = model_reader(model, {n: file for n, (file, _) in adapters.items()})
         architecture, tokens = metadata(reader, "general.architecture"), "tokenizer.ggml.tokens"
         context = metadata(reader, f"{architecture}.context_length")
-        require(context and not metadata(reader, f"{architecture}.pooling_type"), f"{model} is no "
-                "language model, or not its first file: name another one")
+        require(context and not metadata(reader, f"{architecture}.pooling_type"), f"{model} is not "
+                "a language model, or not the first file of one: name another")
         template = str(metadata(reader, "tokenizer.chat_template") or "")
         return Bundle(name, model, adapters, context, len(reader.fields[tokens].data), template)
     except DAMAGE as error:  # a manifest that was edited, or what is read after a header

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 import re
 import secrets
@@ -64,8 +65,7 @@ def engine_request(body: bytes, path: str, bundles: Mapping[str, Bundle], settin
                    ) -> tuple[str, dict[str, Any], list[str]]:
     """The engine's address, the request for it, and the names of the fields that it leaves out."""
     try:
-        # Which refuses NaN, and a key given twice.
-        fields = json.loads(body, parse_constant=int, object_pairs_hook=unique)
+        fields = json.loads(body, parse_constant=int, object_pairs_hook=unique)  # NaN is refused
         fields = {name: value for name, value in fields.items() if value is not None}
         json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()  # half a character, 1e999
     except (ValueError, AttributeError, RecursionError):
@@ -87,9 +87,10 @@ def engine_request(body: bytes, path: str, bundles: Mapping[str, Bundle], settin
         if isinstance(parts := message.get("content"), list):  # as in training
             message["content"] = "".join(part["text"] for part in parts)
     turns = fields.get("messages", ())  # most templates show the order of calls, and not their ids
-    calls = (call.get("id") for turn in turns for call in turn.get("tool_calls") or ())
-    insist(all(turn["tool_call_id"] in calls for turn in turns if "tool_call_id" in turn),
-           "messages", "put the answers of tools in the order of their calls")
+    calls = [c["id"] for turn in turns for c in turn.get("tool_calls") or () if c.get("id")]
+    told, order = itertools.groupby(turn.get("tool_call_id") for turn in turns), iter(calls)
+    insist(all(number in order for number, _ in told if number in calls), "messages",
+           "put the answers of tools in the order of their calls")
     insist(bundle.template or "messages" not in fields, None, "no chat template: use /completions")
     insist(fields.get("messages", [{"role": ""}])[-1]["role"] != "assistant", "messages", "end "
            "with a question, or the answer of a tool: what is begun is not continued")

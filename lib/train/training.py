@@ -289,7 +289,7 @@ def train(records: Iterable[Record], settings: TrainSettings, *, model: str = "e
     with work_directory(out, processes) as work:
         loaded = base or base_for(settings.mode, model)
         own = getattr(getattr(loaded, "hf_quantizer", None), "pre_quantized", False)
-        require(not own, f"{model} is quantised already: name the model that it was made from")
+        require(not own, f"{model} is quantised already: name the one that it was made from")
         trainer = make_trainer(loaded, tokenizer, records, settings, work=work,
                                say_every=say_every, held=held)
         adapt(trainer)
@@ -348,15 +348,17 @@ def work_directory(out: Path | None, processes: PartialState) -> Iterator[Path]:
     try:
         lock.acquire()
     except Timeout:
-        raise UserError(f"another run trains {out}: wait, or choose another --out") from None
+        raise UserError(f"another run trains into {out}: wait, or choose another --out") from None
+    except OSError:  # of a file system without locks
+        pass
     try:
         yield work
         processes.wait_for_everyone()
         done = True
     finally:
-        lock.release()
         if is_main_process() and (done or not any(work.glob("checkpoint-*"))):
             shutil.rmtree(work, ignore_errors=True)
+        lock.release()
 
 
 def last_checkpoint(work: Path, run: str) -> Path | None:

@@ -232,6 +232,11 @@ def test_the_template_of_an_adapter_alone(tiny_directory: str, tmp_path: Path) -
     write_json(tmp_path / "adapter_config.json", {"base_model_name_or_path": tiny_directory})
     write_json(tmp_path / "tokenizer_config.json", {"chat_template": "as it was trained"})
     assert load_tokenizer(str(tmp_path)).chat_template == "as it was trained"
+    write_json(tmp_path / "tokenizer_config.json", {"chat_template": [
+        {"name": "tools", "template": "a"}, {"name": "default", "template": "b"}]})
+    assert load_tokenizer(str(tmp_path)).chat_template == "b"
+    (tmp_path / "chat_template.jinja").write_text("c")
+    assert load_tokenizer(str(tmp_path)).chat_template == "c"
 
 
 def test_weights_without_a_place_are_not_dropped(tiny_directory: str, tmp_path: Path) -> None:

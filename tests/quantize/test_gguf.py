@@ -394,7 +394,7 @@ def test_files_that_are_refused(tmp_path: Path, lora: Path, tiny_gguf: Path,
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.close()
-        with pytest.raises(UserError, match="other.gguf is no language model, or not its first"):
+        with pytest.raises(UserError, match="other.gguf is not a language model, or not the first"):
             open_bundle(tmp_path / "other.gguf")
     with pytest.raises(UserError, match="use NAME=FILE"):
         open_bundle(f32, ["adapter"])

@@ -338,7 +338,7 @@ BAD = [
 
 @pytest.mark.parametrize(("options", "said"), [
     ({"json_schema": {"enum": [1]}, "ignore_eos": True}, "ignore_eos: omit it"),
-    ({"json_schema": {"type": "object", "minProperties": 2}}, "the keys may repeat"),
+    ({"json_schema": {"type": "object", "minProperties": 2}}, "the model may repeat a key"),
     ({"json_schema": {"type": "object", "properties": {"n": {"type": "number", "format": "float"}}}
       }, "a format of what is not a string"),
     ({"json_schema": {"oneOf": [{"type": "object"}, {"type": "object", "title": "b"}]}}, "anyOf"),
@@ -434,6 +434,7 @@ def test_tools_where_the_template_knows_them(folder: Path) -> None:
         thought = {"role": "assistant", "content": "<think>\nHm.</think>Yes", "reasoning_content":
                    "Well"}
         for sent in ({"messages": HELLO}, {"messages": asked}, {"tool_choice": "none"},
+                     {"messages": [HELLO[0] | {"tool_call_id": None}]},
                      {"tools": [shell]}, {"messages": [*HELLO, thought, *HELLO]},
                      {"messages": [*HELLO, asked[1] | {"tool_calls": [decoded]}, *HELLO]},
                      {"chat_template_kwargs": {"polite": True}}):
@@ -457,7 +458,9 @@ def test_tools_where_the_template_knows_them(folder: Path) -> None:
                       {"tools": [{"type": "function", "function": None}]},
                       {"tools": [{"type": "function", "function": {
                           "name": "a", "parameters": {"type": "colour"}}}]},
-                      {"messages": [*asked[:2], asked[2] | {"tool_call_id": "another"}]},
+                      {"messages": [HELLO[0], asked[1] | {"tool_calls": [
+                          CALL, CALL | {"id": "b"}]}, *(
+                              asked[2] | {"tool_call_id": n} for n in "ba")]},
                       {"tool_choice": "required", "stream": True}, {"messages": [
                           *HELLO, {"role": "assistant", "tool_calls": [{"function": {}}]}]}):
             refusal(client.post(CHAT, json=asked_for(**tool | wrong)), 400)

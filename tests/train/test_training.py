@@ -124,7 +124,7 @@ def test_two_runs_do_not_share_a_folder(tiny_directory: str, tmp_path: Path) -> 
     """They would write one file of tokens, and each would delete the other's checkpoints."""
     out, work = tmp_path / "out", tmp_path / ".out.work"
     work.mkdir()
-    with FileLock(work / "lock-0"), pytest.raises(UserError, match="another run trains .*out"):
+    with FileLock(work / "lock-0"), pytest.raises(UserError, match="another run trains into .*out"):
         train(RECORDS, SETTINGS["lora"], model=tiny_directory, out=out)
     assert [p.name for p in work.iterdir()] == ["lock-0"]
     short = dataclasses.replace(SETTINGS["lora"], steps=1)
@@ -450,7 +450,7 @@ def test_a_quantised_base_is_refused(mode: str, tiny_directory: str, tmp_path: P
     """It would train, and no converter takes it: the adapter could not be exported."""
     load_model(tiny_directory, quantization_config=quantized_config()).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="is quantised already: name the model that it was made"):
+    with pytest.raises(UserError, match="is quantised already: name the one that it was made"):
         train(RECORDS, SETTINGS[mode], model=str(tmp_path))
 
 
