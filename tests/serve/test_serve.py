@@ -434,7 +434,7 @@ def test_tools_where_the_template_knows_them(folder: Path) -> None:
         thought = {"role": "assistant", "content": "<think>\nHm.</think>Yes", "reasoning_content":
                    "Well"}
         for sent in ({"messages": HELLO}, {"messages": asked}, {"tool_choice": "none"},
-                     {"messages": [HELLO[0] | {"tool_call_id": None}]},
+                     {"messages": [HELLO[0] | {"tool_call_id": ""}]},
                      {"tools": [shell]}, {"messages": [*HELLO, thought, *HELLO]},
                      {"messages": [*HELLO, asked[1] | {"tool_calls": [decoded]}, *HELLO]},
                      {"chat_template_kwargs": {"polite": True}}):
