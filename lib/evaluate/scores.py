@@ -66,7 +66,8 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     answers = [""] * len(prompts)
     core = model.get_base_model() if isinstance(model, PeftModel) else model
     with contextlib.ExitStack() as stack:
-        stack.callback(setattr, core, "generation_config", core.generation_config)
+        own_settings = getattr(core, "generation_config", None)
+        stack.callback(setattr, core, "generation_config", own_settings)
         core.generation_config = GenerationConfig()  # its own may sample, stop at texts, ...
         # For each row of its strided view torch would copy the head's weight: gigabytes.
         stack.enter_context(model.get_output_embeddings().register_forward_pre_hook(
@@ -77,7 +78,8 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
             batch = tokenizer.pad({"input_ids": [prompts[i] for i in rows]}, return_tensors="pt",
                                   padding_side="left").to(model.device)
             output = model.generate(
-                **batch, max_new_tokens=min(max_new_tokens, room - batch.input_ids.shape[1]),
+                **batch, do_sample=False,
+                max_new_tokens=min(max_new_tokens, room - batch.input_ids.shape[1]),
                 eos_token_id=sorted(ends - {None}), pad_token_id=tokenizer.pad_token_id)
             new = output[:, batch.input_ids.shape[1]:]
             texts = tokenizer.batch_decode(new, skip_special_tokens=True)
