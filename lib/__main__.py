@@ -63,10 +63,8 @@ def parser() -> Parser:
     add = commands.add_parser("evaluate", help="score one or two systems on records").add_argument
     add("systems", nargs="+", metavar="SYSTEM", help="embedded, a folder, a hub id, http://HOST/v1#NAME")
     add("--data", required=True, metavar="FILE", help="records, as for train")
-    add("--ignore", **FIELDS)
     add("--learn", default="all", choices=("all", "last"), help="as in train; default all")
-    add("--route", default="", choices=("original", "dequantized"), help="as for export")
-    add("--model", default="", help="the adapter's base, where it is now")
+    add("--divergence", action="store_true", help="also the KL of two models, both in memory")
     add("--limit", type=int, default=1 << 62, metavar="N", help="only the first N records")
     add("--new-tokens", type=int, default=0, metavar="N", help="longest answer, default by FILE")
     add("--out", type=Path, metavar="FILE", help="also write the figures as JSON")
@@ -77,25 +75,25 @@ def parser() -> Parser:
     add("--adapter", action="append", default=[], metavar="NAME=DIR", help="kept beside it")
     add("--type", default="Q8_0", help="Q8_0 (default), F16, IQ4_NL, Q4_K, ...")
     add("--importance", metavar="FILE", help="records that say which columns matter")
-    add("--ignore", **FIELDS)
     add("--converter", help="a checkout of llama.cpp to convert with", **DIR)
-    add("--route", default="", help="base: dequantized or original; default as it was trained")
-    add("--model", default="", help="hub id or directory; default the adapter's base")
 
     add = commands.add_parser("deploy", help="from a budget to files that run").add_argument
     add("--adapter", help="any adapter; with --data", **DIR)
     add("--data", default="", metavar="FILE", help="records (256) that choose; default its own")
-    add("--ignore", **FIELDS)
     add("--task", default="", help="a shipped adapter and its records: sensors, movies")
     add("--format", default="", choices=("", "packed", "gguf"), help="default by the adapter")
-    add("--route", default="", choices=("", "original", "dequantized"), help="as for export")
-    add("--model", default="", help="the adapter's base, where it is now")
     add("--converter", help="as for export", **DIR)
     add("--budget-mb", "--budgets", required=True, metavar="MB", action="extend", type=lambda t: [
         *map(float, t.split(","))], help="size of all files, MB (10^6 bytes); or several: 75,90")
     add("--memory-mb", metavar="MB", help="limit, measured here", **LIMIT)
     add("--token-ms", metavar="MS", help="limit, measured here", **LIMIT)
     add("--out", required=True, **DIR)
+
+    for name in ("evaluate", "export", "deploy"):
+        add = commands.choices[name].add_argument
+        add("--ignore", **FIELDS)
+        add("--route", default="", choices=("original", "dequantized"), help="default as trained")
+        add("--model", default="", help="hub id or directory; default the adapter's base")
 
     add = (serve := commands.add_parser("serve", help="serve a model here")).add_argument
     add("path", help="from `export`, or a GGUF file", **DIR)
@@ -174,12 +172,17 @@ def dispatch(args: argparse.Namespace) -> None:
             if args.out and args.out.exists():  # only an evaluation's figures are replaced
                 own = args.out.is_file() and re.match(rb'$|{\n "data": ', args.out.read_bytes())
                 require(own, f"--out {args.out} is there, and no evaluation: name another file")
-            from lib.deploy.evaluation import differences, evaluate
-            options = {"new_tokens": args.new_tokens, "learn": args.learn, "route": args.route}
-            done = [evaluate(system, records, base=args.model, places=places, **options)
+            require(not args.divergence or (args.systems[1:] and "//" not in "".join(args.systems)),
+                    "--divergence compares two models: name two, and no server")
+            from lib.deploy.evaluation import differences, divergences, evaluate
+            options = {"learn": args.learn, "route": args.route, "base": args.model}
+            done = [evaluate(system, records, new_tokens=args.new_tokens, places=places, **options)
                     for system in args.systems]
             rows = [(system, row.figures()) for system, row in zip(args.systems, done, strict=True)]
             rows += [("the second less the first", differences(*done))] if done[1:] else []
+            if args.divergence:
+                rows += [("the second beside the first",
+                          divergences(*args.systems, records, **options))]
             for name, row in rows:
                 print(f"{name}, {len(records)} records")
                 for figure, value in row.items():

@@ -5,11 +5,12 @@
 import contextlib
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,13 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len({*keys}) < len(keys):
         raise ValueError(f"{max(keys, key=keys.count)!r} is twice in one object")
     return dict(pairs)
+
+
+def in_call_order(turns: Sequence[dict[str, Any]]) -> bool:
+    """Whether tools answer in the order of their calls, which most templates show without ids."""
+    calls = [c["id"] for turn in turns for c in turn.get("tool_calls") or () if c.get("id")]
+    answers, order = itertools.groupby(turn.get("tool_call_id") for turn in turns), iter(calls)
+    return all(number in order for number, _ in answers if number in calls)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from lib.base.model import load_tokenizer
 from lib.base.records import IGNORED, Record
-from lib.coa.adapter import NAME, CoaLora, Switching, set_components
+from lib.coa.adapter import NAME, CoaLora, Switching
 from lib.coa.configuration import Configuration, Layers, Switchable
 from lib.coa.pareto import Evaluate, Evaluated, Features, Journal, front_by_segment, search
 from lib.evaluate.scores import held_out_loss
@@ -119,7 +119,10 @@ def start_from_error(model: PeftModel, base: Switchable, configuration: Configur
     for index, (name, fmt) in enumerate(pairs):
         layer = model.get_submodule(f"base_model.model.{name}")
         error = base.weight(index) - base.weight(index, fmt)
-        set_components(layer, range(layer.r[NAME]), *low_rank(error, roots[index], layer.r[NAME]))
+        b, a = low_rank(error, roots[index], layer.r[NAME])
+        part = layer.scaling[NAME] ** -0.5  # so that (alpha / r) B A is their product
+        layer.lora_A[NAME].weight.data.copy_(part * a)
+        layer.lora_B[NAME].weight.data.copy_(part * b)
 
 
 @contextlib.contextmanager

@@ -52,7 +52,7 @@ def switching() -> dict[str, Any]:
         rows["materialise_s"] = [
             _seconds(functools.partial(coa.materialise, configuration, folder / "materialised"))
             for configuration in unseen]
-        coa.save_pretrained(folder / "plain")
+        coa.write(folder / "plain")
         rows["latency_overhead"] = _latency(folder, unseen[-1])
         rows["packed_over_plain"] = _packed(configurations[0])
     rows["step_ratio"] = _step_ratios(configurations)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from data.evidence.alternate import Renewing, StartFromError, distilling
@@ -39,7 +40,7 @@ from lib.coa.pareto import HIGH, LOW, Features
 from lib.deploy.deployment import TASKS
 from lib.errors import require
 from lib.evaluate.scores import held_out_loss, keyword_score
-from lib.files import BUILD, read_json, replacing
+from lib.files import BUILD, read_json, replacing, writing
 from lib.quantize.formats import Format
 from lib.quantize.merging import merge
 from lib.settings import PROFILES, TrainSettings
@@ -97,7 +98,7 @@ class CachedOnDisk(Switchable):
         weight = self._linears[index].weight
         storage = {torch.bfloat16: torch.int16, torch.float32: torch.int32}[weight.dtype]
         folder = BUILD / "levels" / f"{self.fingerprint[:12]}-{storage}"
-        path = folder / ("-".join(map(str, (index, *fmt.as_list()))) + ".bin")
+        path = folder / ("-".join(map(str, (index, *dataclasses.astuple(fmt)))) + ".bin")
         if path.is_file():
             data = torch.from_numpy(np.fromfile(path, str(storage).removeprefix("torch.")))
             return data.view(weight.dtype).view(weight.shape)
@@ -244,7 +245,10 @@ def joint(task: str, method: str, seed: int, rate: float = 0.0) -> dict[str, Any
                               callbacks=callbacks)
     whole = time.monotonic() - start
     if (method, seed, rate) == ("long", 0, 0.0):
-        coa.save_pretrained(ADAPTERS / f"{task}_coa", dtype=torch.float16)
+        with writing(ADAPTERS / f"{task}_coa", **coa.facts) as part:
+            coa.write(part)
+            halves = {name: tensor.half() for name, tensor in coa.factors().items()}
+            save_file(halves, part / "adapter_model.safetensors")
     if swept:
         tests = {name: tests[name] for name in MAIN}
     return _row(run, settings, training) | {

@@ -21,7 +21,7 @@ from lib.base.model import load_tokenizer
 from lib.base.records import Record
 from lib.coa.adapter import FELT_BY, CoaLora
 from lib.coa.configuration import Configuration, Switchable, sensitivities
-from lib.coa.pareto import Evaluate, Evaluated, Features, Journal, front_by_segment, search
+from lib.coa.pareto import Evaluated, Features, Journal, front_by_segment, search
 from lib.deploy.deployment import HELD
 from lib.errors import UserError, require
 from lib.files import MANIFEST, read_json, replacing, sha256, verified
@@ -50,14 +50,11 @@ class JournalFile(Journal):
         with replacing(path) as part:
             part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
-    def __call__(self, configuration: Tensor, bits: float, evaluate: Evaluate) -> float:
-        """As in a `Journal`; what is new goes into the file as well."""
-        count = len(self)
-        loss = super().__call__(configuration, bits, evaluate)
-        if len(self) > count:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps([loss, configuration.tolist()]) + "\n")
-        return loss
+    def __setitem__(self, numbers: tuple[int, ...], loss: float) -> None:
+        """As in a `Journal`; it goes into the file as well."""
+        super().__setitem__(numbers, loss)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps([loss, numbers]) + "\n")
 
 
 def write_front(adapter: Path, base: Switchable, features: Features,

@@ -20,6 +20,7 @@ from lib.files import ROOT, read_json
 
 RESULTS, CLAIMS = ROOT / "data" / "results", ROOT / "data" / "claims.json"
 SEEDS = (0, 1, 2)
+BATCHES = (8, 40)  # examples in a step, of claim F2
 REPRODUCED, REFUTED = "reproduced", "refuted"
 # A part of the claim holds, or its number is wrong and its direction right.
 PARTLY = "partly right"

@@ -27,7 +27,7 @@ from data.evidence.page import page
 from data.evidence.parity import compare
 from data.evidence.pieces import ADAPTERS, WORK, Piece, score_row, score_tests, served_score
 from data.evidence.sevenb import sizes
-from data.evidence.training_runs import alpha, mode, sweeps, trained, variants
+from data.evidence.training_runs import alpha, batches, mode, sweeps, trained, variants
 from data.evidence.types import types, types_speed
 from data.evidence.vllm import compared
 from lib.base.model import load_model, load_tokenizer
@@ -49,7 +49,7 @@ def base() -> dict[str, Any]:
     """The untrained model, in the course's template and in its own."""
     model = load_model()
     return {"course_template": score_tests(model, ("test",)),
-            "own_template": score_tests(model, ("test",), own=True)}
+            "own_template": score_tests(model, ("test",), template="own")}
 
 
 @functools.cache
@@ -139,7 +139,7 @@ _MAKERS: dict[str, Callable[[], dict[str, Any]]] = {
     "training_speed": lambda: run_bench("training"),
     "targets_speed": lambda: run_bench("targets"),
     "movies": lambda: mode("qlora", movies),
-    "movies_base": lambda: score_tests(load_model(), ("test",), task=movies, own=True,
+    "movies_base": lambda: score_tests(load_model(), ("test",), task=movies, template="own",
                                        max_new_tokens=12),
     "parity": parity,
     "edge": edge,
@@ -169,6 +169,7 @@ _MAKERS: dict[str, Callable[[], dict[str, Any]]] = {
        for name, changes in variants().items()},
     "alpha": alpha,
     **{f"sweeps_{seed}": functools.partial(sweeps, seed) for seed in SEEDS[1:]},
+    **{f"batches_{seed}": functools.partial(batches, seed) for seed in SEEDS},
 }
 # "serving" and "switching" are the names of the benchmarks.
 _FILES = {"serving_speed": "serving", "switching_speed": "switching"}

@@ -54,9 +54,9 @@ def score_row(score: Score) -> dict[str, Any]:
 
 
 def score_tests(model: Any, splits: tuple[str, ...] = ("test", "test_phrasings"), *,
-                task: Task = sensors, **options: Any) -> dict[str, Any]:
+                task: Task = sensors, template: str = "auto", **options: Any) -> dict[str, Any]:
     """Keyword score on the whole test set, and on the phrasings never trained on."""
-    tokenizer = load_tokenizer()
+    tokenizer = load_tokenizer(template=template)
     return {split: score_row(keyword_score(model, tokenizer, task(split), **options))
             for split in splits}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from data.evidence.ledger import SEEDS
+from data.evidence.ledger import BATCHES, SEEDS
 from data.evidence.pieces import ADAPTERS, WORK, Task, score_tests, training_row
 from lib.base.model import best_dtype, load_tokenizer
 from lib.base.records import sensors
@@ -118,6 +118,39 @@ def sweeps(seed: int = 0) -> dict[str, Any]:
                for r in (3e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3)}),
         "alpha": sweep({f"alpha {a}": vary(alpha=a) for a in (8, 32, 64, 128, 256, 512)}),
     }
+
+
+def batches(seed: int = 0) -> dict[str, Any]:
+    """Claim F2: the same 240 examples in small and in large batches, for LoRA and for full
+    fine-tuning, each at several rates: {"lora 8": {rate: row}, ...}."""
+    rates, rows = {"lora": 4e-3, "full": 4e-4}, {}
+    for mode in rates:
+        for size in BATCHES:
+            print(f"  {mode}, batches of {size}", flush=True)
+            rows[f"{mode} {size}"] = climb_rates(dataclasses.replace(
+                SWEEP, mode=mode, seed=seed, batch_size=size, accumulate=size // BATCHES[0],
+                steps=SWEEP.steps * SWEEP.batch_size // size, learning_rate=rates[mode]))
+    return rows
+
+
+def climb_rates(settings: TrainSettings) -> dict[str, Any]:
+    """Runs at rates that double, or halve, until the loss rises on both sides of the best."""
+    rows: dict[str, Any] = {}
+
+    def loss(rate: float) -> float:
+        row = rows[f"{rate:g}"] = _sweep_row(dataclasses.replace(settings, learning_rate=rate))
+        print(f"    {rate:g}: {row['validation_loss']}", flush=True)
+        return row["validation_loss"] or math.inf
+
+    start = settings.learning_rate
+    first = best = loss(start)
+    for factor in (2.0, 0.5):
+        rate = start * factor
+        while (now := loss(rate)) < best:
+            best, rate = now, rate * factor
+        if best < first:  # so the other side is worse
+            break
+    return rows
 
 
 def alpha() -> dict[str, Any]:

@@ -41,25 +41,20 @@ def load_tokenizer(model: str = EMBEDDED, *, template: str = "auto", base: str =
                    ) -> PreTrainedTokenizerBase:
     """Tokenizer with a chat template, and a pad token that is not the end token if it has one.
     The template is the course's for the embedded model and for one without a template, else the
-    model's own; or "course" or "own". The own one remains as `tokenizer.own_chat_template`.
-    What the folder of an adapter lacks is its base's, or that of `base`."""
+    model's own; or "course" or "own". What an adapter's folder lacks is its base's, or `base`'s."""
     base, own = base or adapter_base(model), Path(model, "chat_template.jinja")
     if base and not has_tokenizer(model):
         tokenizer = load_tokenizer(base, template=template)
         config = Path(model, "tokenizer_config.json")
         named = read_json(config).get("chat_template") if config.is_file() else None
-        if isinstance(named, list):  # of several
-            named = {row["name"]: row["template"] for row in named}.get("default")
         tokenizer.chat_template = (own.read_text(encoding="utf-8") if own.is_file() else
-                                   named or tokenizer.chat_template)
+                                   one_template(named, model) or tokenizer.chat_template)
         return tokenizer
     tokenizer = _load(transformers.AutoTokenizer, model)
-    if isinstance(tokenizer.chat_template, dict):  # of several; a GGUF file has one
-        tokenizer.chat_template = tokenizer.chat_template.get("default")
-        require(tokenizer.chat_template, f"{model} has no template 'default': rename one")
+    tokenizer.chat_template = one_template(tokenizer.chat_template, model)
     if not tokenizer.chat_template and base:  # trained in its base's
         tokenizer.chat_template = load_tokenizer(base, template=template).chat_template
-    own = tokenizer.own_chat_template = tokenizer.chat_template
+    own = tokenizer.chat_template
     require(own or template != "own", f"{model} has no chat template: use --template course")
     if template == "course" or not own or (template == "auto" and model == EMBEDDED):
         tokenizer.chat_template = CHAT_TEMPLATE
@@ -70,6 +65,16 @@ def load_tokenizer(model: str = EMBEDDED, *, template: str = "auto", base: str =
         fit = [t for t in spare if re.search("pad|unk|reserved|unused", t)]
         tokenizer.pad_token = (fit or spare or [tokenizer.eos_token])[0]
     return tokenizer
+
+
+def one_template(named: Any, model: str) -> str | None:
+    """The default one of several chat templates: a GGUF file has one."""
+    if isinstance(named, list):  # as files have them
+        named = {row["name"]: row["template"] for row in named}
+    if isinstance(named, dict):
+        named = named.get("default")
+        require(named, f"{model} has no template 'default': rename one")
+    return named
 
 
 def load_model(model: str = EMBEDDED, *, dtype: torch.dtype | None = None, **options: object
@@ -83,6 +88,8 @@ def load_model(model: str = EMBEDDED, *, dtype: torch.dtype | None = None, **opt
                          output_loading_info=True, **options)
     require(not getattr(loaded, "_hf_peft_config_loaded", False),  # as transformers does by itself
             f"{model} is an adapter on the hub: download it, or name its base as the model")
+    masked = any("MaskedLM" in name for name in loaded.config.architectures or ())
+    require(not masked, f"{model} fills gaps in a text: name a causal language model")
     require(not info["missing_keys"], f"{model} lacks {[*info['missing_keys']][:2]}: save it again")
     own = {re.sub(r"\d+", "0", name) for name, m in loaded.named_modules() if m._parameters}
     spare = [key for key in info["unexpected_keys"]  # perhaps of layers that the config lacks

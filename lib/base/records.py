@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import UserError, require
-from lib.files import ROOT, unique
+from lib.files import ROOT, in_call_order, unique
 
 DATA = ROOT / "data"
 Record = dict[str, Any]
@@ -172,13 +172,10 @@ def normalised(row: Any, where: str = "it", ignore: Collection[str] | None = Non
         record["tools"] = [_tool(tool, where) for tool in left.pop("tools")]
     require(not left or ignore is None, f"{where} has {', '.join(map(repr, left))}, which would "
             "not be used: drop it, or name it with --ignore")
-    if "messages" in record:
-        turns = record["messages"]  # most templates show the order of calls, and not their ids
+    if (turns := record.get("messages")) is not None:
         last = turns[-1]["role"] if turns else "nothing"
         require(last == "assistant", f"{where} ends with {last}: end with the assistant's turn")
-        calls = [c["id"] for turn in turns for c in turn.get("tool_calls", ()) if c.get("id")]
-        told, order = itertools.groupby(turn.get("tool_call_id") for turn in turns), iter(calls)
-        require(all(number in order for number, _ in told if number in calls),
+        require(in_call_order(turns),
                 f"{where} has tool answers in a different order from their calls: reorder them")
     return record
 
@@ -239,19 +236,18 @@ def begin(tokenizer: Tokenizer, text: str) -> str:
     return bos + text if has and not text.startswith(bos) else text
 
 
-def render(tokenizer: Tokenizer, prompt: str | Sequence[Record], *, own: bool = False) -> str:
-    """An instruction or messages as a text that asks for an answer; `own`: in the own template."""
+def render(tokenizer: Tokenizer, prompt: str | Sequence[Record]) -> str:
+    """An instruction or messages as a text that asks for an answer."""
+    messages = chat(prompt) if isinstance(prompt, str) else prompt
     return begin(tokenizer, tokenizer.apply_chat_template(
-        chat(prompt) if isinstance(prompt, str) else prompt, tokenize=False,
-        chat_template=tokenizer.own_chat_template if own else None, add_generation_prompt=True))
+        messages, tokenize=False, add_generation_prompt=True))
 
 
-def prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[Record], *, own: bool = False
-               ) -> list[int]:
+def prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[Record]) -> list[int]:
     """Ids of what `render` gives, as in training: a control token in a message stays text."""
     controls = _controls(tokenizer)
     messages = _hidden(chat(prompt) if isinstance(prompt, str) else [*prompt], controls)
-    return _ids(tokenizer, render(tokenizer, messages, own=own), controls)
+    return _ids(tokenizer, render(tokenizer, messages), controls)
 
 
 def encode(tokenizer: Tokenizer, record: Record, *, learn: str = "all", where: str = "the record",

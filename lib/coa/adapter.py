@@ -131,9 +131,8 @@ class CoaLora:
             a = torch.stack([factors[index] for index in rows])
             self.mixed |= zip(rows, torch.baddbmm(a, self.mixers[rows], a), strict=True)
 
-    def factors(self, configuration: Configuration | None = None, *,
-                dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        """Adapter tensors by peft's names. With a configuration, A is (I + U) A."""
+    def factors(self, configuration: Configuration | None = None) -> dict[str, Tensor]:
+        """Adapter tensors by peft's names, float32. With a configuration, A is (I + U) A."""
         mixers = None if configuration is None else self.network(configuration).detach()
         tensors = {}
         for index, (name, layer) in enumerate(self.lora_layers.items()):
@@ -141,7 +140,7 @@ class CoaLora:
             a = a if mixers is None else torch.addmm(a, mixers[index], a)
             for factor, tensor in (("A", a), ("B", b)):
                 key = f"base_model.model.{name}.lora_{factor}.weight"
-                tensors[key] = tensor.to(dtype).contiguous()
+                tensors[key] = tensor.float().contiguous()
         return tensors
 
     @property
@@ -150,32 +149,26 @@ class CoaLora:
         return {"base": self.base.name, "base_hash": self.base.fingerprint,
                 "grid": self.network.family, "owned": {"2": self.network.owned / self.network.rank}}
 
-    def write(self, part: Path | str, configuration: Configuration | None = None, *,
-              dtype: torch.dtype = torch.float32, **_: Any) -> None:
+    def write(self, part: Path | str, configuration: Configuration | None = None, **_: Any
+              ) -> None:
         """Files of A, B and theta, or of a plain adapter for one configuration, into a folder."""
         part = Path(part)
         part.mkdir(parents=True, exist_ok=True)  # as peft does
-        save_file(self.factors(configuration, dtype=dtype), part / "adapter_model.safetensors")
+        save_file(self.factors(configuration), part / "adapter_model.safetensors")
         self.config.save_pretrained(str(part))
         make_portable(part, self.base.name)
         if configuration is None:
             save_file(self.network.state_dict(), part / "coa.safetensors")
 
-    def save_pretrained(self, out: Path | str, *, dtype: torch.dtype = torch.float32) -> None:
-        """Write one artifact: A and B as peft saves them, and theta beside them."""
-        with writing(Path(out), **self.facts) as part:
-            self.write(part, dtype=dtype)
-
-    def materialise(self, configuration: Configuration, out: Path | str, *,
-                    dtype: torch.dtype = torch.float32) -> None:
+    def materialise(self, configuration: Configuration, out: Path | str) -> None:
         """Write an ordinary peft adapter for one configuration, with U folded into A."""
         self.base.layers.require_same(configuration.layers)
         with writing(Path(out), **self.facts, configuration=configuration.to_json()) as part:
-            self.write(part, configuration, dtype=dtype)
+            self.write(part, configuration)
 
     @classmethod
     def from_pretrained(cls, base: Switchable, directory: Path | str) -> "CoaLora":
-        """The adapter that `save_pretrained` wrote, on its base; UserError if it does not fit."""
+        """The adapter of an artifact, on its base; UserError if it does not fit."""
         directory = Path(directory)
         manifest, theta = verified(directory), directory / "coa.safetensors"
         require(theta.is_file(), f"{theta} is missing: the adapter is not configuration-aware")
@@ -283,14 +276,6 @@ def train_joint(records: Sequence[Record] | Records, settings: TrainSettings, *,
     return train_over(base, records, training_set, settings, method=settings.method, **options)[0]
 
 
-def set_components(layer: torch.nn.Module, rows: range, b: Tensor, a: Tensor) -> None:
-    """Make some components of (alpha / r) B A the product of the given B and A."""
-    part, factor = layer.scaling[NAME] ** -0.5, layer.lora_A[NAME]
-    weight = learned_a(layer) if hasattr(factor, "parametrizations") else factor.weight
-    weight.data[rows] = (part * a).to(weight)
-    layer.lora_B[NAME].weight.data[:, rows] = (part * b).to(weight)
-
-
 @torch.no_grad()
 def start_owned(coa: CoaLora, roots: Sequence[Tensor]) -> None:
     """The components owned by layers of 2 bits start from their mean error in `best_formats`.
@@ -301,5 +286,7 @@ def start_owned(coa: CoaLora, roots: Sequence[Tensor]) -> None:
     for index, layer in enumerate(coa.lora_layers.values() if owned else ()):
         learned_a(layer).data[:shared] *= (rank / shared) ** 0.5
         mean = sum(base.weight(index, fmt) for fmt in formats) / len(formats)
-        factors = low_rank(base.weight(index) - mean, roots[index], owned)
-        set_components(layer, range(shared, rank), *factors)
+        b, a = low_rank(base.weight(index) - mean, roots[index], owned)
+        part = layer.scaling[NAME] ** -0.5  # so that (alpha / r) B A is their product
+        learned_a(layer).data[shared:] = part * a
+        layer.lora_B[NAME].weight.data[:, shared:] = part * b

@@ -9,7 +9,7 @@ import random
 import re
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,7 @@ class Configuration:
 
     def to_json(self) -> dict[str, Any]:
         """{"bits": ..., "layers": {name: [b, b0, b1, B0, B1], or a GGUF type}}."""
-        values = (fmt.as_list() if isinstance(fmt, Format) else fmt for fmt in self.formats)
+        values = ([*astuple(fmt)] if isinstance(fmt, Format) else fmt for fmt in self.formats)
         layers = dict(zip(self.layers.names, values, strict=True))
         return {"bits": round(self.bits, 4), "layers": layers}
 

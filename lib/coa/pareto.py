@@ -24,6 +24,7 @@ DEPTHS = 6
 STARTS, STEPS, TOGETHER = 5, 6, 32  # climbs a round, steps a climb, most layers changed in a step
 COVER = 2  # candidates of a round that go to segments without a point
 Evaluate = Callable[[Tensor], float]  # the loss of a configuration, (layers,) format numbers
+Journal = dict[tuple[int, ...], float]  # the losses of all evaluated configurations
 
 
 def non_dominated(points: Tensor) -> Tensor:
@@ -135,20 +136,6 @@ class Surrogate:
         return torch.from_numpy(mean), torch.from_numpy(spread)
 
 
-class Journal(dict[tuple[int, ...], float]):
-    """The losses of all evaluated configurations; a known one is not evaluated again."""
-
-    def __call__(self, configuration: Tensor, bits: float, evaluate: Evaluate) -> float:
-        """The loss of a configuration, known or evaluated now."""
-        positions = tuple(configuration.tolist())
-        if positions not in self:
-            loss = float(evaluate(configuration))
-            require(math.isfinite(loss) and loss > 0, f"the loss of a configuration at "
-                    f"{bits:.3f} bits is {loss}: a search needs a finite loss above 0")
-            self[positions] = loss
-        return self[positions]
-
-
 @dataclass
 class Evaluated:
     """Everything that a search has evaluated, in order."""
@@ -159,10 +146,16 @@ class Evaluated:
     @classmethod
     def at(cls, configurations: Tensor, features: Features, evaluate: Evaluate,
            journal: Journal) -> "Evaluated":
-        """Evaluate configurations."""
-        bits = features.bits(configurations)
-        logs = [math.log(journal(configuration, float(b), evaluate))
-                for configuration, b in zip(configurations, bits, strict=True)]
+        """Evaluate configurations, each one that the journal does not know."""
+        bits, logs = features.bits(configurations), []
+        for configuration in configurations:
+            numbers = tuple(configuration.tolist())
+            if numbers not in journal:
+                loss = float(evaluate(configuration))
+                require(math.isfinite(loss) and loss > 0, f"the loss of a configuration is {loss}: "
+                        "a search needs a finite loss above 0")
+                journal[numbers] = loss
+            logs.append(math.log(journal[numbers]))
         return cls(configurations, torch.stack([bits, torch.tensor(logs, dtype=torch.float64)], 1))
 
     def __add__(self, other: "Evaluated") -> "Evaluated":

@@ -251,7 +251,7 @@ def measured(folder: Path, held: Sequence[Record], learn: str, longest: int
     with peak_memory(children=True) as peak:
         if (folder / "model.gguf").is_file():
             body = serve.question("", messages=messages, max_tokens=TOKENS, ignore_eos=True)
-            size = serve.open_bundle(folder).context // 256 * 256 or 256
+            size = serve.open_bundle(folder).context
             most = min(1024, size)
             need = min(size, -(-(longest + most) // 256) * 256)
             more = ("--context", str(need)) if need > 2048 else ()  # than the server's own

@@ -11,15 +11,13 @@ from typing import Any
 import torch
 
 from lib.base.model import context, load_model, load_tokenizer, require_rows
-from lib.base.records import LABEL, Record, encode
+from lib.base.records import IGNORED, LABEL, Record, encode
 from lib.client import ask_all, connect, question
 from lib.deploy.packed import WEIGHTS, load_deployed
 from lib.errors import UserError, require
 from lib.evaluate.scores import Score, batch_losses, generate, keyword_hit, paired_interval
 from lib.train.lora import load_adapter, settled
 from lib.train.training import base_for
-
-LABELS = 8  # so many different answers, or fewer, are labels
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ def evaluate(system: str, records: Sequence[Record], *, new_tokens: int = 0, rou
         with torch.inference_mode():
             losses = [*batch_losses(model, pairs, 1)]
             answers = [*dict(zip(map(_plain, right), right, strict=True)).values()]
-            few = 1 < len(answers) <= min(LABELS, len(asked) / 2)
+            few = 1 < len(answers) <= min(8, len(asked) / 2)  # so few are labels
             if few and not any("</think>" in text for text in right):  # each has its own thought
                 chosen = [likeliest(model, tokenizer, row, answers) for row in asked]
         if prompts:
@@ -134,6 +132,25 @@ def likeliest(model: Any, tokenizer: Any, record: Record, answers: Sequence[str]
                     asked=False) for answer in answers)
     losses = [loss for loss, _ in batch_losses(model, pairs, 1)]
     return answers[losses.index(min(losses))]
+
+
+@torch.inference_mode()
+def divergences(one: str, other: str, records: Sequence[Record], *, learn: str = "all",
+                route: str = "", base: str = "") -> dict[str, Any]:
+    """What two models say of the learned tokens: KL(one || other) of the next token's distribution,
+    nats, and the share whose likeliest token is the same: means of records, with intervals."""
+    rows: dict[str, list[float]] = {"KL": [], "same top": []}
+    systems = [open_system(system, route, base) for system in (one, other)]
+    for record in records:
+        (ids, labels), theirs = (encode(t, record, learn=learn, asked=False) for _, t in systems)
+        require(ids == theirs[0], f"{one} and {other} read other tokens: leave --divergence out")
+        at = [i - 1 for i, label in enumerate(labels) if i and label != IGNORED]
+        p, q = (model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
+                .logits[0, at, :len(tokenizer)].float().log_softmax(-1).cpu()
+                for model, tokenizer in systems)
+        rows["KL"].append(float((p.exp() * (p - q)).sum(-1).mean()))
+        rows["same top"].append(float((p.argmax(-1) == q.argmax(-1)).float().mean()))
+    return {n: paired_interval(torch.tensor(row)) if row[1:] else row for n, row in rows.items()}
 
 
 def differences(one: Evaluation, other: Evaluation) -> dict[str, tuple[float, float, float]]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import astuple
 from pathlib import Path
 
 from peft import PeftModel
@@ -47,7 +48,7 @@ def save_packed(base: Switchable, configuration: Configuration, out: Path, *,
         tensors |= {f"{name}.{part}": value for part, value in parts.items()}
     # One entry: safetensors writes several in any order, so equal files would differ.
     with replacing(out) as to:
-        save_file(tensors, to, {"packed": json.dumps({n: f.as_list() for n, f in formats.items()})})
+        save_file(tensors, to, {"packed": json.dumps({n: astuple(f) for n, f in formats.items()})})
 
 
 def load_packed(model: PreTrainedModel, file: Path) -> None:

@@ -48,10 +48,10 @@ class Score:
 @torch.inference_mode()
 def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
              questions: Sequence[str | Sequence[Record]], *, max_new_tokens: int = 56,
-             batch_size: int = 100, own: bool = False, cut: list[int] | None = None) -> list[str]:
-    """Greedy answers to instructions or messages; `own` uses the model's own chat template.
+             batch_size: int = 100, cut: list[int] | None = None) -> list[str]:
+    """Greedy answers to instructions or messages.
     `cut` gets the numbers of those that reach `max_new_tokens`, or the end of the context."""
-    prompts = [prompt_ids(tokenizer, question, own=own) for question in questions]
+    prompts = [prompt_ids(tokenizer, question) for question in questions]
     # A model may end its turn with another token than its tokenizer's end of text.
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None) or []
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}

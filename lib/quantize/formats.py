@@ -43,7 +43,7 @@ class Format:
     group: int = 256  # B1, scales that share one second-level scale
 
     def __post_init__(self) -> None:
-        for (name, values), value in zip(GRID.items(), self.as_list(), strict=True):
+        for (name, values), value in zip(GRID.items(), astuple(self), strict=True):
             require(any(value == v and type(value) is type(v) for v in values),
                     f"{name} is {value!r}: use one of {', '.join(map(str, values))}")
 
@@ -63,10 +63,6 @@ class Format:
         blocks, groups = self.scales(count)
         return (count * self.bits + blocks * self.scale_bits
                 + 8 * groups * DTYPES[self.scale_dtype].itemsize + 32)
-
-    def as_list(self) -> list[Any]:
-        """[b, b0, b1, B0, B1], as in JSON."""
-        return [*astuple(self)]
 
     def __str__(self) -> str:
         return f"{self.bits} bits"
@@ -228,20 +224,16 @@ def round_trip(weight: Tensor, fmt: Format | str) -> Tensor:
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Codes (n,) uint8 as ceil(n * bits / 8) bytes: code i from bit i * bits on, lowest first."""
     require(1 <= bits <= 8, f"{bits} bits: use 1 to 8")
-    groups = nn.functional.pad(codes, (0, -codes.numel() % 8)).view(-1, 8).long()
-    words = (groups << (bits * torch.arange(8))).sum(1)
-    stream = words.view(torch.uint8).view(-1, 8)[:, :bits].reshape(-1)
-    return stream[: -(-codes.numel() * bits // 8)].clone()
+    each = codes.numpy()[:, None] >> np.arange(bits, dtype=np.uint8) & 1
+    return torch.from_numpy(np.packbits(each, bitorder="little"))
 
 
 def unpack_bits(stream: Tensor, bits: int, count: int) -> Tensor:
     """The `count` codes, uint8, of a stream from `pack_bits`; UserError if its length differs."""
     require(stream.numel() == -(-count * bits // 8),
             f"{stream.numel()} bytes do not hold {count} codes of {bits} bits: make them again")
-    groups = nn.functional.pad(stream, (0, -stream.numel() % bits)).view(-1, bits)
-    words = nn.functional.pad(groups, (0, 8 - bits)).contiguous().view(torch.int64)
-    codes = (words >> (bits * torch.arange(8))) & (2**bits - 1)
-    return codes.to(torch.uint8).view(-1)[:count]
+    each = np.unpackbits(stream.numpy(), count=count * bits, bitorder="little").reshape(-1, bits)
+    return torch.from_numpy(each @ (1 << np.arange(bits, dtype=np.uint8)))
 
 
 def pack_weight(weight: Quantized) -> dict[str, Tensor]:

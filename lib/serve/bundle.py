@@ -26,7 +26,7 @@ class Bundle:
     name: str
     model: Path
     adapters: dict[str, tuple[Path, float]]
-    context: int
+    context: int  # tokens of prompt and answer, in the engine's steps of 256
     vocabulary: int  # tokens
     template: str
 
@@ -53,6 +53,7 @@ def open_bundle(path: Path, loras: Sequence[str] = ()) -> Bundle:
         require(context and not metadata(reader, f"{architecture}.pooling_type"), f"{model} is not "
                 "a language model, or not the first file of one: name another")
         template = str(metadata(reader, "tokenizer.chat_template") or "")
+        context = max(256, context // 256 * 256)
         return Bundle(name, model, adapters, context, len(reader.fields[tokens].data), template)
     except DAMAGE as error:  # a manifest that was edited, or what is read after a header
         raise UserError(f"{path} is damaged ({error}): export it again") from None

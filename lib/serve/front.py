@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import itertools
 import json
 import re
 import secrets
@@ -25,7 +24,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from lib.files import unique
+from lib.files import in_call_order, unique
 from lib.serve.bundle import Bundle
 from lib.settings import ServeSettings
 
@@ -86,10 +85,7 @@ def engine_request(body: bytes, path: str, bundles: Mapping[str, Bundle], settin
         message["role"] = message["role"].replace("developer", "system")
         if isinstance(parts := message.get("content"), list):  # as in training
             message["content"] = "".join(part["text"] for part in parts)
-    turns = fields.get("messages", ())  # most templates show the order of calls, and not their ids
-    calls = [c["id"] for turn in turns for c in turn.get("tool_calls") or () if c.get("id")]
-    told, order = itertools.groupby(turn.get("tool_call_id") for turn in turns), iter(calls)
-    insist(all(number in order for number, _ in told if number in calls), "messages",
+    insist(in_call_order(fields.get("messages", ())), "messages",
            "put the answers of tools in the order of their calls")
     insist(bundle.template or "messages" not in fields, None, "no chat template: use /completions")
     insist(fields.get("messages", [{"role": ""}])[-1]["role"] != "assistant", "messages", "end "

@@ -24,8 +24,6 @@ from lib.serve.engine import HOST, running_engine
 from lib.serve.front import application
 from lib.settings import ServeSettings
 
-GRACE = 40  # seconds that a server of `running` gets to finish its requests
-
 
 @dataclass(frozen=True)
 class Served:
@@ -43,7 +41,7 @@ def serve(path: Path, settings: ServeSettings, loras: Sequence[str] = (), *,
     bundles = open_bundles(path, loras)
     largest = min(b.context for b in bundles)
     require(settings.context <= largest, f"context {settings.context}: the model's is {largest}")
-    settings = replace(settings, context=settings.context or 256 * max(1, min(8, largest // 256)))
+    settings = replace(settings, context=settings.context or min(2048, largest))
     require(settings.max_tokens <= max(settings.context, ServeSettings.max_tokens), f"--max-tokens "
             f"{settings.max_tokens} is above the context, {settings.context}: raise --context")
     try:
@@ -91,5 +89,5 @@ def running(path: Path, *options: str) -> Iterator[Served]:
         finally:
             process.stdin.close()  # asks it to stop, on every system
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE)
+                process.wait(40)  # seconds to finish its requests
             process.kill()  # does nothing to a process that has ended

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig, SFTTrainer
 
-from lib.base import quantized_config
+from lib.base import decoded, quantized_config
 from lib.base.embedded import EMBEDDED, locate
 from lib.base.model import best_dtype, context, hold_memory, load_model, load_tokenizer, machine
 from lib.base.records import IGNORED, Record, encode
@@ -148,7 +148,9 @@ class Validation(TrainerCallback):
             return
         model.eval()
         pairs = ((row["input_ids"], row["labels"]) for row in self.held)
-        sums, counts = zip(*batch_losses(model, pairs, 16), strict=True)
+        # With dropout layers are not `fused`, and in evaluation NF4 ones would be packed for good.
+        with decoded(model) if self.settings.dropout else contextlib.nullcontext():
+            sums, counts = zip(*batch_losses(model, pairs, 16), strict=True)
         model.train()
         # In the state's history, so that a resumed run has it.
         self.log({"validation": sum(sums) / sum(counts)})

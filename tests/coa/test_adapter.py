@@ -203,7 +203,8 @@ def test_saved_and_loaded(make_tiny: Make, tmp_path: Path) -> None:
     coa, configuration = adapted(base, mixing=0.3), some(base)
     base.switch(configuration)
     expected = logits(coa.model)
-    coa.save_pretrained(tmp_path / "coa")
+    with writing(tmp_path / "coa", **coa.facts) as part:
+        coa.write(part)
     assert {p.suffix for p in (tmp_path / "coa").iterdir()} == {".json", ".safetensors"}
     other = Switchable(make_tiny(), dtype=torch.float32)
     loaded = CoaLora.from_pretrained(other, tmp_path / "coa")
@@ -297,13 +298,9 @@ def test_an_adapter_of_some_layers_is_refused(base: Switchable) -> None:
     ("base_hash", "0" * 64, "another base"), ("grid", "int", "is of another version")])
 def test_an_adapter_of_another_base_or_grid(
         make_tiny: Make, tmp_path: Path, fact: str, value: str, word: str) -> None:
-    adapted(Switchable(make_tiny(), dtype=torch.float32)).save_pretrained(tmp_path / "coa")
-    facts = read_json(tmp_path / "coa" / "manifest.json") | {fact: value}
-    with writing(tmp_path / "bad", **{k: v for k, v in facts.items()
-                                      if k not in ("files", "versions")}) as part:
-        for file in (tmp_path / "coa").iterdir():
-            if file.name != "manifest.json":
-                (part / file.name).write_bytes(file.read_bytes())
+    coa = adapted(Switchable(make_tiny(), dtype=torch.float32))
+    with writing(tmp_path / "bad", **coa.facts | {fact: value}) as part:
+        coa.write(part)
     with pytest.raises(UserError, match=word):
         CoaLora.from_pretrained(Switchable(make_tiny(), dtype=torch.float32), tmp_path / "bad")
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+from dataclasses import astuple
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ def test_neighbours_differ_in_one_field_of_one_layer(features, number):
     expected = set()
     for other in range(len(FORMATS)):
         changed = [(a, b, i) for i, (a, b) in enumerate(
-            zip(FORMATS[number].as_list(), FORMATS[other].as_list(), strict=True)) if a != b]
+            zip(astuple(FORMATS[number]), astuple(FORMATS[other]), strict=True)) if a != b]
         if len(changed) == 1:
             apart = abs(number - other) // STRIDES[changed[0][2]]
             if changed[0][2] == 2 or apart == 1:

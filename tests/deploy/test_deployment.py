@@ -32,7 +32,7 @@ from lib.deploy.evaluation import Evaluation, evaluate
 from lib.deploy.packed import load_deployed
 from lib.errors import UserError
 from lib.evaluate.scores import held_out_loss
-from lib.files import read_json, sha256, verified, write_json
+from lib.files import read_json, sha256, verified, write_json, writing
 from lib.quantize.correction import encode_with_feedback, input_roots
 from lib.quantize.formats import FAMILIES, Format, decode
 from lib.quantize.gguf import export, permute
@@ -54,7 +54,8 @@ def aware(model: str, out: Path, family: str) -> Path:
     network = MixingNetwork(base.layers, 4, family=family)
     torch.nn.init.normal_(network.network[-1].weight, std=0.1)
     coa = CoaLora(with_adapter(base.model, target_modules=list(MODULE_KINDS)), base, network)
-    coa.save_pretrained(out)
+    with writing(out, **coa.facts) as part:
+        coa.write(part)
     return out
 
 

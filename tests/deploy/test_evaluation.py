@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrain
 from lib.__main__ import main
 from lib.base.model import load_model, load_tokenizer
 from lib.base.records import IGNORED, Records, encode, normalised
-from lib.deploy.evaluation import Evaluation, differences, evaluate
+from lib.deploy.evaluation import Evaluation, differences, divergences, evaluate, open_system
 from lib.errors import UserError
 from lib.evaluate.scores import generate, held_out_loss
 from lib.files import read_json, write_json
@@ -78,6 +78,33 @@ def test_models_adapters_and_servers(data: Path, adapter: Path, tiny_directory: 
         assert texts(evaluate(f"{served.url}#base", records, new_tokens=6)) == texts(plain)
         other = evaluate(f"{served.url}#mine", records, new_tokens=6)
         assert texts(other) == texts(tuned) and other.cut == tuned.cut == 3 and not other.sums
+
+
+def test_how_far_two_models_are_apart(data: Path, adapter: Path, tiny_directory: str,
+                                      capsys: pytest.CaptureFixture[str]) -> None:
+    records, tokenizer = [*Records(data)], load_tokenizer(tiny_directory)
+    same = divergences(tiny_directory, tiny_directory, records)
+    assert same == {"KL": pytest.approx((0, 0, 0), abs=1e-6), "same top": (1, 1, 1)}
+    apart = divergences(tiny_directory, str(adapter), records, route="original")
+    kl, top = [], []
+    models = [open_system(tiny_directory)[0], open_system(str(adapter), "original")[0]]
+    for record in records:
+        ids, labels = encode(tokenizer, record)
+        learned = torch.tensor(labels[1:]) != IGNORED
+        with torch.no_grad():
+            p, q = (m(torch.tensor([ids])).logits[0, :-1][learned].log_softmax(-1) for m in models)
+        kl.append(torch.nn.functional.kl_div(q, p, reduction="batchmean", log_target=True))
+        top.append((p.argmax(-1) == q.argmax(-1)).float().mean())
+    assert apart["KL"][0] == pytest.approx(float(torch.stack(kl).mean()), rel=1e-4) != 0
+    assert apart["same top"][0] == pytest.approx(float(torch.stack(top).mean()))
+    one = divergences(tiny_directory, str(adapter), records[:1], route="original")
+    assert one["KL"] == pytest.approx([float(kl[0])], rel=1e-4)
+    words = ["--data", str(data), "--divergence", "--new-tokens", "2"]
+    assert main(["evaluate", tiny_directory, str(adapter), *words, "--route", "original"]) == 0
+    assert "the second beside the first, 3 records\n  KL " in capsys.readouterr().out
+    for more in ([], ["http://127.0.0.1:9/v1"]):
+        assert main(["evaluate", tiny_directory, *more, *words]) == 2
+        assert "--divergence compares two models" in capsys.readouterr().err
 
 
 def test_the_likeliest_of_few_answers(tiny_directory: str) -> None:

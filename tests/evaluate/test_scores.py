@@ -57,15 +57,13 @@ def test_the_prompt_is_never_searched(tokenizer: PreTrainedTokenizerBase) -> Non
         assert model.training is hit and [c["training"] for c in model.calls] == [False]
 
 
-@pytest.mark.parametrize("own", [True, False])
-def test_generate_is_greedy_and_keeps_the_order(tokenizer: PreTrainedTokenizerBase, own: bool
-                                                ) -> None:
+def test_generate_is_greedy_and_keeps_the_order(tokenizer: PreTrainedTokenizerBase) -> None:
     """Batches are sorted by length inside; the answers come in the order of the questions."""
     questions = ["a much longer question than the others are, by far", "b", "c c c c c"]
     for size, batches in ((1, 3), (2, 2), (50, 1)):
         model = Stub(tokenizer, "", echo=True)
-        answers = generate(model, tokenizer, questions, max_new_tokens=7, batch_size=size, own=own)
-        prompts = [tokenizer(render(tokenizer, q, own=own), add_special_tokens=False)
+        answers = generate(model, tokenizer, questions, max_new_tokens=7, batch_size=size)
+        prompts = [tokenizer(render(tokenizer, q), add_special_tokens=False)
                    for q in questions]
         assert answers == [tokenizer.decode(p.input_ids, skip_special_tokens=True).strip()
                            for p in prompts]

@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Callable
+from dataclasses import astuple
 from pathlib import Path
 
 import pytest
@@ -102,7 +103,7 @@ def test_bad_files(make_tiny: Callable[[], PreTrainedModel], tmp_path: Path) -> 
     plan, file = Configuration.uniform(base.layers, Format()), tmp_path / "packed.safetensors"
     save_packed(base, plan, file)
     tensors = load_file(file)
-    about = {name: Format().as_list() for name in base.layers.names}
+    about = {name: [*astuple(Format())] for name in base.layers.names}
     name, last = f"{base.layers.names[3]}.codes", base.layers.names[-1]
     short = tensors | {name: tensors[name][:-1].clone()}
     lacking = {k: v for k, v in tensors.items() if k != name}
