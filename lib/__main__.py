@@ -98,7 +98,6 @@ def parser() -> Parser:
     add = (serve := commands.add_parser("serve", help="serve a model here")).add_argument
     add("path", help="from `export`, or a GGUF file", **DIR)
     add("--lora", action="append", default=[], metavar="NAME=FILE[:SCALE]")
-    add("--until-eof", action="store_true", help="also stop when stdin ends")
     add_fields(serve, ServeSettings)
 
     for name, what in ALIASES.items():
@@ -172,17 +171,17 @@ def dispatch(args: argparse.Namespace) -> None:
             if args.out and args.out.exists():  # only an evaluation's figures are replaced
                 own = args.out.is_file() and re.match(rb'$|{\n "data": ', args.out.read_bytes())
                 require(own, f"--out {args.out} is there, and no evaluation: name another file")
-            require(not args.divergence or (args.systems[1:] and "//" not in "".join(args.systems)),
-                    "--divergence compares two models: name two, and no server")
+            models = args.systems[1:] and "://" not in " ".join(args.systems)
+            require(models or not args.divergence, "--divergence compares two models: name two")
             from lib.deploy.evaluation import differences, divergences, evaluate
-            options = {"learn": args.learn, "route": args.route, "base": args.model}
-            done = [evaluate(system, records, new_tokens=args.new_tokens, places=places, **options)
+            options = {"learn": args.learn, "route": args.route, "base": args.model,
+                       "places": places}
+            apart = divergences(*args.systems, records, **options) if args.divergence else {}
+            done = [evaluate(system, records, new_tokens=args.new_tokens, **options)
                     for system in args.systems]
             rows = [(system, row.figures()) for system, row in zip(args.systems, done, strict=True)]
             rows += [("the second less the first", differences(*done))] if done[1:] else []
-            if args.divergence:
-                rows += [("the second beside the first",
-                          divergences(*args.systems, records, **options))]
+            rows += [("the second beside the first", apart)] if apart else []
             for name, row in rows:
                 print(f"{name}, {len(records)} records")
                 for figure, value in row.items():
@@ -233,8 +232,7 @@ def dispatch(args: argparse.Namespace) -> None:
         case "serve":
             from lib.serve.server import serve
             with contextlib.suppress(KeyboardInterrupt):  # the ordinary way to stop it
-                settings = from_fields(ServeSettings, args)
-                serve(args.path, settings, args.lora, until_eof=args.until_eof)
+                serve(args.path, from_fields(ServeSettings, args), args.lora)
 
 
 def user_message(error: Exception) -> str:

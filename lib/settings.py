@@ -125,6 +125,7 @@ class ServeSettings:
     strict: bool = False  # refuse unknown fields, instead of naming them in a header
     api_key: str = ""  # that requests must carry; none is needed if it is empty
     cors: str = ""  # web pages that may ask, as origins separated by commas
+    until_eof: bool = False  # print the address as JSON, and stop when standard input ends
 
     def __post_init__(self) -> None:
         require(self.context % 256 == 0, f"context {self.context}: use a multiple of 256")

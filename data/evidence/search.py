@@ -77,8 +77,7 @@ def start(own: Journal) -> Evaluated:
     require(stored["key"] == key, "the stored start belongs to another adapter: make it again, "
             "`python -m data.evidence search-start`")
     first = first_configurations(base)
-    for configuration, loss in zip(first.tolist(), stored["losses"], strict=True):
-        own[tuple(configuration)] = loss
+    own.update(zip(map(tuple, first.tolist()), stored["losses"], strict=True))  # not into its file
     return Evaluated.at(first, features, evaluate, own)
 
 

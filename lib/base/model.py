@@ -19,6 +19,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
 from lib.base.embedded import EMBEDDED, locate, quiet
 from lib.base.records import IGNORED
@@ -88,8 +89,9 @@ def load_model(model: str = EMBEDDED, *, dtype: torch.dtype | None = None, **opt
                          output_loading_info=True, **options)
     require(not getattr(loaded, "_hf_peft_config_loaded", False),  # as transformers does by itself
             f"{model} is an adapter on the hub: download it, or name its base as the model")
-    masked = any("MaskedLM" in name for name in loaded.config.architectures or ())
-    require(not masked, f"{model} fills gaps in a text: name a causal language model")
+    it = loaded.config
+    ahead = it.model_type in MASKED and not getattr(it, "is_decoder", getattr(it, "causal", False))
+    require(not ahead, f"{model} fills gaps in a text: name a causal language model")
     require(not info["missing_keys"], f"{model} lacks {[*info['missing_keys']][:2]}: save it again")
     own = {re.sub(r"\d+", "0", name) for name, m in loaded.named_modules() if m._parameters}
     spare = [key for key in info["unexpected_keys"]  # perhaps of layers that the config lacks

@@ -149,8 +149,8 @@ class CoaLora:
         return {"base": self.base.name, "base_hash": self.base.fingerprint,
                 "grid": self.network.family, "owned": {"2": self.network.owned / self.network.rank}}
 
-    def write(self, part: Path | str, configuration: Configuration | None = None, **_: Any
-              ) -> None:
+    def write(self, part: Path | str, configuration: Configuration | None = None, *,
+              state_dict: Any = None, save_embedding_layers: bool = False) -> None:  # as peft's
         """Files of A, B and theta, or of a plain adapter for one configuration, into a folder."""
         part = Path(part)
         part.mkdir(parents=True, exist_ok=True)  # as peft does

@@ -148,12 +148,12 @@ class Evaluated:
            journal: Journal) -> "Evaluated":
         """Evaluate configurations, each one that the journal does not know."""
         bits, logs = features.bits(configurations), []
-        for configuration in configurations:
+        for configuration, b in zip(configurations, bits, strict=True):
             numbers = tuple(configuration.tolist())
             if numbers not in journal:
                 loss = float(evaluate(configuration))
-                require(math.isfinite(loss) and loss > 0, f"the loss of a configuration is {loss}: "
-                        "a search needs a finite loss above 0")
+                require(math.isfinite(loss) and loss > 0, f"the loss of a configuration at {b:.3f} "
+                        f"bits is {loss}: a search needs a finite loss above 0")
                 journal[numbers] = loss
             logs.append(math.log(journal[numbers]))
         return cls(configurations, torch.stack([bits, torch.tensor(logs, dtype=torch.float64)], 1))

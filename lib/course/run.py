@@ -1,7 +1,6 @@
 """Run the notebooks in order, and make a site of the executed copies."""
 
 import importlib
-import os
 import re
 import time
 from pathlib import Path
@@ -32,7 +31,6 @@ def run(profile: str, *, only: str = "", store: bool = False) -> Path:
     """Execute the notebooks; the site of all that were executed, beside the copies and NN.json.
     `store` also writes the outputs back into notebooks/. UserError for a cell that fails."""
     get_profile(profile)
-    os.environ["COURSE_PROFILE"] = profile  # the kernels read it, too
     out, selected = run_directory(profile), notebooks(only)
     out.mkdir(parents=True, exist_ok=True)
     stored = [read_json(path)["metadata"].get("course", {}).get("seconds", 0) for path in selected]

@@ -91,10 +91,7 @@ def evaluate(system: str, records: Sequence[Record], *, new_tokens: int = 0, rou
                             "with a model after #, and its key in COURSE_API_KEY") from None
     else:
         model, tokenizer = open_system(system, route, base)
-        for record, where in zip(records, places or ["a record"] * len(records), strict=True):
-            pairs.append(encode(tokenizer, record, learn=learn, where=where, asked=False))
-            require(len(pairs[-1][0]) <= context(model), f"{where} is longer than the model's "
-                    f"context, {context(model)} tokens: split it")
+        pairs = encoded(model, tokenizer, records, learn=learn, places=places)
         with torch.inference_mode():
             losses = [*batch_losses(model, pairs, 1)]
             answers = [*dict(zip(map(_plain, right), right, strict=True)).values()]
@@ -134,23 +131,36 @@ def likeliest(model: Any, tokenizer: Any, record: Record, answers: Sequence[str]
     return answers[losses.index(min(losses))]
 
 
-@torch.inference_mode()
+def encoded(model: Any, tokenizer: Any, records: Sequence[Record], *, learn: str,
+            places: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+    """Ids and labels of records; UserError names one that the model's context does not hold."""
+    pairs = []
+    for record, where in zip(records, places or ["a record"] * len(records), strict=True):
+        pairs.append(encode(tokenizer, record, learn=learn, where=where, asked=False))
+        require(len(pairs[-1][0]) <= context(model), f"{where} is longer than the model's "
+                f"context, {context(model)} tokens: split it")
+    return pairs
+
+
 def divergences(one: str, other: str, records: Sequence[Record], *, learn: str = "all",
-                route: str = "", base: str = "") -> dict[str, Any]:
-    """What two models say of the learned tokens: KL(one || other) of the next token's distribution,
-    nats, and the share whose likeliest token is the same: means of records, with intervals."""
-    rows: dict[str, list[float]] = {"KL": [], "same top": []}
-    systems = [open_system(system, route, base) for system in (one, other)]
-    for record in records:
-        (ids, labels), theirs = (encode(t, record, learn=learn, asked=False) for _, t in systems)
-        require(ids == theirs[0], f"{one} and {other} read other tokens: leave --divergence out")
-        at = [i - 1 for i, label in enumerate(labels) if i and label != IGNORED]
-        p, q = (model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
-                .logits[0, at, :len(tokenizer)].float().log_softmax(-1).cpu()
-                for model, tokenizer in systems)
-        rows["KL"].append(float((p.exp() * (p - q)).sum(-1).mean()))
-        rows["same top"].append(float((p.argmax(-1) == q.argmax(-1)).float().mean()))
-    return {n: paired_interval(torch.tensor(row)) if row[1:] else row for n, row in rows.items()}
+                places: Sequence[str] = (), **options: str) -> dict[str, Any]:
+    """How two models differ at the learned tokens, in means over records: KL(one || other), nats,
+    with its 95 % interval, and the share with one likeliest token. `options`: of `open_system`."""
+    systems = [open_system(system, **options) for system in (one, other)]
+    pairs, theirs = (encoded(*s, records, learn=learn, places=places) for s in systems)
+    require(pairs == theirs, f"{one} and {other} read different tokens: leave --divergence out")
+    size = 1 + min(max(tokenizer.get_vocab().values()) for _, tokenizer in systems)
+    kl, same = [], []
+    for ids, labels in pairs:
+        at = torch.tensor([i - 1 for i, label in enumerate(labels) if i and label != IGNORED])
+        with torch.inference_mode():
+            p, q = (model(torch.tensor([ids], device=model.device), use_cache=False, logits_to_keep=
+                          at.to(model.device)).logits[0, :, :size].float().log_softmax(-1).cpu()
+                    for model, _ in systems)
+        kl.append(float((p.exp() * (p - q)).sum(-1).mean()))
+        same.append(float((p.argmax(-1) == q.argmax(-1)).float().mean()))
+    interval = paired_interval(torch.tensor(kl)) if kl[1:] else kl
+    return {"KL by record": [max(0.0, x) for x in interval], "same top": sum(same) / len(same)}
 
 
 def differences(one: Evaluation, other: Evaluation) -> dict[str, tuple[float, float, float]]:

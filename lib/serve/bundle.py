@@ -14,7 +14,6 @@ from lib.errors import UserError, require
 from lib.files import MANIFEST, verified
 
 BASE_KEY = "general.base_model.0.name"
-NAME_KEY = "general.name"
 # What gguf's reader raises for damaged bytes.
 DAMAGE = (ValueError, LookupError, OverflowError, TypeError, AttributeError, struct.error, OSError)
 
@@ -90,7 +89,7 @@ def model_reader(model: Path, adapters: Mapping[str, Path]) -> Reader:
     require(metadata(reader, "general.type") != "adapter",
             f"{model} is an adapter: name a model, and the adapter with --lora NAME=FILE")
     # A model names itself, and the base of an adapter made elsewhere may be that name.
-    base, name = metadata(reader, BASE_KEY), metadata(reader, NAME_KEY)
+    base, name = metadata(reader, BASE_KEY), metadata(reader, "general.name")
     for adapter, file in adapters.items():  # the engine checks the rest
         adapter_base = metadata(Reader(file), BASE_KEY)
         require(adapter_base in (base, name, None) or base is None,

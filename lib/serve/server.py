@@ -33,11 +33,8 @@ class Served:
     pid: int
 
 
-def serve(path: Path, settings: ServeSettings, loras: Sequence[str] = (), *,
-          until_eof: bool = False) -> None:
-    """Serve until SIGTERM or Ctrl-C; running requests are finished first.
-    With `until_eof`, the address is printed as JSON, and the end of standard input also stops it.
-    """
+def serve(path: Path, settings: ServeSettings, loras: Sequence[str] = ()) -> None:
+    """Serve until SIGTERM or Ctrl-C; running requests are finished first."""
     bundles = open_bundles(path, loras)
     largest = min(b.context for b in bundles)
     require(settings.context <= largest, f"context {settings.context}: the model's is {largest}")
@@ -57,12 +54,13 @@ def serve(path: Path, settings: ServeSettings, loras: Sequence[str] = (), *,
         app = application(dict(zip(urls, bundles, strict=True)), key, settings)
         here = Served(f"http://{HOST}:{listener.getsockname()[1]}/v1", os.getpid())
         names = ", ".join(name for b in bundles for name in (b.name, *b.adapters))
-        print(json.dumps(vars(here)) if until_eof else f"serving {names} at {here.url}", flush=True)
+        plain = f"serving {names} at {here.url}"
+        print(json.dumps(vars(here)) if settings.until_eof else plain, flush=True)
         # Clients close idle connections sooner, so none is cut while they use it.
         config = uvicorn.Config(app, log_level="error", timeout_keep_alive=60,
                                 timeout_graceful_shutdown=None, lifespan="off")  # waits
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-        if until_eof:  # under Windows os.kill would not stop gracefully
+        if settings.until_eof:  # under Windows os.kill would not stop gracefully
             threading.Thread(daemon=True, target=lambda: (
                 sys.stdin.read(), _thread.interrupt_main(signal.SIGTERM))).start()
         uvicorn.Server(config).run(sockets=[listener])

@@ -237,11 +237,10 @@ def fused(model: nn.Module) -> Iterator[int]:
     """Run the model's LoRA linears fused in the block; yields their number."""
     # On a CPU the backward pass of "sdpa" is many times slower on short sequences than eager.
     fused_modules = []
-    owner = model.get_base_model() if isinstance(model, PeftModel) else model
-    kind = getattr(getattr(owner, "config", None), "_attn_implementation", None)
+    kind = getattr(getattr(model, "config", None), "_attn_implementation", None)
     eager = kind == "sdpa" and not torch.cuda.is_available()
     if eager:
-        owner.set_attn_implementation("eager")
+        model.set_attn_implementation("eager")
     for module in model.modules():
         if "forward" not in vars(module) and isinstance(module, LoraLayer) and _is_plain(module):
             module.forward = types.MethodType(_lora_forward, module)
@@ -252,4 +251,4 @@ def fused(model: nn.Module) -> Iterator[int]:
         for module in fused_modules:
             del module.forward
         if eager:
-            owner.set_attn_implementation("sdpa")
+            model.set_attn_implementation("sdpa")

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig, SFTTrainer
 
-from lib.base import decoded, quantized_config
+from lib.base import quantized_config
 from lib.base.embedded import EMBEDDED, locate
 from lib.base.model import best_dtype, context, hold_memory, load_model, load_tokenizer, machine
 from lib.base.records import IGNORED, Record, encode
@@ -146,11 +146,10 @@ class Validation(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if state.global_step % self.every and state.global_step < state.max_steps:
             return
-        model.eval()
+        for module in model.modules():  # in evaluation NF4 layers without an adapter would be
+            module.training = hasattr(module, "compute_dtype")  # packed, and lose their gradient
         pairs = ((row["input_ids"], row["labels"]) for row in self.held)
-        # With dropout layers are not `fused`, and in evaluation NF4 ones would be packed for good.
-        with decoded(model) if self.settings.dropout else contextlib.nullcontext():
-            sums, counts = zip(*batch_losses(model, pairs, 16), strict=True)
+        sums, counts = zip(*batch_losses(model, pairs, 16), strict=True)
         model.train()
         # In the state's history, so that a resumed run has it.
         self.log({"validation": sum(sums) / sum(counts)})
@@ -380,14 +379,12 @@ def run_trainer(trainer: SFTTrainer, settings: TrainSettings,
     trainable, parameters = count_trainable(trainer.model)
     # The fused step reads A and B without FSDP's hooks, which would gather them.
     stock = settings.plain or is_sharded()
-    start = time.monotonic()
     hold_memory(LARGEST_HELD)
     try:
         with contextlib.nullcontext() if stock else fused(trainer.model), peak_memory() as peak:
-            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+            done = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     finally:
         hold_memory()
-    seconds = time.monotonic() - start
     losses = tuple(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
     if not all(map(math.isfinite, losses)):
         shutil.rmtree(trainer.args.output_dir, ignore_errors=True)  # nothing to resume from
@@ -401,8 +398,8 @@ def run_trainer(trainer: SFTTrainer, settings: TrainSettings,
     states = trainer.optimizer.state.values() if trainer.optimizer else ()
     moments = [t for state in states for t in state.values() if isinstance(t, torch.Tensor)]
     held = {r["step"]: r["validation"] for r in trainer.state.log_history if "validation" in r}
-    return TrainResult(trainer.model.eval(), losses, seconds, peak["mb"], trainable, parameters,
-                       sum(t.nbytes for t in moments) / 1e6, held)
+    return TrainResult(trainer.model.eval(), losses, done.metrics["train_runtime"], peak["mb"],
+                       trainable, parameters, sum(t.nbytes for t in moments) / 1e6, held)
 
 
 def join() -> PartialState:

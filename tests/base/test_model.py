@@ -13,7 +13,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerBase
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForPreTraining,
+    BertLMHeadModel,
+    PreTrainedTokenizerBase,
+)
 
 from lib.base import embedded
 from lib.base.embedded import EMBEDDED, locate
@@ -242,13 +248,17 @@ def test_the_template_of_an_adapter_alone(tiny_directory: str, tmp_path: Path) -
     assert load_tokenizer(str(tmp_path)).chat_template == "c"
 
 
-def test_a_model_that_fills_gaps(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+@pytest.mark.parametrize("kind", [BertForMaskedLM, BertForPreTraining, BertLMHeadModel])
+def test_a_model_that_fills_gaps(kind: Any, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+                                 ) -> None:
     """transformers would load BERT as a causal model, and it would learn to look ahead."""
     config = BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1,
                         num_attention_heads=2, intermediate_size=16)
-    BertForMaskedLM(config).save_pretrained(tmp_path)
+    kind(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     assert "fills gaps in a text: name a causal" in refusal(load_model, str(tmp_path))
+    write_json(file := tmp_path / "config.json", read_json(file) | {"is_decoder": True})
+    assert load_model(str(tmp_path)).config.is_decoder
 
 
 def test_weights_without_a_place_are_not_dropped(tiny_directory: str, tmp_path: Path) -> None:

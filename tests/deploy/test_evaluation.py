@@ -81,30 +81,47 @@ def test_models_adapters_and_servers(data: Path, adapter: Path, tiny_directory: 
 
 
 def test_how_far_two_models_are_apart(data: Path, adapter: Path, tiny_directory: str,
+                                      tmp_path: Path, tokenizer: PreTrainedTokenizerBase,
                                       capsys: pytest.CaptureFixture[str]) -> None:
-    records, tokenizer = [*Records(data)], load_tokenizer(tiny_directory)
+    records = [*Records(data), {"text": "All of a text counts."}]
     same = divergences(tiny_directory, tiny_directory, records)
-    assert same == {"KL": pytest.approx((0, 0, 0), abs=1e-6), "same top": (1, 1, 1)}
+    assert same == {"KL by record": pytest.approx([0, 0, 0], abs=1e-6), "same top": 1}
     apart = divergences(tiny_directory, str(adapter), records, route="original")
     kl, top = [], []
     models = [open_system(tiny_directory)[0], open_system(str(adapter), "original")[0]]
     for record in records:
-        ids, labels = encode(tokenizer, record)
+        ids, labels = encode(load_tokenizer(tiny_directory), record)
         learned = torch.tensor(labels[1:]) != IGNORED
         with torch.no_grad():
             p, q = (m(torch.tensor([ids])).logits[0, :-1][learned].log_softmax(-1) for m in models)
         kl.append(torch.nn.functional.kl_div(q, p, reduction="batchmean", log_target=True))
         top.append((p.argmax(-1) == q.argmax(-1)).float().mean())
-    assert apart["KL"][0] == pytest.approx(float(torch.stack(kl).mean()), rel=1e-4) != 0
-    assert apart["same top"][0] == pytest.approx(float(torch.stack(top).mean()))
+    assert apart["KL by record"][0] == pytest.approx(float(torch.stack(kl).mean()), rel=1e-4) != 0
+    assert apart["same top"] == pytest.approx(float(torch.stack(top).mean()))
     one = divergences(tiny_directory, str(adapter), records[:1], route="original")
-    assert one["KL"] == pytest.approx([float(kl[0])], rel=1e-4)
+    assert one["KL by record"] == pytest.approx([float(kl[0])], rel=1e-4)
     words = ["--data", str(data), "--divergence", "--new-tokens", "2"]
-    assert main(["evaluate", tiny_directory, str(adapter), *words, "--route", "original"]) == 0
+    out = ["--out", str(tmp_path / "figures.json"), "--route", "original"]
+    assert main(["evaluate", f"{tiny_directory}/", str(adapter), *words, *out]) == 0
     assert "the second beside the first, 3 records\n  KL " in capsys.readouterr().out
+    rows = read_json(tmp_path / "figures.json")["systems"]["the second beside the first"]
+    assert len(rows["KL by record"]) == 3 and 0 <= rows["same top"] <= 1
     for more in ([], ["http://127.0.0.1:9/v1"]):
         assert main(["evaluate", tiny_directory, *more, *words]) == 2
         assert "--divergence compares two models" in capsys.readouterr().err
+    # A copy with a token more, which no record has, can be compared; in another template not.
+    wider, larger = load_model(tiny_directory), copy.deepcopy(tokenizer)
+    larger.chat_template = load_tokenizer(tiny_directory).chat_template
+    larger.add_tokens(["one more"])
+    wider.resize_token_embeddings(len(larger), mean_resizing=False)
+    wider.save_pretrained(tmp_path / "wider")
+    larger.save_pretrained(tmp_path / "wider")
+    assert divergences(tiny_directory, str(tmp_path / "wider"), records)["same top"] == 1
+    (tmp_path / "wider" / "chat_template.jinja").write_text(
+        "{% for m in messages %}<{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}<{% endif %}")
+    with pytest.raises(UserError, match="read different tokens: leave --divergence out"):
+        divergences(tiny_directory, str(tmp_path / "wider"), records)
 
 
 def test_the_likeliest_of_few_answers(tiny_directory: str) -> None:

@@ -419,6 +419,24 @@ def test_the_modes_of_a_run(tiny_directory: str, monkeypatch: pytest.MonkeyPatch
     assert modes == [True] and held == [training.LARGEST_HELD, None]
 
 
+def test_validation_leaves_the_base_in_training_mode(tiny_directory: str,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    """On some CPUs bitsandbytes packs its layers in evaluation, and they lose their gradient."""
+    modes: list[tuple[set[bool], set[bool]]] = []
+    real = training.batch_losses
+
+    def watch(model: Any, *inputs: Any) -> Any:
+        layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
+        dropouts = [m for m in model.modules() if isinstance(m, torch.nn.Dropout)]
+        modes.append(({m.training for m in layers}, {m.training for m in dropouts}))
+        return real(model, *inputs)
+
+    monkeypatch.setattr(training, "batch_losses", watch)
+    settings = dataclasses.replace(SETTINGS["qlora"], steps=1, targets="q_proj", dropout=0.1)
+    train(RECORDS, settings, model=tiny_directory, held=HELD)
+    assert modes == [({True}, {False})]
+
+
 @pytest.mark.parametrize("first", [0, 1])
 def test_a_loss_that_is_not_a_number(tiny_directory: str, tmp_path: Path, first: int,
                                      monkeypatch: pytest.MonkeyPatch) -> None:
