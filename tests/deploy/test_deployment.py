@@ -168,6 +168,25 @@ def test_several_budgets_are_models_of_one_server(served: Path, tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_layer_is_encoded_once_for_all_budgets(served: Path, tmp_path: Path,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[str] = []
+    real = module.encode_with_feedback
+
+    def count(weights: dict[str, torch.Tensor], roots: Any) -> Any:
+        encoded.extend(weights)
+        return real(weights, roots)
+
+    monkeypatch.setattr(module, "encode_with_feedback", count)
+    deploy(served, [3.74, 5], tmp_path / "out", records=RECORDS, held=HELD)
+    assert encoded and len({*encoded}) == len(encoded)
+    for budget in ("3.74", "5"):
+        deploy(served, [float(budget)], tmp_path / budget, records=RECORDS, held=HELD)
+        one, several = (f / "model.gguf" for f in (tmp_path / budget, tmp_path / f"out/{budget}mb"))
+        assert one.read_bytes() == several.read_bytes()
+
+
+@pytest.mark.usefixtures("quick")
 def test_any_adapter(tiny_directory: str, packed: Path, tmp_path: Path) -> None:
     """A plain one, of some layers, is folded; one with another family's formats is refused."""
     plain = saved_adapter(load_model(tiny_directory, dtype=torch.float32), tmp_path / "plain",
