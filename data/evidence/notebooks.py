@@ -8,6 +8,7 @@ import hashlib
 import io
 import math
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,13 @@ def store(executed: Path, source: Path, run: dict[str, Any]) -> None:
     put_table(source.with_name("START.md"), "costs", costs_table())
     put_table(source.with_name("INSTRUCTORS.md"), "costs", costs_table())
     put_table(source.with_name("INSTRUCTORS.md"), "plan", plan_table())
+
+
+def announce(cell: nbformat.NotebookNode, cell_index: int) -> None:
+    """Name the section that begins with this cell, above the progress bar of a terminal."""
+    title = cell.cell_type == "markdown" and re.match("## (.+)", cell.source)
+    if title and sys.stderr.isatty():
+        print(f"\r\x1b[K      {title[1]}", file=sys.stderr, flush=True)
 
 
 def source_hash(notebook: nbformat.NotebookNode) -> str:

@@ -85,8 +85,7 @@ def engine_request(body: bytes, path: str, bundles: Mapping[str, Bundle], settin
         message["role"] = message["role"].replace("developer", "system")
         if isinstance(parts := message.get("content"), list):  # as in training
             message["content"] = "".join(part["text"] for part in parts)
-    insist(in_call_order(fields.get("messages", ())), "messages",
-           "put the answers of tools in the order of their calls")
+    insist(in_call_order(fields.get("messages", ())), "messages", "answer calls in their order")
     insist(bundle.template or "messages" not in fields, None, "no chat template: use /completions")
     insist(fields.get("messages", [{"role": ""}])[-1]["role"] != "assistant", "messages", "end "
            "with a question, or the answer of a tool: what is begun is not continued")

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -42,6 +43,21 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path
     monkeypatch.setenv("COURSE_PROFILE", "smoke")
     monkeypatch.setattr(site, "build_site", lambda *_, **__: None)
     return books, build / "course" / "smoke"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_sees_the_sections(folders: tuple[Path, Path], terminal: bool,
+                                      monkeypatch: pytest.MonkeyPatch,
+                                      capsys: pytest.CaptureFixture[str]) -> None:
+    books, _ = folders
+    write(books / "01_one.ipynb", FAST)
+    book = nbformat.read(books / "01_one.ipynb", 4)
+    book.cells.append(nbformat.v4.new_markdown_cell("## 1. Why a low rank\n\nBecause.\n\n### No"))
+    nbformat.write(book, books / "01_one.ipynb")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    course.run("smoke")
+    said = capsys.readouterr().err
+    assert said.count("      1. Why a low rank\n") == terminal and "Because" not in said
 
 
 def test_a_run_and_what_it_stores(folders: tuple[Path, Path]) -> None:
