@@ -26,7 +26,6 @@ ALIASES = {"search": "find the front of an adapter for all configurations", "ben
            "benchmark: python -m data.evidence", "slides": "build a deck for each notebook",
            "site": "build the course as a static site"}
 REPEATED = ("--lora", "--ignore", "--budget-mb", "--budgets")
-LIMIT: dict[str, Any] = {"type": float, "default": math.inf}
 FIELDS: dict[str, Any] = {"action": "extend", "type": lambda text: text.split(","), "default": [],
                           "metavar": "FIELD", "help": "fields of the records to leave out"}
 
@@ -85,8 +84,8 @@ def parser() -> Parser:
     add("--converter", help="as for export", **DIR)
     add("--budget-mb", "--budgets", required=True, metavar="MB", action="extend", type=lambda t: [
         *map(float, t.split(","))], help="size of all files, MB (10^6 bytes); or several: 75,90")
-    add("--memory-mb", metavar="MB", help="limit, measured here", **LIMIT)
-    add("--token-ms", metavar="MS", help="limit, measured here", **LIMIT)
+    for limit, unit in (("--memory-mb", "MB"), ("--token-ms", "MS")):
+        add(limit, type=float, default=math.inf, metavar=unit, help="limit, measured here")
     add("--out", required=True, **DIR)
 
     for name in ("evaluate", "export", "deploy"):

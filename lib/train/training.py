@@ -23,6 +23,7 @@ from datasets.arrow_writer import ArrowWriter
 from filelock import FileLock, Timeout
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig, SFTTrainer
@@ -244,7 +245,7 @@ def tokenised(tokenizer: Any, records: Iterable[Record], settings: Any, work: Pa
     file, count = work / f"tokens-{RANK}.arrow", 0
     file.unlink(missing_ok=True)  # another run may be reading it
     with ArrowWriter(path=str(file)) as writer:
-        for count, record in enumerate(records, 1):
+        for count, record in enumerate(tqdm(records, "records read", disable=None, delay=5), 1):
             where = getattr(records, "where", f"record {count}")
             require(settings.learn == "all" or "text" not in record, f"{where} is plain text, of "
                     "which all is learned: leave --learn out")
