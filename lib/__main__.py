@@ -173,8 +173,7 @@ def dispatch(args: argparse.Namespace) -> None:
             models = args.systems[1:] and "://" not in " ".join(args.systems)
             require(models or not args.divergence, "--divergence compares two models: name two")
             from lib.deploy.evaluation import differences, divergences, evaluate
-            options = {"learn": args.learn, "route": args.route, "base": args.model,
-                       "places": places}
+            options = dict(learn=args.learn, route=args.route, base=args.model, places=places)
             apart = divergences(*args.systems, records, **options) if args.divergence else {}
             done = [evaluate(system, records, new_tokens=args.new_tokens, **options)
                     for system in args.systems]

@@ -172,11 +172,13 @@ class Switchable:
     def switch(self, configuration: Configuration) -> None:
         """Point every layer to its weight in the configuration's format."""
         self.layers.require_same(configuration.layers)
-        # All are built before the first is set: a failure leaves the model as it was.
-        self.point([self._cached(i, fmt) for i, fmt in enumerate(configuration.formats)])
-        self.configuration = configuration
-        while sum(tensor.nbytes for tensor in self._cache.values()) > 1e6 * self.cache_mb:
-            self._cache.popitem(last=False)
+        try:
+            # All are built before the first is set: a failure leaves the model as it was.
+            self.point([self._cached(i, fmt) for i, fmt in enumerate(configuration.formats)])
+            self.configuration = configuration
+        finally:
+            while sum(tensor.nbytes for tensor in self._cache.values()) > 1e6 * self.cache_mb:
+                self._cache.popitem(last=False)
 
     def point(self, weights: Sequence[Tensor]) -> None:
         """Point every layer to a weight, in the model's dtype."""

@@ -49,8 +49,7 @@ class Score:
 def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
              questions: Sequence[str | Sequence[Record]], *, max_new_tokens: int = 56,
              batch_size: int = 100, cut: list[int] | None = None) -> list[str]:
-    """Greedy answers to instructions or messages.
-    `cut` gets the numbers of those that reach `max_new_tokens`, or the end of the context."""
+    """Greedy answers; `cut` gets the numbers of those cut by `max_new_tokens` or the context."""
     prompts = [prompt_ids(tokenizer, question) for question in questions]
     # A model may end its turn with another token than its tokenizer's end of text.
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None) or []

@@ -142,6 +142,7 @@ def test_a_refused_configuration_changes_nothing(make_tiny: Make, tmp_path: Path
     before = state(base.model)
     with pytest.raises(UserError, match=r"layers\.1\.self_attn\.v_proj: a weight is not fin"):
         base.switch(Configuration.uniform(base.layers, Format()))
+    assert cached_mb(base) == 0
     first = Layers(*(part[:7] for part in vars(base.layers).values()))
     other = Configuration.uniform(first, Format())
     with pytest.raises(UserError, match="for another model, with other layers .7 instead of 14"):
