@@ -13,7 +13,7 @@ if sys.version_info < (3, 11):  # noqa: UP036 (older ones stop here, with one li
           "one of these".format(*sys.version_info[:2]), file=sys.stderr)
     sys.exit(2)
 
-# Threads that wait in a loop for long, the default, make a busy machine up to five times slower.
+# By default threads wait in a loop: beside a busy program a step takes 3 to 6 times as long.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 # On import, bitsandbytes reports an optional kernel that is missing.
 logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from lib.base.records import Records
 from lib.errors import UserError, require
-from lib.files import MANIFEST, read_json, size_mb, write_json
+from lib.files import MANIFEST, read_json, require_free, size_mb, write_json
 from lib.host import is_main_process, process_count
 from lib.settings import MODES, PROFILES, ServeSettings, TrainSettings
 
@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
     """argparse with one-line errors."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message.replace('<lambda>', 'number')} (see `python -m lib --help`)")
+        raise UserError(f"{message.replace('<lambda>', 'number')} (see `{self.prog} --help`)")
 
 
 def parser() -> Parser:
@@ -60,7 +60,7 @@ def parser() -> Parser:
     add("--learning-rate", type=float, help="default 0.003, with --mode full 0.0003")
 
     add = commands.add_parser("evaluate", help="score one or two systems on records").add_argument
-    add("systems", nargs="+", metavar="SYSTEM", help="embedded, a folder, a hub id, http://HOST/v1#NAME")
+    add("systems", nargs="+", metavar="SYSTEM", help="embedded, folder, hub id, http://HOST/v1#NAME")
     add("--data", required=True, metavar="FILE", help="records, as for train")
     add("--learn", default="all", choices=("all", "last"), help="as in train; default all")
     add("--divergence", action="store_true", help="also the KL of two models, both in memory")
@@ -148,6 +148,7 @@ def dispatch(args: argparse.Namespace) -> None:
             held = Records(args.eval_data, ignore=ignore) if args.eval_data else None
             for source in filter(None, (records, held)):
                 next(iter(source))  # a wrong file is reported before torch is loaded
+            require_free(args.out, args.model, settings=settings)
             if args.method == "plain":
                 from lib.train.training import train
             else:
@@ -269,8 +270,8 @@ def main(argv: list[str] | None = None) -> int:
         dispatch(parser().parse_args(words))
         return 0
     except KeyboardInterrupt:
-        print("stopped: run the same command again; `train` goes on from its last checkpoint, "
-              "`run --only NN` with one notebook", file=sys.stderr)
+        print("stopped: `train` and `search` go on if run again; after `run`, use --only NN for "
+              "each notebook left", file=sys.stderr)
         return 130
     except Exception as error:
         if not (message := user_message(error)):

@@ -40,7 +40,7 @@ def question(instruction: str, *, model: str = "", **options: Any) -> dict[str, 
 
 def connect(url: str, **options: Any) -> httpx.Client:
     """A client for a server, with the key in COURSE_API_KEY; it ignores the environment's proxy."""
-    headers = {"Authorization": f"Bearer {os.environ.get('COURSE_API_KEY', 'none')}"}
+    headers = {"Authorization": f"Bearer {os.environ.get('COURSE_API_KEY') or 'none'}"}
     return httpx.Client(base_url=url, timeout=600, trust_env=False, headers=headers, **options)
 
 
@@ -66,8 +66,7 @@ def ask(client: httpx.Client, body: dict[str, Any]) -> Answer:
                     if part := choice["delta"].get("content"):
                         times.append(time.perf_counter() - start)
                         parts.append(part)
-    broken = ended in ("", "abort", "error")
-    require(not broken, f"the server broke off {ended}, or sends no stream of events")
+    require(ended not in ("", "abort", "error"), f"it broke off {ended}, or is no stream of events")
     times = times or [time.perf_counter() - start]  # an answer may end before any text
     whole = ended not in ("length", "content_filter")
     return Answer("".join(parts).strip(), usage.get("completion_tokens", math.nan), times[0],

@@ -17,7 +17,7 @@ from typing import Any
 from lib.errors import UserError, require
 
 ROOT = Path(__file__).resolve().parent.parent
-BUILD = Path(os.environ.get("COURSE_BUILD", ROOT / "build"))
+BUILD = Path(os.environ.get("COURSE_BUILD") or ROOT / "build").expanduser()
 MANIFEST = "manifest.json"
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "gguf", "xllamacpp")
 
@@ -42,7 +42,7 @@ def versions() -> dict[str, str]:
 def read_json(path: Path) -> Any:
     """Parse a JSON file; UserError names the file if it cannot be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: check the path") from None
     except (ValueError, OSError, RecursionError) as error:
@@ -91,7 +91,7 @@ def replacing(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def writing(target: Path, **facts: Any) -> Iterator[Path]:
     """A scratch folder that becomes an artifact if the block succeeds, `facts` in its manifest."""
-    require_free(target)
+    require_free(target, **facts)
     with scratch(target) as part:
         yield part
         files = {f.relative_to(part).as_posix(): sha256(f)
@@ -103,8 +103,9 @@ def writing(target: Path, **facts: Any) -> Iterator[Path]:
         swap(part, target)
 
 
-def require_free(target: Path, *sources: Path | str) -> None:
-    """UserError unless `target` is absent, empty, or an artifact without one of the `sources`."""
+def require_free(target: Path, *sources: Path | str, **facts: Any) -> None:
+    """UserError unless `target` is absent, empty, or an artifact without one of the `sources`,
+    which has one of the `facts`: an export does not replace an adapter."""
     require(target.name, f"{target} is the folder you are in: choose a new one")
     require(not target.is_symlink(), f"{target} is a link: name the folder it leads to")
     recover(target)
@@ -112,7 +113,11 @@ def require_free(target: Path, *sources: Path | str) -> None:
     for source in map(Path, sources):
         require(not source.resolve().is_relative_to(target.resolve()),
                 f"{target} holds {source}, which is read here: choose another folder")
-    own = {MANIFEST, *_manifest(target)["files"]} if _manifest(target) else set()
+    old = _manifest(target)
+    kind = {*old} - {"files", "versions", "base"}
+    require(not (kind and facts) or kind & {*facts},
+            f"{target} holds a result of another kind: choose another folder")
+    own = {MANIFEST, *old["files"]} if old else set()
     for file in target.rglob("*"):
         require(file.is_dir() or file.relative_to(target).as_posix() in own,
                 f"{file} would be lost: move it away, or choose another folder")

@@ -6,12 +6,11 @@ from pathlib import Path
 
 
 def cores() -> int:
-    """The cores this process may use; with a thread too many llama.cpp is ten times slower."""
+    """The cores this process may use; one thread too many makes llama.cpp ten times slower."""
     affinity = getattr(os, "sched_getaffinity", None)  # absent under macOS and Windows
     count = len(affinity(0)) if affinity else os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):  # not a container, or one without a limit
-        limit = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8")
-        quota, period = map(int, limit.split())
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split())
         count = min(count, max(1, quota // period))
     return count
 

@@ -1,9 +1,8 @@
 """Every hyper-parameter of every size of run, in one place."""
 
-import dataclasses
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any
 
@@ -64,6 +63,8 @@ class TrainSettings:
                 "--configuration FILE and --method dedicated go together: give both, or neither")
         require(self.formats == "nf" or self.method in METHODS[1:4], f"formats {self.formats}: use "
                 f"it with --method {', '.join(METHODS[1:4])}")
+        require(self.method == "plain" or (self.mode == "lora" and {*self.modules} == {*TARGETS[
+            "aggressive"]}), "train over configurations with mode lora and targets aggressive")
         for name in ("targets", "rank", "alpha", "dropout", "rslora"):
             require(self.mode != "full" or getattr(self, name) == getattr(TrainSettings, name),
                     f"{name} {getattr(self, name)}: leave it out, mode full trains no adapter")
@@ -101,15 +102,14 @@ PROFILES: dict[str, Profile] = {profile.name: profile for profile in (
             score_examples=500, loss_examples=500, repeats=7),
     Profile("gpu-7b", model="meta-llama/Llama-2-7b-chat-hf", train=TrainSettings(
         mode="qlora", targets="standard", dropout=0.05, learning_rate=2e-4, steps=938, warmup=0.03,
-        accumulate=4, max_length=2048), score_examples=500, loss_examples=500),
-)}
+        accumulate=4, max_length=2048), score_examples=500, loss_examples=500),)}
 
 
 def get_profile(name: str, model: str = "") -> Profile:
     """Profile by name, with another base model if one is given."""
     require(name in PROFILES, f"unknown profile {name!r}: use one of {', '.join(PROFILES)}")
     model = model or os.environ.get("MODEL", "") or PROFILES[name].model
-    return dataclasses.replace(PROFILES[name], model=model)
+    return replace(PROFILES[name], model=model)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -79,20 +80,21 @@ def main(argv: list[str]) -> int:
                         help="for slides: outputs and vector figures of your last run of a profile")
     try:
         args = parser.parse_args(argv)
+        require(not args.resume or args.names == ["all"], "--resume is for all, alone")
+        require(not args.engine or args.names == ["serving"], "--engine is for serving alone")
+        require(not args.json or (len(args.names) == 1 and args.names[0] in BENCHES),
+                f"--json is for one benchmark: use one of {', '.join(BENCHES)}")
+        if args.json and args.json.exists():  # only a benchmark's figures are replaced
+            own = args.json.is_file() and re.match(rb'$|{\n "machine": ', args.json.read_bytes())
+            require(own, f"--json {args.json} is there, and no benchmark: name another file")
+        if args.names in (["slides"], ["site"]):
+            build(args.names[0], args.out or BUILD / args.names[0], args.solutions, args.run)
+            return 0
+        require(not (args.out or args.solutions or args.run),
+                "--out is for slides or site, --solutions and --run for slides, each alone")
         if args.list or not args.names:
             print(listing())
             return 0
-        if args.names in (["slides"], ["site"]):
-            require(not args.json, "--json is for one benchmark")
-            build(args.names[0], args.out or BUILD / args.names[0], args.solutions, args.run)
-            return 0
-        require(not args.resume or args.names == ["all"], "--resume is for all, alone")
-        require(not (args.out or args.solutions or args.run),
-                "--out is for slides or site, --solutions and --run for slides, each alone")
-        require(not (args.json and args.json.is_dir()), f"--json {args.json} is a folder")
-        require(not args.json or (len(args.names) == 1 and args.names[0] in BENCHES),
-                f"--json is for one benchmark: use one of {', '.join(BENCHES)}")
-        require(not args.engine or args.names == ["serving"], "--engine is for serving alone")
         if args.names == ["all"]:
             make_all(args.resume)
             return 0

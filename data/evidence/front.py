@@ -25,6 +25,7 @@ from lib.coa.pareto import Evaluated, Features, Journal, front_by_segment, searc
 from lib.deploy.deployment import HELD
 from lib.errors import UserError, require
 from lib.files import MANIFEST, read_json, replacing, sha256, verified
+from lib.train.lora import settled
 
 SAY_EVERY = 10  # evaluations
 
@@ -42,11 +43,11 @@ class JournalFile(Journal):
             if path.is_file():
                 lines = path.read_text("utf-8").split("\n")[:-1]  # a line cut short has no end
             header, *rows = map(json.loads, lines)
-            require(header == key, f"it belongs to another search, {header}")
+            require(header == key, "it is of other records, or of another --seed or adapter")
             self.update((tuple(positions), float(loss)) for loss, positions in rows)
         except (UserError, ValueError, TypeError) as error:
-            raise UserError(f"{path} is not the journal of this search ({error}): remove it "
-                            "or name another") from None
+            raise UserError(f"{path} is not the journal of this search ({error}): repeat "
+                            "that, or remove the file") from None
         with replacing(path) as part:
             part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
@@ -77,19 +78,20 @@ def write_front(adapter: Path, base: Switchable, features: Features,
     return len(rows)
 
 
-def find_front(adapter: Path, records: Sequence[Record], *, evaluations: int, seed: int = 0
-               ) -> tuple[int, int]:
+def find_front(adapter: Path, records: Sequence[Record], *, evaluations: int, seed: int = 0,
+               model: str = "") -> tuple[int, int]:
     """Search from a training set's configurations; (points of the front, all evaluated).
 
     The first records say which layers feel errors, the last `HELD` judge a configuration.
-    UserError for an adapter that is not configuration-aware, or a journal of another search.
+    `model` is where its base is, by default where that was in training. UserError for an
+    adapter that is not configuration-aware, or a journal of another search.
     """
     require((adapter / "coa.safetensors").is_file(), f"{adapter} serves one configuration only: "
             "train one for all of them with `python -m lib train --method coa`")
     require(evaluations > 0, f"{evaluations} evaluations: use 1 or more")
     require(0 <= seed < 2**32, f"seed {seed}: use 0 to 4294967295")
     manifest = verified(adapter)
-    base = Switchable.load(manifest["base"], cache_mb=1500)
+    base = Switchable.load(settled(adapter, model, "original", rounded=True)[0], cache_mb=1500)
     options: dict[str, Any] = {"tokenizer": load_tokenizer(str(adapter), base=base.name),
                                "learn": manifest.get("settings", {}).get("learn", "all")}
     family, felt_by, held = manifest["grid"], records[:FELT_BY], records[-HELD:]
@@ -132,6 +134,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--data", default="", metavar="FILE", help="records (the first 256) that "
                         "judge configurations; default those that the adapter was trained on")
     parser.add_argument("--ignore", **FIELDS)
+    parser.add_argument("--model", default="", help="hub id or directory; default the "
+                        "adapter's base")
     parser.add_argument("--evaluations", type=int, default=60, metavar="N",
                         help="after those of the start (some thirty); default 60")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
@@ -142,7 +146,8 @@ def main(argv: Sequence[str]) -> int:
     source = args.data or read_json(file).get("data")
     require(source, f"{args.adapter} does not say its records: name --data FILE")
     points, evaluated = find_front(args.adapter, first_records(source, args.ignore),
-                                   evaluations=args.evaluations, seed=args.seed)
+                                   evaluations=args.evaluations, seed=args.seed,
+                                   model=args.model)
     print(f"{args.adapter / 'front.json'}: {points} configurations, the best of {evaluated}; "
           "`python -m lib deploy` takes from them")
     return 0

@@ -95,7 +95,7 @@ lib-*
 
 def build_site(out: Path, *, executed: Path = NOTEBOOKS) -> None:
     """Write the site that notebooks/conf.py describes, of notebooks that were executed before."""
-    with scratch() as work, writing(out) as part:
+    with scratch() as work, writing(out, pages="site") as part:
         (work / "source").mkdir()
         sphinx = subprocess.run(
             [sys.executable, "-m", "sphinx", "-q", "-b", "html", "-c", NOTEBOOKS, work / "source",
@@ -118,7 +118,7 @@ def build_slides(out: Path, *, solutions: bool = False, executed: Path | None = 
                               exclude_output_prompt=True)
     index = ["<!doctype html><html lang='en'><meta charset='utf-8'><title>Slides</title>"
              "<h1>Slides</h1><ul>"]
-    with writing(out) as part, as_file(files("pyreveal") / "revealjs") as reveal:
+    with writing(out, pages="slides") as part, as_file(files("pyreveal") / "revealjs") as reveal:
         for name in ("LICENSE", "dist/reveal.js", "dist/reveal.css", "dist/plugin/notes.js",
                      "dist/theme/white.css"):  # other themes load fonts from the network
             (part / "reveal.js" / name).parent.mkdir(parents=True, exist_ok=True)

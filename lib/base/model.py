@@ -130,7 +130,7 @@ def _load(loader: Any, model: str, **options: object) -> Any:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         require(path.is_dir(), f"model {model!r} is not a local directory and did not load from "
                 f"the hub ({reason}): check path, name and network, say where it is with "
-                "--model, or use MODEL=embedded; a server's address begins with http://")
+                "--model, or use embedded; a server's address begins with http://")
         if (path / "manifest.json").is_file():
             verified(path)  # names the damaged file, if there is one
         raise UserError(f"{path} does not load ({reason}): check that it is a complete model, "

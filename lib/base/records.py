@@ -70,7 +70,7 @@ def _rows(source: str) -> Iterator[tuple[str, Any]]:
                 for row in filter(None, reader):
                     place = f"{source}:{reader.line_num}"
                     require(not any(re.match(' +"' if kind == ".csv" else '"', f) for f in row),
-                            f"{place} has a quote, which some programs mean and others add: save "
+                            f"{place} has a quote, which programs read in different ways: save "
                             "as CSV without spaces before quotes, or as JSON lines")
                     require(len(row) == len(names), f"{place} has {len(row)} fields instead of "
                             f"{len(names)}: put quotes around text with commas or line breaks")
@@ -153,8 +153,10 @@ def normalised(row: Any, where: str = "it", ignore: Collection[str] | None = Non
         require(isinstance(turns, list), f"{where} has messages that are not a list: use [...]")
         record["messages"] = [_message(turn, where, ignore) for turn in turns]
     elif isinstance(left.get("prompt"), list) and isinstance(left.get("completion"), list):
-        turns = left.pop("prompt") + left.pop("completion")
+        asked, turns = len(left["prompt"]), left.pop("prompt") + left.pop("completion")
         record["messages"] = [_message(turn, where, ignore) for turn in turns]
+        require("assistant" not in [m["role"] for m in record["messages"][:asked]], f"{where} has "
+                "answers in 'prompt', which would be learned: use messages, with --learn last")
     elif "prompt" in row or "instruction" in row:
         given = take("prompt") if "prompt" in row else take("instruction")
         if "input" in left:
@@ -169,6 +171,7 @@ def normalised(row: Any, where: str = "it", ignore: Collection[str] | None = Non
     if "messages" in record and "system" in left:
         record["messages"].insert(0, {"role": "system", "content": take("system")})
     if "messages" in record and "tools" in left:
+        require(isinstance(left["tools"], list), f"{where} has tools that are no list: use [...]")
         record["tools"] = [_tool(tool, where) for tool in left.pop("tools")]
     require(not left or ignore is None, f"{where} has {', '.join(map(repr, left))}, which would "
             "not be used: drop it, or name it with --ignore")
@@ -289,17 +292,17 @@ def encode(tokenizer: Tokenizer, record: Record, *, learn: str = "all", where: s
         lost += [part] * (part not in whole[at:])
         at = whole.find(part, at) + len(part)
     require(not lost, f"{where}: the chat template leaves out "
-            f"{', '.join(map(repr, lost))[:99]}, or spaces in it: use another --template")
+            f"{', '.join(map(repr, lost))[:99]}, or spaces in it: train with another --template")
     for index, message in enumerate(messages):
         if message["role"] == "assistant" and (learn == "all" or index == len(messages) - 1):
-            prompt, text = rendered(index, add_generation_prompt=True), rendered(index + 1)
+            prompt, text = rendered(index, add_generation_prompt=True), rendered(index + 1).rstrip()
             if not (asked or text.startswith(prompt)):
                 prompt = rendered(index)
-            ends = [m.end() for m in controls[0].finditer(text) if m.end() > len(prompt)]
-            kept = ends and text.startswith(prompt) and whole.startswith(text[:ends[-1]])
-            require(kept, f"{where}: the chat template does not end an answer, or changes it "
-                    "later: use --template course or --learn last")
-            cuts += [len(prompt), ends[-1]]
+            ended = len(text) in [m.end() for m in controls[0].finditer(text, len(prompt))]
+            kept = text.startswith(prompt) and whole.startswith(text)
+            require(ended and kept, f"{where}: the chat template does not end an answer, or changes"
+                    " it later: use --template course or --learn last")
+            cuts += [len(prompt), len(text)]
     ids, labels, parts = [], [], [*itertools.pairwise([*cuts, len(whole)])]
     prefixes = [_ids(tokenizer, whole[:end], controls) for _, end in parts]
     # A token that reaches over the start of an answer is cut, as it is when one is asked.

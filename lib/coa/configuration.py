@@ -10,7 +10,6 @@ import re
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +90,13 @@ class Configuration:
         """The same format for every layer."""
         return cls(layers, (fmt,) * len(layers.names))
 
-    @cached_property
+    @functools.cached_property
     def bits(self) -> float:
         """Bits per parameter of the layers, by the formula."""
         pairs = zip(self.formats, self.layers.sizes, strict=True)
         return sum(fmt.bits_per_parameter * n for fmt, n in pairs) / sum(self.layers.sizes)
 
-    @cached_property
+    @functools.cached_property
     def indices(self) -> list[list[int]]:
         """For each layer, the positions of its format's fields in the family's grid."""
         sizes = [*map(len, GRIDS[self.family].values())]
@@ -129,7 +128,7 @@ class Configuration:
     def from_json(cls, data: Any, layers: Layers) -> "Configuration":
         """The configuration that `to_json` wrote; UserError unless it fits these layers."""
         values = data.get("layers") if isinstance(data, Mapping) else None
-        require(isinstance(values, Mapping),
+        require(isinstance(values, Mapping) and {*data} <= {"bits", "layers"},
                 'a configuration is {"layers": {name: [b, b0, b1, B0, B1] or a GGUF type}}')
         for name in (*layers.names, *values):
             require(name in values, f"the configuration lacks {name}: it is for another model")
@@ -205,7 +204,7 @@ class Switchable:
         self._cache.move_to_end(key)
         return self._cache[key]
 
-    @cached_property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the layers' names and of every 101st original weight."""
         digest = hashlib.sha256()

@@ -1,5 +1,5 @@
 """The Pareto search over two objectives that pull apart, both to be minimised: bits and loss.
-Points are rows (bits a weight, loss). A Gaussian process predicts the loss, not from the 1,050
+Points are rows (bits a weight, ln loss). A Gaussian process predicts it, not from the 1,050
 fields of a configuration but from each layer's squared error times its sensitivity."""
 
 import math
@@ -267,8 +267,7 @@ def neighbours(configuration: Tensor, features: Features) -> tuple[Tensor, Tenso
     A category goes to every other one. Numbers count fields as itertools.product does."""
     layers, numbers, stride = [], [], features.noise.shape[1]
     for name, values in GRIDS[features.family].items():
-        count = len(values)
-        stride //= count
+        stride //= (count := len(values))
         at = configuration // stride % count
         reach = count - 1 if name in ("scale_dtype", "type") else 1
         for move in (*range(-reach, 0), *range(1, reach + 1)):

@@ -20,7 +20,7 @@ def examine() -> Iterator[tuple[str, str, str]]:
     """(state, name, what was found) of every check; nothing is changed or downloaded.
     The state is "ok", "note" (it works) or "problem", and then the text ends with the remedy."""
     yield ("ok" if sys.version_info[:2] <= (3, 13) else "note", "python",
-           f"{platform.python_version()}, tried: 3.11 to 3.13")
+           f"{platform.python_version()}; supported: 3.11 to 3.13")
 
     requirements = (ROOT / "requirements.txt").read_text(encoding="utf-8")
     pins, wrong = re.findall(r"(?m)^([\w.-]+)==([\w.]+)", requirements), []
@@ -43,7 +43,7 @@ def examine() -> Iterator[tuple[str, str, str]]:
             limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")
             total, free = min(total, int(limit)), min(free, int(limit))
         needed = MEMORY_GB * 1e9
-        text = f"{total / 1e9:.1f} GB, {free / 1e9:.1f} free; needed {MEMORY_GB}"
+        text = f"{total / 1e9:.1f} GB, {free / 1e9:.1f} free; a run takes {MEMORY_GB}"
         yield (("problem", "memory", f"{text}: use a larger machine, or `run --only` what fits")
                if total < needed else ("note", "memory", f"{text}: close other programs")
                if free < needed else ("ok", "memory", text))

@@ -1,10 +1,9 @@
 """What all notebooks share: their opening, the figures they keep, the checks of exercises."""
 
 import copy
-import dataclasses
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ class Measurements:
         self.rows.append({"name": name, "value": value, "unit": unit,
                           "seed": self.profile.train.seed, "profile": self.profile.name})
         write_json(run_directory(self.profile.name) / f"{self.notebook}.json", {
-            "notebook": self.notebook, "profile": dataclasses.asdict(self.profile),
+            "notebook": self.notebook, "profile": asdict(self.profile),
             "versions": versions(), "machine": machine(), "measured": self.rows})
 
 

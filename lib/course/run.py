@@ -57,7 +57,7 @@ def execute(source: Path, target: Path, profile: str) -> None:
             source, part, {"PROFILE": profile}, cwd=str(source.parent), execution_timeout=3600,
             kernel_name="python3", progress_bar={"desc": source.stem, "disable": None},  # if a tty
             on_cell_start=importlib.import_module("data.evidence.notebooks").announce,
-            extra_arguments=["--IPKernelApp.log_level=40", *(  # else: "loopback is not encrypted"
+            extra_arguments=["--IPKernelApp.log_level=50", *(  # or it warns, also of its own end
                 f"--InlineBackend.figure_formats={kind}" for kind in ("png", "svg"))])
     except papermill.PapermillExecutionError as error:
         last = error.evalue.strip().splitlines()[-1:] or [""]

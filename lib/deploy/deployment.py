@@ -128,7 +128,7 @@ class Deployment:
         sizes = {table: self.fixed_bytes(table) for table in TABLES[self.family]}
         least = min(sizes.values()) + min(c.bytes for c in (cheapest, *(c for c, _ in self.known)))
         require(room < 2 * self.parameters, f"{budget_mb:g} MB hold the model in 16 bits "
-                f"({(fixed + 2 * self.parameters) / MB:.0f} MB): it need not be quantised")
+                f"({(fixed + 2 * self.parameters) / MB:.0f} MB): use `export --type F16`")
         whole, more = (fixed + least) / MB, -(room - least) // 1e5 / 10 + 0.1  # rounded up
         require(least <= room, f"the smallest files take {whole:.2f} MB: give {more:.1f} MB more")
         with scratch() as work:
@@ -152,7 +152,7 @@ class Deployment:
                 export(out, weights=load_model(self.name, dtype=torch.float32), encoded=encoded,
                        model=self.name, route=self.route, merged=mine, source=source)
         actual = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
-        require(actual <= budget_mb * MB, f"the files have {actual / MB:.2f} MB: lower --budget-mb")
+        require(actual <= budget_mb * MB, f"it has {actual / MB:.2f} MB: try another --budget-mb")
         return configuration, table, actual / MB, loss
 
     def tried(self, configuration: coa.Configuration, table: coa.AnyFormat, mine: Path
@@ -194,8 +194,8 @@ class Deployment:
         with writing(out, base=self.name) as part:
             self.tokenizer.save_pretrained(part)
             self.base.model.config.save_pretrained(part)
-            file, rest = part / WEIGHTS, self.rest
-            save_packed(self.base, configuration, file, rest=rest, table_format=table)
+            save_packed(self.base, configuration, part / WEIGHTS, rest=self.rest,
+                        table_format=table)
             (beside := part / "adapter").mkdir()
             halves = {name: tensor.half() for name, tensor in tensors.items()}
             save_file(halves, beside / "adapter_model.safetensors")

@@ -87,8 +87,8 @@ def evaluate(system: str, records: Sequence[Record], *, new_tokens: int = 0, rou
                                   for p in prompts])
             texts, cut = [a.text for a in given], [i for i, a in enumerate(given) if not a.whole]
         except Exception as error:  # of many kinds: the address, the network, the reply
-            raise UserError(f"{url} gives no answers ({' '.join(str(error).split())}): start it, "
-                            "with a model after #, and its key in COURSE_API_KEY") from None
+            raise UserError(f"{url} gives no answers ({' '.join(str(error).split())}): check "
+                            "that it runs; add #MODEL, and its key in COURSE_API_KEY") from None
     else:
         model, tokenizer = open_system(system, route, base)
         pairs = encoded(model, tokenizer, records, learn=learn, places=places)

@@ -24,7 +24,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # llama.cpp's types: in blocks of 32, 8.5 to 4.25 bits a weight, and of 256, 6.56 to 2.63.
 GGUF_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL", "MXFP4",
               "Q6_K", "Q5_K", "Q4_K", "IQ4_XS", "Q3_K", "IQ3_S", "Q2_K")
-# Of blocks of 256 what llama.cpp takes for rows that these do not divide; F16 for others.
+# What llama.cpp takes for rows that blocks of 256 do not divide; IQ4_NL in place of the others.
 FALL_BACK = {"Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0"}
 # llama.cpp in the wheel of its server: its own quantiser writes every type.
 ENGINE = ctypes.CDLL(xllamacpp.xllamacpp.__file__)

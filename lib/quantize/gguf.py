@@ -165,7 +165,7 @@ def write_adapter(adapter: Path | str, out: Path, source: Path, weights: PreTrai
 @contextlib.contextmanager
 def _writer(out: Path, like: Reader, content: str, base: str,
             tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[gguf.GGUFWriter]:
-    """A writer of a file that appears when whole; a model has the metadata of that it is `like`."""
+    """A writer whose file appears once it is whole; a model's has the metadata of `like`."""
     writer = gguf.GGUFWriter(None, metadata(like, "general.architecture"))
     writer.add_type(content)
     writer.add_base_model_count(1)
@@ -206,18 +206,18 @@ def export(out: Path, *, gguf_type: str = "Q8_0", route: str = "", merged: Path 
     for name in adapters:
         require(re.fullmatch(r"\w[\w.-]*", name) and name not in ("base", "model"),
                 f"adapter name {name!r}: use letters and digits, and neither base nor model")
-    require(not (merged and adapters), "adapters fit the plain base: merge one or keep all beside")
+    require(not (merged and adapters), "adapters need an unmerged base: use --merge or --adapter")
     uses = {settled(one, model, route, rounded=bool(encoded)) for one in sources}
     bases = " and ".join(map(" ".join, uses))
     require(len(uses) < 2, f"the adapters were trained on {bases} weights: export them apart")
     model, route = next(iter(uses), (model or EMBEDDED, route or "original"))
-    require_free(out, *sources, MODEL_CACHE if model == EMBEDDED else model)
+    require_free(out, *sources, MODEL_CACHE if model == EMBEDDED else model, adapters=adapters)
     tokenizers = [load_tokenizer(model), *(load_tokenizer(str(s), base=model) for s in sources)]
     require(len({t.chat_template for t in tokenizers[1:]}) < 2, "the adapters were trained in "
             "different chat templates, and a model file has one: export them apart")
     vocabularies = [(t.get_vocab(), t.eos_token) for t in tokenizers]
     require(vocabularies[1:] == vocabularies[:-1],
-            f"an adapter's tokenizer has tokens that its base's lacks: {BY_PEFT}")
+            f"an adapter's tokenizer has other tokens than its base's, or another end: {BY_PEFT}")
     files, name = {n: f"{n}.gguf" for n in adapters}, merged.absolute().name if merged else "base"
     base = f"{model} {route}" + f" + {name}" * bool(merged)
     # First, because it may refuse the model.
@@ -277,7 +277,7 @@ def modelfile(tokenizer: PreTrainedTokenizerBase) -> str:
     def rendered(*names: str) -> str:
         turns, ask = [{"role": n, "content": roles[n]} for n in names], names[-1] == "user"
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
-        return text.removeprefix(tokenizer.bos_token or "")  # Ollama adds it
+        return text.removeprefix(begin(tokenizer, ""))  # which Ollama adds as well
 
     asked = rendered("user")
     end = rendered("user", "assistant").rpartition(roles["assistant"])[2]

@@ -67,9 +67,10 @@ def engine_request(body: bytes, path: str, bundles: Mapping[str, Bundle], settin
         fields = json.loads(body, parse_constant=int, object_pairs_hook=unique)  # NaN is refused
         fields = {name: value for name, value in fields.items() if value is not None}
         json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()  # half a character, 1e999
+        error = best_match(VALIDATORS[path].iter_errors(fields))
     except (ValueError, AttributeError, RecursionError):
         insist(False, "body", "it is not a JSON object in UTF-8 with each key once")
-    if error := best_match(VALIDATORS[path].iter_errors(fields)):
+    if error:
         said = [e.schema["description"] for e in (error.parent or error, error)
                 if "description" in e.schema]
         insist(False, ".".join(map(str, error.absolute_path)) or None,
@@ -88,7 +89,7 @@ def engine_request(body: bytes, path: str, bundles: Mapping[str, Bundle], settin
     insist(in_call_order(fields.get("messages", ())), "messages", "answer calls in their order")
     insist(bundle.template or "messages" not in fields, None, "no chat template: use /completions")
     insist(fields.get("messages", [{"role": ""}])[-1]["role"] != "assistant", "messages", "end "
-           "with a question, or the answer of a tool: what is begun is not continued")
+           "with a turn of the user or a tool: an answer is not continued")
     insist(all(int(token) < bundle.vocabulary for token in fields.get("logit_bias", ())),
            "logit_bias", f"the vocabulary has {bundle.vocabulary} tokens")
     insist(all(re.search(rf"\b{re.escape(name)}\b", bundle.template)
@@ -153,7 +154,7 @@ def left_out(value: Any, prompt: str) -> Iterator[Any]:
             with contextlib.suppress(ValueError, TypeError):  # not JSON, or decoded already
                 item = json.loads(item)
         if key in ("properties", "arguments") and isinstance(item, dict):
-            yield from left_out([*item], prompt)
+            yield from left_out([*item, *item.values()], prompt)
         if key not in ("role", "type", "id", "index", "tool_call_id", "reasoning_content"):
             yield from left_out(item, prompt)
 
@@ -243,10 +244,9 @@ def application(bundles: Mapping[str, Bundle], key: str, settings: ServeSettings
     pages = [Middleware(CORSMiddleware, allow_origins=settings.cors.split(","),
                         allow_methods=["*"], allow_headers=["*"], allow_private_network=True,
                         expose_headers=["x-ignored-fields"])] if settings.cors else []
-    return Starlette(
-        routes=[*(Route(path, complete, methods=["POST"]) for path in VALIDATORS),
-                Route("/v1/models", models), Route("/v1/models/{name:path}", models),
-                Route("/health", status), *[Route("/metrics", status)] * (len(bundles) == 1)],
+    return Starlette(routes=[*(Route(path, complete, methods=["POST"]) for path in VALIDATORS),
+        Route("/v1/models", models), Route("/v1/models/{name:path}", models),
+        Route("/health", status), *[Route("/metrics", status)] * (len(bundles) == 1)],
         middleware=pages, exception_handlers=dict.fromkeys(
             (HTTPException, ClientDisconnect, httpx.HTTPError, ValueError), error_reply))
 

@@ -37,7 +37,7 @@ def serve(path: Path, settings: ServeSettings, loras: Sequence[str] = ()) -> Non
     """Serve until SIGTERM or Ctrl-C; running requests are finished first."""
     bundles = open_bundles(path, loras)
     largest = min(b.context for b in bundles)
-    require(settings.context <= largest, f"context {settings.context}: the model's is {largest}")
+    require(settings.context <= largest, f"context {settings.context}: use {largest} or less")
     settings = replace(settings, context=settings.context or min(2048, largest))
     require(settings.max_tokens <= max(settings.context, ServeSettings.max_tokens), f"--max-tokens "
             f"{settings.max_tokens} is above the context, {settings.context}: raise --context")
@@ -82,7 +82,7 @@ def running(path: Path, *options: str) -> Iterator[Served]:
                 status = process.wait()
                 errors.seek(0)
                 raise UserError(errors.read().strip().removeprefix("error: ") or
-                                f"the server ended with status {status}: is there memory enough?")
+                                f"the server ended with status {status}: free memory, try again")
             yield Served(**json.loads(address))
         finally:
             process.stdin.close()  # asks it to stop, on every system

@@ -100,7 +100,7 @@ def origin(directory: Path | str, *, rounded: bool = False) -> tuple[str, str]:
     require(rounded or not aware, f"{directory} was trained for weights of fewer bits: use `python "
             "-m lib deploy --adapter`, then evaluate or serve what that writes")
     require(config.get("revision") in (None, "", "main"), f"{directory} names a revision of its "
-            "base, and only main is loaded: download that, and name its folder in its place")
+            "base, not main, which is loaded: name a folder of it in adapter_config.json")
     mode = manifest.get("settings", {}).get("mode")
     return (manifest.get("base") or config.get("base_model_name_or_path") or "",
             {"qlora": "dequantized", "lora": "original"}.get(mode, ""))
@@ -119,7 +119,7 @@ def settled(directory: Path, model: str = "", route: str = "", *, rounded: bool 
     require(model or not moved, f"{directory} was trained on {base}, which is not there: put it "
             "back, or name where it is with --model")
     require(not (base and model) or moved or Path(base).resolve() == Path(model).resolve(),
-            f"{directory} was trained on {base}, not on {model}: name its base, or one so named")
+            f"{directory} was trained on {base}, not on {model}: name its base, or a copy so named")
     require(own or route, f"{directory} does not say how it was trained: name --route original, or "
             "dequantized (after QLoRA)")
     require(route in ("", own) or not own, f"{directory} was trained on the {own} weights, not on "
@@ -129,8 +129,7 @@ def settled(directory: Path, model: str = "", route: str = "", *, rounded: bool 
 
 def load_adapter(model: PreTrainedModel, directory: Path | str) -> PeftModel:
     """The model with a saved adapter. UserError if a file is damaged or does not fit."""
-    directory = Path(directory)
-    tensors = adapter_files(directory)[1]
+    tensors = adapter_files(directory := Path(directory))[1]
     try:
         with warnings.catch_warnings(action="ignore"):
             adapted = PeftModel.from_pretrained(model, str(directory)).eval()
@@ -140,7 +139,7 @@ def load_adapter(model: PreTrainedModel, directory: Path | str) -> PeftModel:
         require(expected == own, "it adapts other layers")
     except Exception as error:  # the configuration decides which one peft raises
         reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{directory} does not fit ({reason}): train one for it") from error
+        raise UserError(f"{directory} does not fit ({reason}): use it with its own base") from error
     return adapted
 
 

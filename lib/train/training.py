@@ -11,7 +11,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,7 @@ SILENCE = 45.0  # seconds after which a reader wonders whether the run is stuck
 LARGEST_HELD = 32 << 20  # bytes; holding larger blocks: 6 % faster, a third more memory
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class TrainResult:
     """The trained model and figures of its run; memory in MB (10^6 bytes)."""
 
@@ -128,9 +127,8 @@ class Progress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         step, total, seconds = state.global_step, state.max_steps, time.monotonic() - self.time
         due = step % self.every == 0 or step == total or seconds > SILENCE
-        if due and is_main_process() and "loss" in (logs or {}):
+        if due and is_main_process() and (loss := (logs or {}).get("loss")) is not None:
             left = seconds / (step - self.step) * (total - step)
-            loss = logs["loss"]
             print(f"step {step:4d}/{total}  loss {loss:.3f}  about {left:.0f} s left", flush=True)
             self.step, self.time = step, time.monotonic()
 
@@ -185,8 +183,7 @@ def make_trainer(model: PreTrainedModel, tokenizer: Any, records: Iterable[Recor
     on_gpu, known = torch.cuda.is_available(), get_available_reporting_integrations()
     require(settings.report_to in ("none", *known), f"report to {settings.report_to!r}: install "
             f"it first, or use one of {', '.join(('none', *known))}")
-    args = SFTConfig(
-        output_dir=str(work), max_steps=settings.steps, seed=settings.seed,
+    args = SFTConfig(output_dir=str(work), max_steps=settings.steps, seed=settings.seed,
         per_device_train_batch_size=settings.batch_size // settings.accumulate,
         gradient_accumulation_steps=settings.accumulate,
         learning_rate=settings.learning_rate, lr_scheduler_type="cosine",
@@ -209,7 +206,7 @@ def make_trainer(model: PreTrainedModel, tokenizer: Any, records: Iterable[Recor
             f"the model's context: use {context(model)} or less")
     learned, validated = tokenised(tokenizer, records, settings, work), None
     if held is not None:
-        require(not settings.eval_share, "two sets for validation: use --eval-data or --eval-share")
+        require(not settings.eval_share, "two validation sets: omit --eval-data or --eval-share")
         validated = tokenised(tokenizer, held, settings, work / "held")
     elif settings.eval_share:
         # Evenly spread; int(i * share) counts those before row i.
@@ -226,6 +223,7 @@ def make_trainer(model: PreTrainedModel, tokenizer: Any, records: Iterable[Recor
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # in bfloat16, as TRL leaves it, small Adam steps vanish
             parameter.data = parameter.data.float()
+    trainer.model_accepts_loss_kwargs |= not settings.plain  # our loss divides by their count
     trainer.remove_callback(PrinterCallback)
     if validated is not None:
         require(not is_sharded(), "FSDP cannot validate: use `python -m lib evaluate` afterwards")
@@ -243,7 +241,6 @@ def tokenised(tokenizer: Any, records: Iterable[Record], settings: Any, work: Pa
     """Records as token ids and labels, in a file of `work` that is read as needed."""
     work.mkdir(parents=True, exist_ok=True)
     file, count = work / f"tokens-{RANK}.arrow", 0
-    file.unlink(missing_ok=True)  # another run may be reading it
     with ArrowWriter(path=str(file)) as writer:
         for count, record in enumerate(tqdm(records, "records read", disable=None, delay=5), 1):
             where = getattr(records, "where", f"record {count}")
@@ -283,7 +280,7 @@ def train(records: Iterable[Record], settings: TrainSettings, *, model: str = "e
     if model != EMBEDDED and Path(model).is_dir():
         model = str(Path(model).resolve())  # it is stored, and read from any folder
     if out is not None:
-        require_free(out, model)
+        require_free(out, model, settings=settings)
     processes = join()
     with processes.local_main_process_first():
         locate(model)  # the first process creates the embedded model's files
@@ -394,8 +391,8 @@ def run_trainer(trainer: SFTTrainer, settings: TrainSettings,
                 "rate" + ", or replace the model, whose weights may be damaged" * (step == 1))
     # A plain adapter's B starts at zero.
     norms = [p.norm().item() for n, p in trainer.model.named_parameters() if "lora_B" in n]
-    require(is_sharded() or not norms or max(norms) > 0, "the adapter did not move: no step was "
-            "better than none; change the learning rate or the warm-up")
+    require(is_sharded() or not norms or max(norms) > 0, "the adapter did not move: take more "
+            "steps, or change the learning rate or the warm-up")
     states = trainer.optimizer.state.values() if trainer.optimizer else ()
     moments = [t for state in states for t in state.values() if isinstance(t, torch.Tensor)]
     held = {r["step"]: r["validation"] for r in trainer.state.log_history if "validation" in r}

@@ -91,7 +91,12 @@ def test_tables(tmp_path: Path) -> None:
     ("d.jsonl", '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "not text"),
     ("d.jsonl", '{"text": "a", "tools": [{"name": "b"}]}', "has 'tools', which would not"),
     ("d.jsonl", '{"prompt": "a", "completion": "b", "tools": [{}]}', "tools unlike OpenAI's"),
-    ("d.jsonl", '{"prompt": "a", "completion": "b", "tools": "[]"}', "tools unlike OpenAI's"),
+    ("d.jsonl", '{"prompt": "a", "completion": "b", "tools": ["c"]}', "tools unlike OpenAI's"),
+    *(("d.jsonl", json.dumps({"prompt": "a", "completion": "b", "tools": tools}), "are no list")
+      for tools in ("[]", 5, True, {"name": "f"})),
+    ("d.jsonl", json.dumps({"prompt": [{"role": r, "content": "a"} for r in ("user", "assistant")],
+                            "completion": [{"role": "assistant", "content": "b"}]}),
+     "has answers in 'prompt', which would be learned: use messages, with --learn last"),
     ("d.jsonl", '{"prompt": "a", "completion": "b", "tools": [{"name": "c", "cost": 1}]}',
      "has a tool with cost, which no prompt shows"),
     ("d.jsonl", '{"messages": [{"role": "assistant", "content": "a", "weight": 0}]}',
@@ -333,6 +338,8 @@ def test_templates_that_fail(tokenizer: PreTrainedTokenizerBase) -> None:
     for template, message in (("{{ raise_exception('no system') }}", "says no system"),
                               ("{{ messages[0].content }}", "leaves out"),
                               ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "not end"),
+                              ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\n"
+                               "{% endfor %}", "not end"),  # control tokens before answers alone
                               (own.chat_template + "{{ 'x' if add_generation_prompt }}",
                                "does not end an answer, or changes it later")):
         own.chat_template = template

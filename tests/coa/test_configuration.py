@@ -109,6 +109,7 @@ def changed(name: str, value: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("data", "word"), [
     ([], "a configuration is"), ({"layers": 3}, "a configuration is"),
+    (Configuration.uniform(LAYERS, Format()).to_json() | {"embedding": "Q4_0"}, "configuration is"),
     ({"layers": {}}, f"lacks {NAMES[0]}"),
     (changed("model.layers.9.mlp.up_proj", [4, 8, "fp32", 64, 256]),
      "no layer model.layers.9.mlp.up_proj"),

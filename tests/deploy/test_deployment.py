@@ -283,7 +283,7 @@ def test_the_missing_size_is_enough(packed: Path, served: Path, tmp_path: Path, 
     assert run(adapter, 1.0 + more, tmp_path / "out").actual_mb <= 1.0 + more
     with pytest.raises(UserError, match="MB more"):
         run(adapter, 0.8 + more, tmp_path / "other")
-    with pytest.raises(UserError, match="16 bits .* it need not be quantised"):
+    with pytest.raises(UserError, match="16 bits .*: use `export --type F16`"):
         run(adapter, 100, tmp_path / "other")
 
 
@@ -335,7 +335,8 @@ def test_types_are_those_that_an_adapter_may_know() -> None:
 def test_a_searched_front_is_what_deploy_takes(tiny_directory: str, tmp_path: Path, family: str,
                                                monkeypatch: pytest.MonkeyPatch) -> None:
     """A search that was cut off goes on; its front is of this adapter, in order, and is used."""
-    adapter, data = aware(tiny_directory, tmp_path / "mine", family), tmp_path / "mine.jsonl"
+    base, data = shutil.copytree(tiny_directory, tmp_path / "base"), tmp_path / "mine.jsonl"
+    adapter = aware(str(base), tmp_path / "mine", family)
     data.write_text("".join(json.dumps(r) + "\n" for r in sensors("train", 6)), encoding="utf-8")
     words = ["search", "--adapter", str(adapter), "--data", str(data), "--ignore",
              "device,fault", "--evaluations"]
@@ -351,7 +352,10 @@ def test_a_searched_front_is_what_deploy_takes(tiny_directory: str, tmp_path: Pa
     known = len((adapter / "front.jsonl").read_text().splitlines())
     assert known == 31 and not (adapter / "front.json").exists()
     left = iter(range(100))
-    assert main([*words, "3"]) == 0
+    base.rename(tmp_path / "moved")
+    assert main([*words, "3"]) == 2  # it says to name where the base is
+    assert main([*words, "3", "--model", str(tmp_path / "moved")]) == 0
+    (tmp_path / "moved").rename(base)
     stored = read_json(adapter / "front.json")
     base = Switchable.load(tiny_directory)
     found = known_configurations(adapter, base)

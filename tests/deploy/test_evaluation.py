@@ -73,7 +73,7 @@ def test_models_adapters_and_servers(data: Path, adapter: Path, tiny_directory: 
         (sum(tuned.sums) - sum(plain.sums)) / 3, rel=1e-4)
     export(tmp_path / "edge", adapters={"mine": adapter}, route="original", gguf_type="F32")
     with running(tmp_path / "edge", "--context", "256") as served:
-        with pytest.raises(UserError, match="it serves base, mine: which one.*a model after #"):
+        with pytest.raises(UserError, match="it serves base, mine: which one.*add #MODEL"):
             evaluate(served.url, records)
         assert texts(evaluate(f"{served.url}#base", records, new_tokens=6)) == texts(plain)
         other = evaluate(f"{served.url}#mine", records, new_tokens=6)
@@ -242,7 +242,7 @@ def test_a_base_that_has_moved_can_be_named(adapter: Path, data: Path, tiny_dire
         assert main([*words, "--model", tiny_directory]) == 0
     write_json(moved / "adapter_config.json", config | {"base_model_name_or_path": "owner/other"})
     assert main([*words, "--model", tiny_directory]) == 2
-    assert "or one so named" in capsys.readouterr().err
+    assert "or a copy so named" in capsys.readouterr().err
     assert main([*words[:1], str(adapter), *words[2:], "--model", str(tmp_path)]) == 2
     assert "not on" in capsys.readouterr().err
 

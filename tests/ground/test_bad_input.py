@@ -24,6 +24,7 @@ from data.evidence.tiny import tiny_model
 from lib.__main__ import dispatch, main, parser
 from lib.base.model import best_dtype
 from lib.evaluate.scores import wilson
+from lib.files import writing
 from lib.quantize.gguf import export
 
 pytestmark = pytest.mark.usefixtures("float32")
@@ -54,6 +55,8 @@ def shelf(tiny_directory: str, _tiny: LlamaForCausalLM, tokenizer: PreTrainedTok
     """Adapters, models and exported files, good and bad; no row changes them."""
     root = tmp_path_factory.mktemp("shelf")
     adapter = saved_adapter(_tiny, root / "adapter")
+    with writing(root / "own", settings={}) as part:
+        shutil.copy(adapter / "adapter_config.json", part)
     flip(shutil.copytree(adapter, root / "flipped") / "adapter_model.safetensors")
 
     torch.manual_seed(0)
@@ -118,7 +121,7 @@ TRAIN = ["train", "--data", "good.jsonl", "--out", "out", "--model", "TINY", "--
 EXPORT = ["export", "--model", "TINY", "--out", "edge"]
 DEPLOY = ["deploy", "--out", "small", "--budget-mb"]
 SENSORS = ["deploy", "--task", "sensors", "--out", "small", "--budget-mb"]
-HELP = "see `python -m lib --help`"
+HELP, OPTIONS = "see `python -m lib --help`", "see `python -m lib deploy --help`"
 Call = list[str] | Callable[[Place], Any]
 
 
@@ -165,7 +168,7 @@ ROWS: dict[str, tuple[Call, str, str]] = {
     "run: notebook 07": (["run", "--only", "07"], "notebook '07'", "use one of 01, 02"),
     "bench: unknown": (["bench", "nothing"], "'nothing'", "python -m data.evidence"),
 
-    "train: no data": (["train", "--out", "out"], "required: --data", HELP),
+    "train: no data": (["train", "--out", "out"], "required: --data", "lib train --help`"),
     "train: report to nobody": ([*TRAIN, "--report-to", "nobody"], "report to 'nobody'", "install"),
     "train: missing data": (data("none.jsonl"), "none.jsonl", "check the path"),
     "train: data is a folder": (data("folder"), "folder", "give a .jsonl"),
@@ -198,6 +201,12 @@ ROWS: dict[str, tuple[Call, str, str]] = {
     "train: out is below a file": ([*TRAIN, "--out", "taken/out"], "Not a directory: .*taken",
                                    "check the path"),
     "train: out is in use": ([*TRAIN, "--out", "folder"], "thesis.txt would be lost", "choose"),
+    "train: out is of another kind": ([*TRAIN, "--out", "SHELF/edge"], "another kind", "choose"),
+    "export: out is an adapter": (["export", "--out", "SHELF/own"], "another kind", "choose"),
+    "slides: out is an adapter": (["slides", "--out", "SHELF/own"], "another kind", "choose"),
+    "bench: not my file": (["bench", "dtypes", "--json", "good.jsonl"], "no benchmark", "name"),
+    "bench: no name": (["bench", "--json", "new.json"], "--json is for one bench", "use one of"),
+    "slides: engine": (["slides", "--engine", "x"], "--engine is for serving", "alone"),
     "train: out is here": ([*TRAIN, "--out", "."], "is the folder you are in", "choose a new one"),
     "train: out is not mine": ([*TRAIN, "--out", "locked/out"], "Permission denied: .*locked",
                                "check the path"),
@@ -215,6 +224,7 @@ ROWS: dict[str, tuple[Call, str, str]] = {
     "export: adapter missing": ([*EXPORT, "--adapter", "x=none"], "none", "check the path|name"),
     "train: joint, held out": ([*JOINT, "--eval-share", "0.5"], "no one held-out loss",
                                "leave out"),
+    "train: joint, patience": ([*JOINT, "--patience", "3"], "no one held-out loss", "leave out"),
     "train: joint, some layers": ([*JOINT, "--targets", "minimal"], "targets aggressive", "train"),
     "train: joint, qlora": ([*JOINT, "--mode", "qlora"], "mode lora", "train"),
     "train: types of what": ([*TRAIN, "--formats", "gguf"], "formats gguf", "use it with --method"),
@@ -227,7 +237,7 @@ ROWS: dict[str, tuple[Call, str, str]] = {
     "export: adapter damaged": ([*EXPORT, "--merge", "SHELF/flipped"],
                                 "adapter_model.safetensors is missing or damaged", "make it again"),
     "export: both": ([*EXPORT, "--merge", "SHELF/adapter", "--adapter", "x=SHELF/adapter"],
-                     "the plain base", " one "),
+                     "an unmerged base", "use --merge or --adapter"),
     "export: unknown type": ([*EXPORT, "--type", "Q4_K_M"], "'Q4_K_M'", "use F32"),
     "export: no llama.cpp": ([*EXPORT, "--converter", "SHELF"], "convert_hf_to_gguf.py does not",
                              "name a checkout of llama.cpp"),
@@ -247,7 +257,7 @@ ROWS: dict[str, tuple[Call, str, str]] = {
     "serve: empty key": (["serve", "SHELF/edge", "--api-key", ""], "empty value", "leave it out"),
     "serve: empty key after =": (["serve", "SHELF/edge", "--api-key="], "empty", "leave it out"),
     "serve: context of another": (["serve", "SHELF/edge", "--context", "102400"],
-                                  "context 102400", "the model's is"),
+                                  "context 102400", "or less"),
     "serve: longer answers than the context": ([
         "serve", "SHELF/edge", "--context", "256", "--max-tokens", "2000"], "--max-tokens 2000",
         "raise --context"),
@@ -262,10 +272,10 @@ ROWS: dict[str, tuple[Call, str, str]] = {
                                     "SHELF/adapter", "--route", "original"],
                                    "holds .*adapter, which is read", "choose another folder"),
 
-    "deploy: no budget": (["deploy", "--out", "small"], "required: --budget-mb", HELP),
+    "deploy: no budget": (["deploy", "--out", "small"], "required: --budget-mb", OPTIONS),
     "deploy: budget 0": ([*SENSORS, "0"], "budget of 0 MB", "use numbers above 0"),
     "deploy: unknown task": ([*DEPLOY, "80", "--task", "poems"], "'poems'", "use one of"),
-    "deploy: no number": ([*SENSORS, "80MB"], "budget-mb", HELP),
+    "deploy: no number": ([*SENSORS, "80MB"], "budget-mb", OPTIONS),
     "deploy: twice": ([*SENSORS, "80,80"], "budget of 80, 80 MB", "each once"),
     "deploy: several times": ([*SENSORS, "80", "--budget-mb", "0"], "of 80, 0 MB", "above 0"),
     "deploy: route of a task": ([*DEPLOY, "80", "--route", "original"], "--route", "--task alone"),

@@ -282,7 +282,7 @@ def test_export_and_open(converted: None, tmp_path: Path, tiny_directory: str,
     export(out, merged=lora, model=tiny_directory, route="dequantized")  # replaces it
     assert open_bundle(out).name == "lora"
     assert open_bundle(out).adapters == {}
-    with pytest.raises(UserError, match="merge one or keep all beside"):
+    with pytest.raises(UserError, match="an unmerged base: use --merge or --adapter"):
         export(out, merged=lora, adapters={"one": lora}, model=tiny_directory)
     with pytest.raises(UserError, match="route 'through_4bit'"):
         export(out, route="through_4bit", model=tiny_directory)
@@ -312,6 +312,13 @@ def test_what_one_takes_home(converted: None, tmp_path: Path, tiny_directory: st
         f"ollama create plain -f {tmp_path / 'plain' / 'Modelfile'}")
     (tmp_path / "plain").rename(tmp_path / "a b")
     assert commands(tmp_path / "a b")[0] == f"python -m lib serve '{tmp_path / 'a b'}'"
+    chatml = shutil.copytree(lora, tmp_path / "chatml-lora")  # begins with a BOS that is not added
+    (chatml / "chat_template.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    export(tmp_path / "chatml", **options | {"merged": chatml})
+    own = (tmp_path / "chatml" / "Modelfile").read_text()
+    assert "{{ else }}<|im_start|>user\n{{ .Prompt }}<|im_end|>\n<|im_start|>assistant\n" in own
     dated = shutil.copytree(lora, tmp_path / "dated-lora")  # Ollama would always say one date
     (dated / "chat_template.jinja").write_text("{{ strftime_now('%Y') }}" + CHAT_TEMPLATE)
     export(tmp_path / "dated", **options | {"merged": dated})
