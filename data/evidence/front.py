@@ -46,8 +46,8 @@ class JournalFile(Journal):
             require(header == key, "it is of other records, or of another --seed or adapter")
             self.update((tuple(positions), float(loss)) for loss, positions in rows)
         except (UserError, ValueError, TypeError) as error:
-            raise UserError(f"{path} is not the journal of this search ({error}): repeat "
-                            "that, or remove the file") from None
+            raise UserError(f"{path} is not the journal of this search ({error}): remove it, "
+                            "or search as before") from None
         with replacing(path) as part:
             part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
