@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from lib.base.records import Records
 from lib.errors import UserError, require
-from lib.files import MANIFEST, read_json, require_free, size_mb, write_json
+from lib.files import MANIFEST, read_json, size_mb, write_json
 from lib.host import is_main_process, process_count
 from lib.settings import MODES, PROFILES, ServeSettings, TrainSettings
 
@@ -148,7 +148,6 @@ def dispatch(args: argparse.Namespace) -> None:
             held = Records(args.eval_data, ignore=ignore) if args.eval_data else None
             for source in filter(None, (records, held)):
                 next(iter(source))  # a wrong file is reported before torch is loaded
-            require_free(args.out, args.model, settings=settings)
             if args.method == "plain":
                 from lib.train.training import train
             else:

@@ -66,7 +66,7 @@ def ask(client: httpx.Client, body: dict[str, Any]) -> Answer:
                     if part := choice["delta"].get("content"):
                         times.append(time.perf_counter() - start)
                         parts.append(part)
-    require(ended not in ("", "abort", "error"), f"it broke off {ended}, or is no stream of events")
+    require(ended not in ("", "abort", "error"), f"broke off {ended}, or sends no stream of events")
     times = times or [time.perf_counter() - start]  # an answer may end before any text
     whole = ended not in ("length", "content_filter")
     return Answer("".join(parts).strip(), usage.get("completion_tokens", math.nan), times[0],

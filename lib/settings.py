@@ -65,6 +65,8 @@ class TrainSettings:
                 f"it with --method {', '.join(METHODS[1:4])}")
         require(self.method == "plain" or (self.mode == "lora" and {*self.modules} == {*TARGETS[
             "aggressive"]}), "train over configurations with mode lora and targets aggressive")
+        require(self.method in ("plain", "dedicated") or not (self.eval_share or self.patience),
+                "many configurations have no one held-out loss: leave out --eval-share, --patience")
         for name in ("targets", "rank", "alpha", "dropout", "rslora"):
             require(self.mode != "full" or getattr(self, name) == getattr(TrainSettings, name),
                     f"{name} {getattr(self, name)}: leave it out, mode full trains no adapter")

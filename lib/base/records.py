@@ -171,7 +171,7 @@ def normalised(row: Any, where: str = "it", ignore: Collection[str] | None = Non
     if "messages" in record and "system" in left:
         record["messages"].insert(0, {"role": "system", "content": take("system")})
     if "messages" in record and "tools" in left:
-        require(isinstance(left["tools"], list), f"{where} has tools that are no list: use [...]")
+        require(isinstance(left["tools"], list), f"{where} has tools, but not a list: use [...]")
         record["tools"] = [_tool(tool, where) for tool in left.pop("tools")]
     require(not left or ignore is None, f"{where} has {', '.join(map(repr, left))}, which would "
             "not be used: drop it, or name it with --ignore")

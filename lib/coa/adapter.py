@@ -229,9 +229,12 @@ def train_over(base: Switchable, records: Iterable[Record], configurations: Sequ
     `base` is fresh and gets the adapter, which is also returned if it has a network. `method`:
     "paper", with the paper's network; "coa", also with owned components, which start from the
     quantisation error (NormalFloat's 2 bits); the others are plain LoRA. `options`: of `train`."""
+    require(process_count() == 1, "it takes one process: start it without `accelerate launch`")
     require(method in METHODS, f"unknown method {method!r}: use one of {', '.join(METHODS)}")
     require(settings.mode == "lora" and set(settings.modules) == set(MODULE_KINDS),
             "train over configurations with mode lora and targets aggressive")
+    require(len(configurations) == 1 or not (settings.eval_share or options.get("held")),
+            "many configurations have no one held-out loss: leave out --eval-data, --eval-share")
     family, made, roots = configurations[0].family, list[CoaLora](), []
     one = {"configuration": configurations[0].to_json()} if len(configurations) == 1 else {}
     if method == "coa" and family == "nf":  # on the model as it is, before it gets the adapter
@@ -261,10 +264,6 @@ def train_joint(records: Sequence[Record] | Records, settings: TrainSettings, *,
                 model: str = EMBEDDED, **options: Any) -> TrainResult:
     """The methods of `python -m lib train --method`: coa, paper, shared, dedicated.
     The first three train over a `training_set`, the last over the file `settings.configuration`."""
-    require(process_count() == 1, "it takes one process: start it without `accelerate launch`")
-    judged = settings.eval_share or settings.eval_every or settings.patience or options.get("held")
-    require(settings.method == "dedicated" or not judged, "many configurations have no one held-out"
-            " loss: leave out --eval-data, --eval-share, --eval-every and --patience")
     base = Switchable.load(model, cache_mb=1500)  # to round to some types takes seconds
     if settings.method == "dedicated":
         only = read_json(Path(settings.configuration))

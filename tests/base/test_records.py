@@ -92,7 +92,7 @@ def test_tables(tmp_path: Path) -> None:
     ("d.jsonl", '{"text": "a", "tools": [{"name": "b"}]}', "has 'tools', which would not"),
     ("d.jsonl", '{"prompt": "a", "completion": "b", "tools": [{}]}', "tools unlike OpenAI's"),
     ("d.jsonl", '{"prompt": "a", "completion": "b", "tools": ["c"]}', "tools unlike OpenAI's"),
-    *(("d.jsonl", json.dumps({"prompt": "a", "completion": "b", "tools": tools}), "are no list")
+    *(("d.jsonl", json.dumps({"prompt": "a", "completion": "b", "tools": tools}), "not a list")
       for tools in ("[]", 5, True, {"name": "f"})),
     ("d.jsonl", json.dumps({"prompt": [{"role": r, "content": "a"} for r in ("user", "assistant")],
                             "completion": [{"role": "assistant", "content": "b"}]}),

@@ -24,7 +24,8 @@ import lib.host
 from lib.__main__ import parser
 from lib.base.embedded import EMBEDDED, locate
 from lib.base.model import best_dtype, frozen_weight, quantized_config
-from lib.coa.adapter import train_joint
+from lib.coa.adapter import train_over
+from lib.coa.configuration import Switchable
 from lib.errors import UserError
 from lib.files import read_json, sha256, verified
 from lib.settings import TrainSettings
@@ -125,8 +126,8 @@ def test_the_first_process_writes_and_prints(together: Together) -> None:
     assert not list(folder.glob(".out*"))
 
 
-def test_lone_process_of_many_is_refused(monkeypatch: pytest.MonkeyPatch, tiny_directory: str,
-                                         tmp_path: Path) -> None:
+def test_lone_process_of_many_is_refused(monkeypatch: pytest.MonkeyPatch, tiny: PreTrainedModel,
+                                         tiny_directory: str, tmp_path: Path) -> None:
     """WORLD_SIZE left over in the environment must not make a run write nothing."""
     monkeypatch.setattr(training, "process_count", lambda: 3)
     with pytest.raises(UserError, match="3, but 1 came together: start them with"):
@@ -134,7 +135,7 @@ def test_lone_process_of_many_is_refused(monkeypatch: pytest.MonkeyPatch, tiny_d
     assert not list(tmp_path.iterdir())
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="takes one process: start it without"):
-        train_joint(RECORDS, SETTINGS, model=tiny_directory)
+        train_over(Switchable(tiny, dtype=torch.float32), RECORDS, [], SETTINGS)
 
 
 # FSDP with QLoRA
