@@ -1,6 +1,5 @@
 """Artifacts: folders that are whole or absent, written beside the target, renamed, verified.
-`manifest.json` has the SHA-256 of each file. A killed run leaves the old artifact or the new one.
-"""
+`manifest.json` has the SHA-256 of each file. A killed run leaves the old artifact or the new."""
 
 import contextlib
 import hashlib

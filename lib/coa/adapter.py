@@ -101,8 +101,7 @@ class CoaLora:
 
     def __init__(self, model: PeftModel, base: Switchable,
                  network: MixingNetwork | None = None) -> None:
-        self.model, self.base = model, base
-        self.config = model.peft_config[NAME]
+        self.model, self.base, self.config = model, base, model.peft_config[NAME]
         self.network = network or MixingNetwork(base.layers, self.config.r)
         self.network.to(model.device)
         self.mixers: Tensor | None = None

@@ -57,8 +57,7 @@ def open_system(system: str, route: str = "", base: str = "") -> tuple[Any, Any]
 def evaluate(system: str, records: Sequence[Record], *, new_tokens: int = 0, route: str = "",
              base: str = "", learn: str = "all", places: Sequence[str] = ()) -> Evaluation:
     """One system on records: what `open_system` opens, or the address of a server, http://...
-    ".../v1#NAME" asks a server for that model. `learn` as in `encode`; `places` name the records.
-    """
+    ".../v1#NAME" asks a server for that model. `learn` as in `encode`; `places` name records."""
     asked = [record for record in records if "messages" in record]
     require(not any("tools" in row or row["messages"][-1].get("tool_calls") for row in asked),
             "tools are not scored: leave them out with --ignore tools, and records that call one")

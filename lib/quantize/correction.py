@@ -1,6 +1,5 @@
 """Rounding whose error a layer's outputs feel little, and what an adapter can undo of it.
-A task's inputs x fill few directions. R is the mean of x x^T over them, and L its root: L L^T = R.
-"""
+A task's inputs x fill few directions. R is the mean of their x x^T, and L its root: L L^T = R."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

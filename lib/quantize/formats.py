@@ -1,6 +1,5 @@
 """Formats of one matrix, rounding to them, and packing codes in exactly their bits.
-A format is CoA-LoRA's (b, b0, b1, B0, B1), NormalFloat with two levels of scales, or a GGUF type.
-"""
+A format is CoA-LoRA's (b, b0, b1, B0, B1), NormalFloat with two-level scales, or a GGUF type."""
 
 import ctypes
 import functools

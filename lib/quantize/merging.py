@@ -23,12 +23,9 @@ def merge(adapter: Path | str, *, route: str = "original", model: str = "") -> P
     layers, which rounds the sum to 4 bits again. Returned in float32, the last in NF4."""
     require(route in ROUTES, f"unknown route {route!r}: use one of {', '.join(ROUTES)}")
     model = model or origin(adapter)[0] or EMBEDDED
-    if route == "through_4bit":
-        base = load_model(model, quantization_config=quantized_config())
-    elif route == "dequantized":
-        base = dequantized_base(model)
-    else:
-        base = load_model(model, dtype=torch.float32)
+    base = (load_model(model, quantization_config=quantized_config()) if route == "through_4bit"
+            else dequantized_base(model) if route == "dequantized"
+            else load_model(model, dtype=torch.float32))
     adapted = load_adapter(base, adapter)
     ends = adapted.get_input_embeddings(), adapted.get_output_embeddings()
     require(not (base.config.tie_word_embeddings and any(hasattr(m, "lora_A") for m in ends)),

@@ -6,7 +6,6 @@ import json
 import re
 import secrets
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,6 @@ from lib.settings import ServeSettings
 SCHEMAS = json.loads(Path(__file__).with_name("requests.json").read_text(encoding="utf-8"))
 VALIDATORS = {path: jsonschema.Draft202012Validator({"$defs": SCHEMAS["$defs"]} | schema)
               for path, schema in SCHEMAS.items() if path.startswith("/")}
-KNOWN = {path: {*SCHEMAS["$defs"]["common"]["properties"], *SCHEMAS[path]["properties"]}
-         for path in VALIDATORS}
 
 
 def insist(condition: object, parameter: str | None, message: str, status: int = 400,
@@ -79,7 +76,8 @@ def engine_request(body: bytes, path: str, bundles: Mapping[str, Bundle], settin
     model = fields.get("model") or next(iter(homes))
     insist_known("model", model, homes)
     bundle = bundles[homes[model]]
-    ignored = sorted(fields.keys() - KNOWN[path])
+    ignored = sorted(fields.keys() - SCHEMAS["$defs"]["common"]["properties"].keys()
+                     - SCHEMAS[path]["properties"].keys())
     for name in (*ignored, "n", "echo", "best_of", "suffix", "modalities"):
         fields.pop(name, None)  # those of the known ones have their default values
     for message in fields.get("messages", ()):
@@ -194,7 +192,6 @@ def application(bundles: Mapping[str, Bundle], key: str, settings: ServeSettings
             lost = [*left_out([fields["messages"], fields.get("tools")], shown["prompt"])]
             insist(not lost, "messages", "the model's chat template leaves out "
                    f"{', '.join(map(repr, lost))[:200]}: do without, or use another model")
-        call = engine.build_request("POST", url + path, json=fields)
 
         async def forward(scope: Scope, receive: Receive, send: Send) -> None:
             async def watch() -> None:
@@ -206,7 +203,7 @@ def application(bundles: Mapping[str, Bundle], key: str, settings: ServeSettings
                     ClientDisconnect, asyncio.CancelledError):  # of a second Ctrl-C
                 watcher = asyncio.ensure_future(watch())
                 try:
-                    async with gate, aclosing(await engine.send(call, stream=True)) as answer:
+                    async with gate, engine.stream("POST", url + path, json=fields) as answer:
                         if fields.get("stream") and answer.status_code == 200:
                             response: Response = StreamingResponse(
                                 answer.aiter_raw(), media_type="text/event-stream")
@@ -229,8 +226,7 @@ def application(bundles: Mapping[str, Bundle], key: str, settings: ServeSettings
         admit(request, settings)
         rows = {name: {"id": name, "object": "model", "created": 0, "owned_by": "lib"}
                 for bundle in bundles.values() for name in (bundle.name, *bundle.adapters)}
-        name = request.path_params.get("name")
-        insist_known("model", name or next(iter(rows)), rows)
+        insist_known("model", (name := request.path_params.get("name")) or next(iter(rows)), rows)
         return JSONResponse(rows[name] if name else {"object": "list", "data": [*rows.values()]})
 
     async def status(request: Request) -> Response:

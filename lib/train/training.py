@@ -81,8 +81,7 @@ class CourseTrainer(SFTTrainer):
                     # bitsandbytes counts steps in an int, and shares one "qmap" table.
                     tensors[f"{key}.{name}"] = (value.clone() if key.startswith("qmap")
                                                 else torch.as_tensor(value))
-        work = Path(self.args.output_dir)
-        folder = work / f"checkpoint-{self.state.global_step}"
+        folder = (work := Path(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         if is_main_process():
             with writing(folder, run=self.run, scheduler=self.lr_scheduler.state_dict()) as part:
                 whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
