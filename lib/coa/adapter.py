@@ -137,9 +137,8 @@ class CoaLora:
         for index, (name, layer) in enumerate(self.lora_layers.items()):
             a, b = learned_a(layer).detach(), layer.lora_B[NAME].weight.detach()
             a = a if mixers is None else torch.addmm(a, mixers[index], a)
-            for factor, tensor in (("A", a), ("B", b)):
-                key = f"base_model.model.{name}.lora_{factor}.weight"
-                tensors[key] = tensor.float().contiguous()
+            tensors |= {f"base_model.model.{name}.lora_{factor}.weight": t.float().contiguous()
+                        for factor, t in (("A", a), ("B", b))}
         return tensors
 
     @property
@@ -167,8 +166,7 @@ class CoaLora:
     @classmethod
     def from_pretrained(cls, base: Switchable, directory: Path | str) -> "CoaLora":
         """The adapter of an artifact, on its base; UserError if it does not fit."""
-        directory = Path(directory)
-        manifest, theta = verified(directory), directory / "coa.safetensors"
+        manifest, theta = verified(directory := Path(directory)), directory / "coa.safetensors"
         require(theta.is_file(), f"{theta} is missing: the adapter is not configuration-aware")
         theirs, family, owned = (manifest.get(key) for key in ("base_hash", "grid", "owned"))
         require(theirs == base.fingerprint, f"{directory} was trained on another base, with hash "
@@ -186,8 +184,7 @@ class Switching(TrainerCallback):
     """Another configuration for each part of an optimizer step, in shuffled rounds."""
 
     def __init__(self, base: Switchable, among: Iterable[Configuration], seed: int) -> None:
-        self.base, self.configurations = base, [*among]
-        self.rng = random.Random(seed)
+        self.base, self.configurations, self.rng = base, [*among], random.Random(seed)
         self.left: list[Configuration] = []  # of this round
 
     def next(self) -> Configuration:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lib.errors import require
 
+CELLS = 1024  # of the table that finds codes: midpoints of 8 bits are 0.005 apart
 GRID: dict[str, tuple[Any, ...]] = {
     "bits": (2, 3, 4, 8), "scale_bits": (2, 3, 4, 8), "scale_dtype": ("bf16", "fp16", "fp32"),
     "block": (16, 32, 64), "group": (16, 64, 256)}
@@ -94,8 +95,7 @@ def normal_float(bits: int) -> Tensor:
     Quantiles of N(0, 1) at evenly spaced probabilities: 2^(bits-1) above zero, one less below,
     and zero itself; all divided by the largest."""
     require(2 <= bits <= 8, f"{bits} bits: NormalFloat is defined here for 2 to 8")
-    half = 2 ** (bits - 1)
-    levels = [0.0]
+    half, levels = 2 ** (bits - 1), [0.0]
     for count, sign in ((half, 1), (half - 1, -1)):
         step = (TAIL - 0.5) / count
         levels += [sign * NormalDist().inv_cdf(TAIL - i * step) for i in range(count)]
@@ -121,8 +121,15 @@ def _blocks(values: Tensor, block: int) -> Tensor:
 def _codes(blocks: Tensor, scales: Tensor, levels: Tensor) -> Tensor:
     """Nearest level of each number divided by its block's scale, flat, uint8."""
     scales = torch.where(scales != 0, scales, 1.0)[:, None]  # all codes of a scale 0 give zeros
-    midpoints = (levels[1:] + levels[:-1]) / 2
-    return torch.bucketize(blocks / scales, midpoints, out_int32=True).byte().view(-1)
+    values, midpoints = (blocks / scales).view(-1), (levels[1:] + levels[:-1]) / 2
+    cells, own = (x.mul(CELLS / 2).add_(CELLS / 2).clamp_(0, CELLS - 1).int()
+                  for x in (values, midpoints))
+    if len(own.unique()) < len(own) or not scales.isfinite().all():
+        return torch.bucketize(values, midpoints, out_int32=True).byte()
+    # A third of that bisection's time: a cell over [-1, 1] has one midpoint at most.
+    border = midpoints.new_full((CELLS,), torch.inf).index_put_((own.long(),), midpoints)
+    below = torch.bucketize(torch.arange(CELLS), own, out_int32=True).byte()
+    return below.index_select(0, cells) + (values > border.index_select(0, cells))
 
 
 def dequantize_blocks(codes: Tensor, absmax: Tensor, codebook: Tensor, block: int) -> Tensor:

@@ -188,8 +188,7 @@ class LoraLinear(torch.autograd.Function):
         low_a, low_b = a.to(x.dtype), b.to(x.dtype) * scale
         hidden = flat @ low_a.T
         weight = frozen_weight(base, x.dtype)
-        y = flat @ weight.T
-        y.addmm_(hidden, low_b.T)
+        y = (flat @ weight.T).addmm_(hidden, low_b.T)
         if bias is not None:
             y += bias.to(y.dtype)
         ctx.save_for_backward(flat, low_a, low_b, hidden)
@@ -202,8 +201,7 @@ class LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         flat, low_a, low_b, hidden = ctx.saved_tensors
         dy = grads[0].reshape(-1, grads[0].shape[-1])
-        d_hidden = dy @ low_b
-        dx = None
+        d_hidden, dx = dy @ low_b, None
         if ctx.needs_input_grad[0]:
             weight = frozen_weight(ctx.base, dy.dtype) if ctx.weight is None else ctx.weight
             dx = (dy @ weight).addmm_(d_hidden, low_a).view(ctx.shape)
@@ -235,8 +233,7 @@ def _is_plain(layer: LoraLayer) -> bool:
 def fused(model: nn.Module) -> Iterator[int]:
     """Run the model's LoRA linears fused in the block; yields their number."""
     # On a CPU the backward pass of "sdpa" is many times slower on short sequences than eager.
-    fused_modules = []
-    kind = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    kind, fused_modules = getattr(getattr(model, "config", None), "_attn_implementation", None), []
     eager = kind == "sdpa" and not torch.cuda.is_available()
     if eager:
         model.set_attn_implementation("eager")

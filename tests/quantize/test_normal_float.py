@@ -12,6 +12,7 @@ from lib.quantize.formats import (
     DTYPES,
     FORMATS,
     Format,
+    _codes,
     dequantize,
     dequantize_blocks,
     normal_float,
@@ -114,6 +115,19 @@ def test_shapes_and_a_short_last_block(weight: Tensor, bits: int, block: int) ->
 def test_quantising_twice_changes_nothing(weight: Tensor, bits: int, block: int) -> None:
     once = there_and_back(weight, bits, block)
     assert torch.equal(there_and_back(once, bits, block), once)
+
+
+@given(st.one_of(widths.map(normal_float), st.lists(st.floats(-1, 1, width=32), min_size=2).map(
+    lambda levels: torch.tensor(sorted(levels)))), st.integers(0, 99))
+def test_a_code_is_the_nearest_level(levels: Tensor, seed: int) -> None:
+    """Of two the lower one: also on the midpoints, beside them, outside, and for no number."""
+    middles = (levels[1:] + levels[:-1]) / 2
+    near = [torch.nextafter(middles, torch.full_like(middles, to)) for to in (-9.0, 9.0)]
+    noise = torch.randn(999, generator=torch.Generator().manual_seed(seed)) / 2
+    plain = torch.cat([middles, *near, noise, torch.tensor([3e38, -3e38, 0.0])])
+    for values, scale in ((plain, 1.0), (plain, 0.3), (plain, torch.nan)):
+        codes = _codes(values[None], torch.tensor([scale]), levels)
+        assert torch.equal(codes, torch.bucketize(values / scale, middles).byte())
 
 
 def test_what_is_refused() -> None:
