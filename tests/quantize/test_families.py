@@ -63,7 +63,7 @@ def test_a_model_of_another_family_from_records_to_a_served_answer(
         monkeypatch: pytest.MonkeyPatch) -> None:
     folder, out = tmp_path / family, tmp_path / "adapter"
     folder.mkdir()
-    if small := family not in ("Llama", "Qwen3"):  # a tenth of the time
+    if small := family not in ("Llama", "Qwen3"):  # half the time
         sentencepiece_files(folder)
     else:
         tokenizer.save_pretrained(folder)
