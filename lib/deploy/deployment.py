@@ -255,7 +255,7 @@ def measured(folder: Path, held: Sequence[Record], learn: str, longest: int
         if (folder / "model.gguf").is_file():
             body = serve.question("", messages=messages, max_tokens=TOKENS, ignore_eos=True)
             size = serve.open_bundle(folder).context
-            most = min(1024, size)
+            most = min(max(128, longest), 1024, size)  # tokens, where no record has more
             need = min(size, -(-(longest + most) // 256) * 256)
             more = ("--context", str(need)) if need > 2048 else ()  # than the server's own
             with serve.running(folder, *more) as server, serve.connect(server.url) as client:
