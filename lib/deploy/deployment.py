@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -17,9 +16,9 @@ from safetensors.torch import save_file
 from lib import coa, serve, train
 from lib.base import encode as token_ids
 from lib.base.model import context, dequantized_base, load_model, load_tokenizer, release_memory
-from lib.base.records import LABEL, Record, chat, movies, normalised, render, sensors
+from lib.base.records import LABEL, Record, chat, movies, normalised, sensors
 from lib.deploy.evaluation import Evaluation, evaluate
-from lib.deploy.packed import WEIGHTS, load_deployed, save_packed, tables
+from lib.deploy.packed import WEIGHTS, packed_ms, save_packed, tables
 from lib.errors import require
 from lib.evaluate.scores import held_out_loss, peak_memory
 from lib.files import MANIFEST, ROOT, read_json, require_free, scratch, swap, writing
@@ -264,16 +263,6 @@ def measured(folder: Path, held: Sequence[Record], learn: str, longest: int
                 evaluation = evaluate(server.url, asked, new_tokens=most) if asked else Evaluation()
         else:
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                token_ms = pool.submit(packed_ms, folder, messages).result()
+                token_ms = pool.submit(packed_ms, folder, messages, TOKENS).result()
             evaluation = evaluate(str(folder), asked, learn=learn) if asked else Evaluation()
     return evaluation, Cost(peak["mb"], token_ms)
-
-
-def packed_ms(folder: Path, messages: Sequence[Record]) -> float:
-    """Time of a token of an answer, the prompt counted as its first."""
-    model, tokenizer = load_deployed(folder), load_tokenizer(str(folder))
-    prompt = tokenizer(render(tokenizer, messages), return_tensors="pt", add_special_tokens=False)
-    start = time.perf_counter()
-    model.generate(**prompt, min_new_tokens=TOKENS, max_new_tokens=TOKENS, do_sample=False,
-                   pad_token_id=tokenizer.pad_token_id)
-    return 1e3 * (time.perf_counter() - start) / TOKENS

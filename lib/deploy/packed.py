@@ -1,7 +1,8 @@
 """Files of packed NormalFloat weights, norms and biases in float32 among them."""
 
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from lib.base.model import best_dtype
+from lib.base.model import best_dtype, load_tokenizer
+from lib.base.records import Record, render
 from lib.coa.configuration import Configuration, Switchable, block_linears
 from lib.errors import UserError, require
 from lib.files import replacing, verified
@@ -79,3 +81,12 @@ def load_deployed(directory: Path | str) -> PeftModel:
     model = AutoModelForCausalLM.from_config(config, dtype=best_dtype()).eval()
     load_packed(model, directory / WEIGHTS)
     return load_adapter(model, directory / "adapter")
+
+
+def packed_ms(folder: Path, messages: Sequence[Record], count: int) -> float:
+    """Time of each of `count` tokens of an answer, the prompt counted as the first."""
+    model, tokenizer = load_deployed(folder), load_tokenizer(str(folder))
+    prompt = tokenizer(render(tokenizer, messages), return_tensors="pt", add_special_tokens=False)
+    start = time.perf_counter()
+    model.generate(**prompt, min_new_tokens=count, max_new_tokens=count, do_sample=False)
+    return 1e3 * (time.perf_counter() - start) / count
