@@ -17,7 +17,7 @@ if sys.version_info < (3, 11):  # noqa: UP036 (older ones stop here, with one li
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 # On import, bitsandbytes reports an optional kernel that is missing.
 logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
-# On import, jsonschema would read this grammar for 3 s, for a format that nothing here checks.
+# On import, jsonschema reads this grammar for seconds, for a format that nothing here checks.
 sys.modules.setdefault("rfc3987_syntax", None)
 # Without widgets a notebook draws plain progress bars, which is what we want.
 warnings.filterwarnings("ignore", message="IProgress not found")

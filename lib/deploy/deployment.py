@@ -253,8 +253,8 @@ def measured(folder: Path, held: Sequence[Record], learn: str, longest: int
     with peak_memory(children=True) as peak:
         if (folder / "model.gguf").is_file():
             body = serve.question("", messages=messages, max_tokens=TOKENS, ignore_eos=True)
-            size = serve.open_bundle(folder).context
-            most = min(max(128, longest), 1024, size)  # tokens, where no record has more
+            most = min(1024, size := serve.open_bundle(folder).context, max([128, *(
+                len(row["messages"][-1]["content"].encode()) for row in asked)]))  # as `evaluate`
             need = min(size, -(-(longest + most) // 256) * 256)
             more = ("--context", str(need)) if need > 2048 else ()  # than the server's own
             with serve.running(folder, *more) as server, serve.connect(server.url) as client:

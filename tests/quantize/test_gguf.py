@@ -3,6 +3,7 @@
 import contextlib
 import math
 import shutil
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -389,6 +390,10 @@ def test_files_that_are_refused(tmp_path: Path, lora: Path, tiny_gguf: Path,
         (tmp_path / "cut.gguf").write_bytes(whole[:size])
         with pytest.raises(UserError, match="not a whole GGUF file"):
             open_bundle(tmp_path / "cut.gguf")
+    (tmp_path / "cut.gguf").write_bytes(whole.replace(  # a vocabulary of 2^63 tokens
+        struct.pack("<IIQ", 9, 8, 49152), struct.pack("<IIQ", 9, 8, 1 << 63)))
+    with pytest.raises(UserError, match="not a whole GGUF file"):
+        open_bundle(tmp_path / "cut.gguf")
     (tmp_path / "text.gguf").write_text("not a model " * 100)
     with pytest.raises(UserError, match="not a whole GGUF file"):
         open_bundle(tmp_path / "text.gguf")

@@ -118,16 +118,26 @@ def test_quantising_twice_changes_nothing(weight: Tensor, bits: int, block: int)
 
 
 @given(st.one_of(widths.map(normal_float), st.lists(st.floats(-1, 1, width=32), min_size=2).map(
-    lambda levels: torch.tensor(sorted(levels)))), st.integers(0, 99))
-def test_a_code_is_the_nearest_level(levels: Tensor, seed: int) -> None:
+    lambda levels: torch.tensor(sorted(levels)))), st.sampled_from([
+        torch.float32, torch.float64, torch.float16, torch.bfloat16]), st.integers(0, 99))
+def test_a_code_is_the_nearest_level(book: Tensor, dtype: torch.dtype, seed: int) -> None:
     """Of two the lower one: also on the midpoints, beside them, outside, and for no number."""
+    levels = book.to(dtype)
     middles = (levels[1:] + levels[:-1]) / 2
-    near = [torch.nextafter(middles, torch.full_like(middles, to)) for to in (-9.0, 9.0)]
+    near = [torch.nextafter(middles.float(), torch.tensor(to)) for to in (-9.0, 9.0)]
     noise = torch.randn(999, generator=torch.Generator().manual_seed(seed)) / 2
-    plain = torch.cat([middles, *near, noise, torch.tensor([3e38, -3e38, 0.0])])
-    for values, scale in ((plain, 1.0), (plain, 0.3), (plain, torch.nan)):
-        codes = _codes(values[None], torch.tensor([scale]), levels)
-        assert torch.equal(codes, torch.bucketize(values / scale, middles).byte())
+    row = torch.cat([middles.float(), *near, noise, torch.tensor([3e38, -3e38, torch.inf, 0.0])])
+    for scales in ([1.0, 0.3, 0.0, -1.0, 1e-40], [1.0, torch.nan]):
+        rows, scale = row.expand(len(scales), -1).clone(), torch.tensor(scales)
+        expected = rows / torch.where(scale != 0, scale, 1.0)[:, None]
+        assert torch.equal(_codes(rows, scale, levels),
+                           torch.bucketize(expected, middles).byte().flatten())
+
+
+def test_many_blocks_are_coded_in_parts() -> None:
+    weight = torch.randn(20_000, 16, generator=torch.Generator().manual_seed(0))
+    whole = torch.cat([quantize_blocks(part, normal_float(4), 16)[0] for part in weight.split(999)])
+    assert torch.equal(quantize_blocks(weight, normal_float(4), 16)[0], whole)
 
 
 def test_what_is_refused() -> None:
