@@ -225,7 +225,8 @@ def described(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 def claims() -> str:
     """The ledger of claims, each with its evidence."""
     parts = ["# Claims", "T1 to T16 are claims of the tutorial, P1 to P5 of the paper, F1 is "
-             "from Biderman et al. (2024). [claims.json](data/claims.json) holds the same."]
+             "from Biderman et al. (2024), F2 from Schulman et al. (2025). "
+             "[claims.json](data/claims.json) holds the same."]
     for claim in read_json(ROOT / "data" / "claims.json"):
         number = ""
         if claim["value"] is not None:

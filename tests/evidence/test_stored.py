@@ -20,7 +20,7 @@ from data.evidence.pieces import ADAPTERS, RESULTS, Piece, store
 from lib.errors import require
 from lib.files import read_json
 
-IDS = [*(f"T{i}" for i in range(1, 17)), *(f"P{i}" for i in range(1, 6)), "F1"]
+IDS = [*(f"T{i}" for i in range(1, 17)), *(f"P{i}" for i in range(1, 6)), "F1", "F2"]
 KEYS = ["id", "source", "claim", "short", "method", "value", "unit", "interval", "headline",
         "finding", "details", "verdict", "evidence", "command"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
