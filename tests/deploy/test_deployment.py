@@ -118,9 +118,11 @@ def test_packed_files_keep_the_budget(packed: Path, tmp_path: Path, budget: floa
 
 
 @pytest.mark.usefixtures("quick")
-def test_gguf_files_keep_the_budget(served: Path, tiny_directory: str, tmp_path: Path) -> None:
-    done = run(served, 5.6, tmp_path / "out")
-    assert 5 < done.actual_mb <= 5.6
+@pytest.mark.parametrize(("low", "budget", "kind"), [(3.5, 3.74, "Q4_0"), (5, 5.6, "Q8_0")])
+def test_gguf_files_keep_the_budget(served: Path, tiny_directory: str, tmp_path: Path,
+                                    low: float, budget: float, kind: str) -> None:
+    done = run(served, budget, tmp_path / "out")
+    assert low < done.actual_mb <= budget
     assert verified(tmp_path / "out")["name"] == "mine"
     kinds = {t.name: t.tensor_type.name
              for t in gguf.GGUFReader(tmp_path / "out/model.gguf").tensors}
@@ -134,9 +136,11 @@ def test_gguf_files_keep_the_budget(served: Path, tiny_directory: str, tmp_path:
     a, b, scale = adapter_factors(tmp_path / "mine")[name]
     index = base.layers.names.index(name)
     weight = base.weight(index) + scale * b @ a
-    if done.configuration.formats[index] == "Q4_0":
+    assert done.configuration.formats[index] == kind
+    if kind == "Q4_0":
         base.switch(done.configuration)
-        root = input_roots(base.model, [name], RECORDS, tokenizer=load_tokenizer(tiny_directory))
+        tokenizer = load_tokenizer(str(served), base=tiny_directory)  # with its own template
+        root = input_roots(base.model, [name], RECORDS, tokenizer=tokenizer)
         expected = encode_with_feedback({name: weight}, {name: root[0]})[name]
         tensor = next(t for t in gguf.GGUFReader(tmp_path / "out/model.gguf").tensors
                       if t.name == "blk.1.ffn_down.weight")
@@ -178,7 +182,8 @@ def test_a_layer_is_encoded_once_for_all_budgets(served: Path, tmp_path: Path,
         return real(weights, roots)
 
     monkeypatch.setattr(module, "encode_with_feedback", count)
-    deploy(served, [3.74, 5], tmp_path / "out", records=RECORDS, held=HELD)
+    # Of the layers in Q4_0 at 3.74 MB some still are at 3.76, and none at 5.
+    deploy(served, [3.74, 3.76, 5], tmp_path / "out", records=RECORDS, held=HELD)
     assert encoded and len({*encoded}) == len(encoded)
     for budget in ("3.74", "5"):
         deploy(served, [float(budget)], tmp_path / budget, records=RECORDS, held=HELD)
