@@ -252,8 +252,7 @@ def user_message(error: Exception) -> str:
 def require_once(words: Sequence[str]) -> None:
     """UserError for an option given twice, of which argparse takes the last, or an empty value."""
     named = [word.partition("=")[0] for word in words if word.startswith("--")]
-    repeated = (*REPEATED, *["--adapter"] * (words[:1] == ["export"]))
-    for option in {*named} - {*repeated}:
+    for option in {*named} - {*REPEATED, *["--adapter"] * (words[:1] == ["export"])}:
         require(named.count(option) == 1, f"{option} is given twice: give it once")
     require(all(word and not re.fullmatch("--[a-z-]+=", word) for word in words),
             "an option has an empty value: give it one, or leave it out")

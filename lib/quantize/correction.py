@@ -23,17 +23,17 @@ BLOCK = 32  # weights that share a scale of Q4_0
 
 @torch.no_grad()
 def input_sums(model: torch.nn.Module, names: Sequence[str], records: Sequence[Record], *,
-               statistic: Callable[[Tensor], Tensor], tokenizer: Any) -> dict[str, Tensor]:
-    """{layer: the sum over the records of a statistic of its inputs x (tokens, in), float32}."""
+               add: Callable[[Tensor, Tensor], Tensor], tokenizer: Any) -> dict[str, Tensor]:
+    """{layer: a sum, to which `add` adds each record's inputs (tokens, in) over sqrt(tokens)}."""
     device, sums = next(model.parameters()).device, dict[str, Tensor]()
 
-    def add(layer: str, x: Tensor) -> None:
+    def see(layer: str, x: Tensor) -> None:
         x = x.detach().flatten(0, -2).float()
         if len(x):  # an expert may get no token
-            sums[layer] = sums.get(layer, 0.0) + statistic(x)
+            sums[layer] = add(sums.get(layer, x.new_zeros(1)), x / len(x) ** 0.5)
 
     hooks = [model.get_submodule(layer).register_forward_hook(
-        lambda _, inputs, __, layer=layer: add(layer, inputs[0])) for layer in names]
+        lambda _, inputs, __, layer=layer: see(layer, inputs[0])) for layer in names]
     try:
         for number, record in enumerate(records, 1):
             ids = torch.tensor([encode(tokenizer, record, learn="last")[0]], device=device)
@@ -52,7 +52,7 @@ def input_roots(model: torch.nn.Module, names: Sequence[str], records: Sequence[
     places = (layer.rpartition(".") for layer in names)
     read_by = [f"{block}.{SHARED.get(kind, kind)}" for block, _, kind in places]
     roots, moments = {}, input_sums(model, [*dict.fromkeys(read_by)], records, tokenizer=tokenizer,
-                                    statistic=lambda x: x.T @ x / len(x))
+                                    add=lambda total, x: torch.addmm(total, x.T, x))
     for layer, moment in moments.items():
         floor = DAMPING * moment.diagonal().mean().cpu() + 1e-12
         roots[layer] = torch.linalg.cholesky(moment.cpu() + floor * torch.eye(len(moment)))

@@ -26,7 +26,7 @@ GGUF_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4
               "Q6_K", "Q5_K", "Q4_K", "IQ4_XS", "Q3_K", "IQ3_S", "Q2_K")
 # What llama.cpp takes for rows that blocks of 256 do not divide; IQ4_NL in place of the others.
 FALL_BACK = {"Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0"}
-# llama.cpp in the wheel of its server: its own quantiser writes every type.
+# llama.cpp in the wheel of its server: its own code writes and reads every type.
 ENGINE = ctypes.CDLL(xllamacpp.xllamacpp.__file__)
 TAIL = 0.9677083  # probability below the outermost quantile, as in QLoRA's table
 PARTS = ("codes", "scale_codes", "group_scales", "mean")  # of a packed layer
@@ -195,8 +195,7 @@ def encode(weight: Tensor, gguf_type: str, *, name: str = "the matrix",
            importance: Tensor | None = None) -> np.ndarray:
     """Rows of a matrix as GGUF stores them: (..., out, bytes) of blocks, or floats.
     `importance` (in,) weighs each column's squared error, in the types that take it."""
-    fits = fitting(gguf_type, weight.shape[-1])
-    columns = weight.shape[-1]
+    fits = fitting(gguf_type, columns := weight.shape[-1])
     require(fits == gguf_type, f"{name} has rows of {columns}, not for {gguf_type}: use {fits}")
     rows = np.ascontiguousarray(weight.detach().float().cpu().numpy())
     stored, largest = gguf.GGMLQuantizationType[gguf_type], np.abs(rows).max(initial=0)
@@ -216,8 +215,14 @@ def encode(weight: Tensor, gguf_type: str, *, name: str = "the matrix",
 
 def decode(data: np.ndarray, gguf_type: str) -> Tensor:
     """(out, in) float32: the weights of what `encode` returned."""
-    rows = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[gguf_type])
-    return torch.from_numpy(np.require(rows, requirements="W"))  # floats of a mapped file: a copy
+    block, size = gguf.GGML_QUANT_SIZES[stored := gguf.GGMLQuantizationType[gguf_type]]
+    if block == 1:  # of a mapped file, a copy
+        return torch.from_numpy(np.require(gguf.quants.dequantize(data, stored), requirements="W"))
+    data = np.ascontiguousarray(data)
+    rows = torch.empty(*data.shape[:-1], data.shape[-1] // size * block)
+    row = getattr(ENGINE, f"dequantize_row_{gguf_type.lower().replace('_k', '_K')}")
+    row(*map(ctypes.c_void_p, (data.ctypes.data, rows.data_ptr())), ctypes.c_int64(rows.numel()))
+    return rows
 
 
 def round_trip(weight: Tensor, fmt: Format | str) -> Tensor:

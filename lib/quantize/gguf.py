@@ -231,7 +231,7 @@ def export(out: Path, *, gguf_type: str = "Q8_0", route: str = "", merged: Path 
         linears = [n for n, m in (weights.named_modules() if records else ())
                    if isinstance(m, torch.nn.Linear) and n != "lm_head"]
         importance = input_sums(weights, linears, records, tokenizer=tokenizers[-1],
-                                statistic=lambda x: x.square().mean(0)) if records else {}
+                                add=lambda total, x: total + x.square().sum(0)) if records else {}
         with writing(out, name=name, model="model.gguf", adapters=files, kind=gguf_type,
                      base=base) as part:
             kinds = write_model(source, part / "model.gguf", base=base, gguf_type=gguf_type,

@@ -70,12 +70,13 @@ def test_other_dtypes_are_refused(monkeypatch: pytest.MonkeyPatch, tiny_director
     assert refusal(load_model, tiny_directory) == "COURSE_DTYPE=float16: use float32 or bfloat16"
 
 
-@pytest.mark.parametrize(("bfloat16_seconds", "expected"), [
-    (lambda _: 30.0, torch.float32), (lambda _: 1.0, torch.bfloat16),
+@pytest.mark.parametrize(("bfloat16_ms", "expected", "timed"), [
+    (lambda _: 30.0, torch.float32, 30), (lambda _: 1.0, torch.bfloat16, 30),
     # On a busy machine most timings are disturbed; the least one counts.
-    (lambda number: 1.0 if number % 5 == 0 else 30.0, torch.bfloat16)])
+    (lambda number: 1.0 if number % 5 == 0 else 30.0, torch.bfloat16, 30),
+    (lambda _: 140.0, torch.float32, 8)])  # without its instructions: half a second is enough
 def test_dtype_is_the_faster_one(monkeypatch: pytest.MonkeyPatch, expected: torch.dtype,
-                                 bfloat16_seconds: Callable[[int], float]) -> None:
+                                 bfloat16_ms: Callable[[int], float], timed: int) -> None:
     monkeypatch.delenv("COURSE_DTYPE", raising=False)
     now, calls = 0.0, 0
 
@@ -86,12 +87,12 @@ def test_dtype_is_the_faster_one(monkeypatch: pytest.MonkeyPatch, expected: torc
         def __matmul__(self, other: object) -> None:
             nonlocal now, calls
             calls += 1
-            now += 2.0 if self.dtype == torch.float32 else bfloat16_seconds(calls)
+            now += 0.002 if self.dtype == torch.float32 else bfloat16_ms(calls) / 1000
 
     monkeypatch.setattr("lib.base.model.time", types.SimpleNamespace(perf_counter=lambda: now))
     monkeypatch.setattr(torch, "ones", lambda *_, dtype: Timed(dtype))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert best_dtype() is expected and calls == 30
+    assert best_dtype() is expected and calls == timed
     monkeypatch.setattr(torch, "ones", None)  # a second probe would fail
     assert best_dtype() is expected
 

@@ -246,6 +246,7 @@ def test_a_prompt_is_asked_as_it_was_learned(template: str, kind: str, question:
     if template == "spaced":  # where the split of spaces depends on what follows
         tokenizer.chat_template = tokenizer.chat_template.replace("Response:\n", "Response:\n\n")
     if kind == "prefix space":
+        tokenizer = copy.deepcopy(tokenizer)
         tokenizer.backend_tokenizer.normalizer = normalizers.Prepend("_")
     ids, labels = encode(tokenizer, {"prompt": question, "completion": answer})
     count = next(i for i, label in enumerate(labels) if label != IGNORED)

@@ -1,6 +1,5 @@
 """From a budget to files: sizes, what is read back, a server of several budgets, bad budgets."""
 
-import contextlib
 import json
 import re
 import shutil
@@ -78,14 +77,6 @@ def served(tiny_directory: str, tmp_path_factory: pytest.TempPathFactory) -> Pat
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(out)
     return out
-
-
-@pytest.fixture(autouse=True)
-def _converted(tiny_directory: str, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The converter's file of the tiny model, which takes it seconds each time."""
-    real = module.base_file
-    monkeypatch.setattr(module, "base_file", lambda model, near, *more: contextlib.nullcontext(
-        tiny_gguf) if model == tiny_directory else real(model, near, *more))
 
 
 @pytest.fixture

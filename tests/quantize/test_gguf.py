@@ -1,6 +1,5 @@
 """lib.quantize.gguf: exported files, read back, and against llama.cpp itself."""
 
-import contextlib
 import math
 import shutil
 import struct
@@ -41,13 +40,6 @@ Q = "model.layers.0.self_attn.q_proj"
 def lora(_tiny: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved_adapter(_tiny, tmp_path_factory.mktemp("adapter") / "lora",
                          target_modules=list(TARGETS["aggressive"]))
-
-
-@pytest.fixture
-def converted(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The converter's file of `tiny`, which takes it seconds each time."""
-    monkeypatch.setattr("lib.quantize.gguf.base_file",
-                        lambda *_: contextlib.nullcontext(tiny_gguf))
 
 
 def values(path: Path) -> dict[str, np.ndarray]:
@@ -267,8 +259,7 @@ def test_llama_cpp_computes_the_same(tiny_gguf: Path, lora: Path, tmp_path: Path
         assert (expected(model, sentences[0]) - plain).abs().max() > 0.5
 
 
-def test_export_and_open(converted: None, tmp_path: Path, tiny_directory: str,
-                         lora: Path) -> None:
+def test_export_and_open(tmp_path: Path, tiny_directory: str, lora: Path) -> None:
     out = tmp_path / "edge"
     export(out, gguf_type="F16", route="original", adapters={"one": lora, "two": lora},
            model=tiny_directory)
@@ -289,7 +280,7 @@ def test_export_and_open(converted: None, tmp_path: Path, tiny_directory: str,
         export(out, route="through_4bit", model=tiny_directory)
 
 
-def test_what_one_takes_home(converted: None, tmp_path: Path, tiny_directory: str, lora: Path,
+def test_what_one_takes_home(tmp_path: Path, tiny_directory: str, lora: Path,
                              tokenizer: PreTrainedTokenizerBase) -> None:
     """Beside the file are a card and an Ollama Modelfile; records change the rounding."""
     options = {"merged": lora, "model": tiny_directory, "route": "original", "gguf_type": "Q4_K"}
@@ -339,7 +330,7 @@ def test_a_folder_without_weights(tmp_path: Path) -> None:
 
 
 def test_base_and_route_follow_from_the_adapter(
-        converted: None, tmp_path: Path, tiny_directory: str, lora: Path,
+        tmp_path: Path, tiny_directory: str, lora: Path,
         monkeypatch: pytest.MonkeyPatch) -> None:
     """A merge into another base, or into the other form of it, is far off and looks fine."""
     def trained(name: str, base: str, mode: str) -> Path:

@@ -24,7 +24,7 @@ from lib.files import size_mb, writing
 from lib.quantize.merging import load_saved, merge, save_model, save_quantized
 from lib.train.lora import adapter_factors, load_adapter
 
-pytestmark = pytest.mark.usefixtures("float32", "cheap_tokenizer")
+pytestmark = pytest.mark.usefixtures("float32")
 TOLERANCE = 1e-4
 
 
@@ -45,7 +45,7 @@ def adapter(_tiny: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def merged(adapter: Path, tiny_directory: str, tmp_path_factory: pytest.TempPathFactory,
-           float32: None, cheap_tokenizer: None) -> Path:
+           float32: None) -> Path:
     """The merged model, saved in float16."""
     out = tmp_path_factory.mktemp("merged") / "merged"
     save_model(merge(adapter, model=tiny_directory), out, tokenizer_of=tiny_directory)

@@ -33,7 +33,7 @@ from lib.train import training
 from lib.train.lora import adapter_factors, adapter_files
 from lib.train.training import base_for, make_trainer, train
 
-pytestmark = pytest.mark.usefixtures("float32", "cheap_tokenizer")
+pytestmark = pytest.mark.usefixtures("float32")
 
 CONFIGS = ROOT / "data" / "accelerate"
 # A multiple of 2 x 2: the epochs then end without examples that fill up.

@@ -47,7 +47,7 @@ from lib.train.training import (
     train,
 )
 
-pytestmark = pytest.mark.usefixtures("float32", "cheap_tokenizer")
+pytestmark = pytest.mark.usefixtures("float32")
 
 # Twelve short examples of unequal length: three batches an epoch.
 RECORDS: list[Record] = [
@@ -67,7 +67,7 @@ Run = tuple[TrainResult, Path]
 
 @pytest.fixture(scope="module")
 def undisturbed(tiny_directory: str, tmp_path_factory: pytest.TempPathFactory,
-                float32: None, cheap_tokenizer: None) -> Callable[[str], Run]:
+                float32: None) -> Callable[[str], Run]:
     """The result of a mode's whole run, computed once for all tests."""
     runs: dict[str, Run] = {}
 
