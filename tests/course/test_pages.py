@@ -16,7 +16,6 @@ FOLDER = ROOT / "notebooks"
 PAGES = {name: (FOLDER / f"{name}.md").read_text(encoding="utf-8")
          for name in ("START", "TROUBLESHOOTING", "GLOSSARY", "YOURS")}
 PAGES["README"] = (ROOT / "README.md").read_text(encoding="utf-8")
-NAMES = {p.name for p in notebooks()}
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 

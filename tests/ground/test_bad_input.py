@@ -35,7 +35,6 @@ DATA = {
     "text.jsonl": b"Once upon a time\n",
     "cut.jsonl": GOOD % (1, 1) + b'{"instruction": "a", "respon',
     "keyless.jsonl": GOOD % (1, 1) + b'{"instruction": "a"}\n',
-    "number.jsonl": b'{"instruction": "a", "response": 3}\n',
     "hollow.jsonl": b'{"instruction": "a", "response": " "}\n',
     "empty.jsonl": b"",
     "latin.jsonl": b'{"instruction": "caf\xe9", "response": "b"}\n',

@@ -64,21 +64,6 @@ class Holder(nn.Module):
         return self.only(x)
 
 
-def stock_and_fused(model: nn.Module, x: Tensor) -> list[tuple[Tensor, ...]]:
-    """Output and all gradients of a model with one layer to fuse, in both ways."""
-    results = []
-    for step in (contextlib.nullcontext(1), fused(model)):
-        point = x.clone().requires_grad_()
-        model.zero_grad()
-        with step as count:
-            assert count == 1
-            y = model(point)
-            y.float().sin().sum().backward()
-        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-        results.append((y, point.grad, *gradients))
-    return results
-
-
 @pytest.mark.parametrize("targets", [["q_proj"], list(MODULE_KINDS)])
 def test_model_equals_stock_peft(tiny: LlamaForCausalLM, targets: list[str]) -> None:
     model = adapted(tiny, targets)

@@ -153,7 +153,7 @@ def test_loss_falls_and_the_artifact_is_whole(undisturbed: Callable[[str], Run],
         assert result.trainable == sum(t.numel() for t in load_file(out / WEIGHTS[mode]).values())
     assert no_pickle(out)
     assert [p.name for p in out.parent.iterdir()] == [mode]  # the checkpoints are gone
-    assert 0 < result.seconds < 300 and result.peak_mb > 100
+    assert result.seconds > 0 and result.peak_mb > 100
     # Two float32 moments for each trainable parameter, and a few counters.
     assert result.optimizer_mb == pytest.approx(8e-6 * result.trainable, rel=0.02)
 
