@@ -26,7 +26,7 @@ from lib.base.model import CHAT_TEMPLATE
 from lib.base.records import sensors
 from lib.errors import UserError
 from lib.files import MANIFEST, write_json, writing
-from lib.quantize.formats import decode, encode, fitting
+from lib.quantize.formats import GGUF_TYPES, decode, encode, fitting
 from lib.quantize.gguf import base_file, commands, export, permute, write_adapter, write_model
 from lib.serve.bundle import BASE_KEY, Reader, metadata, model_reader, open_bundle
 from lib.serve.server import running
@@ -112,6 +112,13 @@ def test_the_engine_rounds_as_the_gguf_package(kind: str) -> None:
     ours, theirs = encode(weight, kind), gguf.quants.quantize(
         weight.numpy(), gguf.GGMLQuantizationType[kind])
     assert ours.tobytes() == np.ascontiguousarray(theirs).tobytes()
+
+
+@pytest.mark.parametrize("kind", GGUF_TYPES)
+def test_the_engine_reads_as_the_gguf_package(kind: str) -> None:
+    rows = encode(torch.randn(24, 256, generator=torch.Generator().manual_seed(3)), kind)[::2]
+    theirs = gguf.quants.dequantize(rows.copy(), gguf.GGMLQuantizationType[kind])
+    torch.testing.assert_close(decode(rows, kind), torch.tensor(theirs), rtol=1e-6, atol=1e-7)
 
 
 def test_matrices_that_are_encoded_already(tmp_path: Path, tiny: LlamaForCausalLM,
