@@ -58,4 +58,4 @@ def examine() -> Iterator[tuple[str, str, str]]:
         from lib.base.model import machine
         yield "ok", "processor", (
             f"{platform.machine()}, {cores()} core{'s' * (cores() > 1)}, computes in "
-            f"{machine()['dtype']} (measured): `run` takes 15 to 35 minutes on 2 cores")
+            f"{machine()['dtype']} (measured): `run` takes 15 to 40 minutes on 2 cores")
