@@ -104,14 +104,15 @@ def _read_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     @contextlib.contextmanager
     def convert_once(model: str, near: Path, converter: Path | None = None) -> Iterator[Path]:
-        key = () if converter else contents(model)
-        if key and key not in converted:
+        if converter or not (key := contents(model)):
+            with convert(model, near, converter) as path:
+                yield path
+            return
+        if key not in converted:
             (own := place / str(len(converted))).mkdir()
             with convert(model, own / "new") as path:
                 converted[key] = path.rename(own / f"{Path(model).name}.gguf")
-        with contextlib.nullcontext(converted[key]) if key else convert(
-                model, near, converter) as path:
-            yield path
+        yield converted[key]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transformers.AutoTokenizer, "from_pretrained", parse_once)

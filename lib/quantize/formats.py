@@ -220,8 +220,8 @@ def decode(data: np.ndarray, gguf_type: str) -> Tensor:
         return torch.from_numpy(np.require(gguf.quants.dequantize(data, stored), requirements="W"))
     data = np.ascontiguousarray(data)
     rows = torch.empty(*data.shape[:-1], data.shape[-1] // size * block)
-    row = getattr(ENGINE, f"dequantize_row_{gguf_type.lower().replace('_k', '_K')}")
-    row(*map(ctypes.c_void_p, (data.ctypes.data, rows.data_ptr())), ctypes.c_int64(rows.numel()))
+    read = getattr(ENGINE, f"dequantize_row_{gguf_type.lower().replace('_k', '_K')}")
+    read(*map(ctypes.c_void_p, (data.ctypes.data, rows.data_ptr())), ctypes.c_int64(rows.numel()))
     return rows
 
 

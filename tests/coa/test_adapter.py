@@ -324,8 +324,7 @@ SETTINGS = TrainSettings(steps=6, batch_size=2, rank=4, learning_rate=1e-2, warm
 
 
 @pytest.fixture
-def quick(tokenizer: PreTrainedTokenizerBase,
-          monkeypatch: pytest.MonkeyPatch) -> None:
+def quick(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(name: str, **_: Any) -> PreTrainedTokenizerBase:
         """The base's own: another model's tokens would train on nonsense."""
         assert name == EMBEDDED

@@ -341,7 +341,7 @@ def test_bad_input(name: str, place: Place, capfd: pytest.CaptureFixture[str]) -
     assert listing(place.here) == files_before and marks(place.shelf) == shelf_before
 
 
-@pytest.mark.parametrize("name", ["unknown command", "train: not JSON", "serve: a text"])
+@pytest.mark.parametrize("name", ["unknown command", "train: cut JSON", "serve: a text"])
 def test_bad_input_as_a_real_command(name: str, place: Place) -> None:
     call, wrong, remedy = ROWS[name]
     done = subprocess.run(

@@ -63,7 +63,8 @@ def run(writer: Callable[..., None], place: Path, at: int = 0, *model: str) -> i
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     total = context.Value("i", lock=False)
-    process = context.Process(target=counted, args=(writer, place, at, total, *model))
+    process = context.Process(target=counted, args=(writer, place, at, total, *model),
+                              daemon=True)  # one that hangs ends with the tests
     process.start()
     process.join(300)
     assert process.exitcode == (-signal.SIGKILL if at else 0)

@@ -82,7 +82,7 @@ def test_modules_do_not_import_each_other_in_a_circle() -> None:
 
 
 def test_what_a_module_does_not_load() -> None:
-    """In one process, so each is also free of what those before it load: the lightest first."""
+    """In one process, the lightest first: what one loads counts against those after it, too."""
     code = "import sys\n"
     for module, absent in (
             ("lib.serve.server", {"torch", "lark"}), ("lib.client", {"torch"}),

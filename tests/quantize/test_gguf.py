@@ -337,8 +337,7 @@ def test_a_folder_without_weights(tmp_path: Path) -> None:
 
 
 def test_base_and_route_follow_from_the_adapter(
-        tmp_path: Path, tiny_directory: str, lora: Path,
-        monkeypatch: pytest.MonkeyPatch) -> None:
+        tmp_path: Path, tiny_directory: str, lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A merge into another base, or into the other form of it, is far off and looks fine."""
     def trained(name: str, base: str, mode: str) -> Path:
         with writing(tmp_path / name, base=base, settings={"mode": mode}) as part:
